@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cbn_jax: normalization for small batches, in JAX and Flax.
+
+A method is an ``Estimator``: pure functions ``init``, ``train`` and ``infer`` that say
+which statistics to believe. Three more functions do the rest::
+
+    estimator = cross_iteration_batch_norm(window=8)
+    state = estimator.init(features, params)
+    x, source = run_layer(layer_fn, params, inputs)
+    statistics, state = estimator.train(state, x, source)
+    y = normalize(x, statistics, scale, bias)
+
+``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models.
+"""
+
+from ._batch_norm import batch_norm as batch_norm
+from ._cross_iteration import CrossIterationState as CrossIterationState
+from ._cross_iteration import cross_iteration_batch_norm as cross_iteration_batch_norm
+from ._estimator import Estimator as Estimator
+from ._moments import Moments as Moments
+from ._moments import batch_moments as batch_moments
+from ._moments import pool_moments as pool_moments
+from ._running import RunningMoments as RunningMoments
+from ._running import cumulative as cumulative
+from ._running import exponential as exponential
+from ._source import Source as Source
+from ._source import run_layer as run_layer
+from ._statistics import Statistics as Statistics
+from ._statistics import normalize as normalize
+
+__version__ = "0.1.0"

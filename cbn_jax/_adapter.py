@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Flax modules share; there is no arithmetic in an adapter."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+
+@contextlib.contextmanager
+def require_flax(module: str) -> Iterator[None]:
+    """Says what to install where Flax is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{module} needs Flax; install it with: pip install 'cbn_jax[flax]'"
+        ) from error
+
+
+def flag_of(constructor: bool | None, call: bool | None) -> bool:
+    """``use_running_average`` from constructor or call, whichever gave it."""
+    if (constructor is None) == (call is None):
+        came = "neither" if call is None else "both"
+        raise ValueError(
+            f"Norm got use_running_average from {came} of constructor and call, expected "
+            "it once; write Norm(..., use_running_average=not train) or "
+            "norm(x, use_running_average=not train)."
+        )
+    return bool(constructor if call is None else call)
+
+
+def to_last(
+    x: jax.Array, mask: jax.Array | None, axis: int
+) -> tuple[jax.Array, jax.Array | None, Callable[[jax.Array], jax.Array]]:
+    """Moves the feature axis to the end; also gives the way back."""
+    if axis in (-1, x.ndim - 1):
+        return x, mask, lambda y: y
+    if mask is not None:
+        mask = jnp.moveaxis(jnp.broadcast_to(mask, x.shape), axis, -1)
+    return jnp.moveaxis(x, axis, -1), mask, lambda y: jnp.moveaxis(y, -1, axis)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static checks: each fails at the call with what came, what was expected, what to write."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_activations(method: str, x: jax.Array) -> None:
+    """Activations are floating point, features last, and not empty."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{method} got x of dtype {x.dtype}, expected floating point; "
+            "write x.astype(jnp.float32)."
+        )
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(
+            f"{method} got x of shape {x.shape}, expected [..., features] with at least "
+            "one example; a single example is x[None]."
+        )
+
+
+def check_state(
+    method: str, state: Any, expected: type, mean: Callable[[Any], jax.Array], x: Any
+) -> None:
+    """The state is this method's own and has as many features as ``x``."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"{method} got a state of type {type(state).__name__}, expected "
+            f"{expected.__name__}; make it with estimator.init(features, params), and "
+            "give that as the template when you restore a checkpoint."
+        )
+    features = mean(state).shape[-1]
+    if x.shape[-1] != features:
+        raise ValueError(
+            f"{method} got x of shape {x.shape}, expected {features} features last as in "
+            f"its state; write estimator.init({x.shape[-1]}, ...) or transpose x."
+        )
+
+
+def check_values(method: str, x: jax.Array, axis_name: Any, mask: Any) -> None:
+    """A variance needs two values per feature, here or on the other devices."""
+    # With an axis name or a mask the number of values is not known before the run.
+    if axis_name is None and mask is None and x.size == x.shape[-1]:
+        raise ValueError(
+            f"{method} got x of shape {x.shape}, one value per feature in training, "
+            "expected at least two; use more examples, axis_name=..., or "
+            "cross_iteration_batch_norm(window=8)."
+        )
+
+
+def check_features_last(method: str, features: int, params: Any) -> None:
+    """Every parameter has one entry (or filter) per feature on its last axis."""
+    leaves = jax.tree.leaves_with_path(params)
+    if not leaves:
+        raise ValueError(
+            f"{method} got params={params!r}, expected the parameters of the layer "
+            "before it; write estimator.init(features, params)."
+        )
+    for path, leaf in leaves:
+        if jnp.ndim(leaf) == 0 or leaf.shape[-1] != features:
+            raise ValueError(
+                f"{method} got parameter {jax.tree_util.keystr(path) or 'params'} of "
+                f"shape {jnp.shape(leaf)}, expected features last ({features}); "
+                "transpose it inside layer_fn."
+            )
+
+
+def check_fraction(name: str, value: float) -> None:
+    """A decay lies in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(
+            f"{name} is {value!r}, expected a decay in [0, 1), the fraction kept at each "
+            "step; PyTorch's momentum=0.1 is 0.9 here."
+        )
+
+
+def check_epsilon(value: float) -> None:
+    """ε keeps the root of a zero variance away from zero."""
+    if not value > 0.0:
+        raise ValueError(f"epsilon is {value!r}, expected a number above 0, such as 1e-5.")
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """A whole number from ``least`` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"{name} is {value!r}, expected a whole number of iterations from {least} on."
+        )

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-iteration batch normalization: statistics of the last k iterations."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._checks import (
+    check_activations,
+    check_count,
+    check_epsilon,
+    check_features_last,
+    check_state,
+    check_values,
+)
+from ._estimator import Estimator
+from ._moments import Moments, align, batch_moments, pool_moments
+from ._running import (
+    Averaging,
+    RunningMoments,
+    averaging,
+    init_running,
+    known_moments,
+    update_running,
+    usable_moments,
+)
+from ._source import Params, Source
+from ._statistics import statistics_of
+
+
+class History(NamedTuple):
+    """Moments of past iterations as functions of the layer's parameters θ.
+
+    ``S`` slots in a ring; an iteration s in it had parameters θₛ. Only the products with
+    θₛ are kept, not θₛ itself: ``⟨d, θ − θₛ⟩ = ⟨d, θ⟩ − ⟨d, θₛ⟩``.
+
+    Attributes:
+      mean: ``[S, C]``, μₛ at θₛ.
+      var: ``[S, C]``, σ²ₛ at θₛ.
+      d_mean: ∂μₛ/∂θ, each leaf ``[S, *leaf.shape]``.
+      d_var: ∂σ²ₛ/∂θ, the same.
+      mean_at: ``[S, C]``, ⟨∂μₛ/∂θ, θₛ⟩.
+      var_at: ``[S, C]``, ⟨∂σ²ₛ/∂θ, θₛ⟩.
+      count: ``[S, C]``, values behind the moments; 0 for an empty slot.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    d_mean: Params
+    d_var: Params
+    mean_at: jax.Array
+    var_at: jax.Array
+    count: jax.Array
+
+
+class CrossIterationState(NamedTuple):
+    """State of ``cross_iteration_batch_norm``.
+
+    Attributes:
+      running: averages of each iteration's own moments, for inference.
+      history: the last ``window − 1`` iterations (one empty slot where that is none).
+      slot: scalar, the slot that is overwritten next.
+    """
+
+    running: RunningMoments
+    history: History
+    slot: jax.Array
+
+
+def cross_iteration_batch_norm(
+    window: int = 8,
+    *,
+    burn_in: int = 0,
+    momentum: float | Averaging = 0.99,
+    epsilon: float = 1e-5,
+) -> Estimator:
+    """Cross-iteration batch normalization: statistics of the last k iterations.
+
+    An iteration s steps ago saw other weights, so its moments are first moved to today's,
+    along their derivative with respect to the weights θ of the layer that made ``x``:
+
+        μₛ(θₜ) = μₛ + ⟨∂μₛ/∂θ, θₜ − θₛ⟩        νₛ(θₜ) = νₛ + ⟨∂νₛ/∂θ, θₜ − θₛ⟩
+
+    with ν = E[x²]. The window's statistics are the averages of μₛ(θₜ) and of
+    max(νₛ(θₜ), μₛ(θₜ)²), the current iteration included. Until the window is full, the
+    iterations that exist are averaged.
+
+    Prefer it with 1 to 8 examples per step, when the weights move slowly enough for a
+    first-order step across the window; a burn-in bridges the early, fast phase.
+
+    Args:
+      window: k ≥ 1, iterations averaged, the current one included. An iteration is a call
+        of ``train``; with gradient accumulation the weights stand still in between, and
+        the window pools the micro-batches exactly.
+      burn_in: number of first iterations that use the current batch alone (plain batch
+        norm), while the history already fills.
+      momentum: decay of the running averages in [0, 1), the fraction kept; or a rule
+        m ↦ α_m such as ``cumulative``.
+      epsilon: added to the variance, inside the root.
+
+    Returns:
+      An Estimator whose state is a ``CrossIterationState``. ``init`` needs the layer's
+      parameters, ``train`` the layer's ``source`` (from ``run_layer``). The state holds
+      2 (k − 1) arrays of the size of θ.
+
+    Raises:
+      ValueError: an argument out of range; parameters without features last; ``train``
+        without a source, or with one of other parameters or another ``axis_name``;
+        features or window that do not fit the state.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> dense = lambda kernel, z: z @ kernel
+      >>> kernel = jnp.eye(2)
+      >>> estimator = cbn.cross_iteration_batch_norm(window=2)
+      >>> state = estimator.init(features=2, params=kernel)
+      >>> for z in (jnp.array([[1.0, 0.0]]), jnp.array([[3.0, 4.0]])):
+      ...     x, source = cbn.run_layer(dense, kernel, z)
+      ...     statistics, state = estimator.train(state, x, source)
+      >>> statistics.mean  # of both iterations, one example each
+      Array([2., 2.], dtype=float32)
+
+    Reference: Zhuliang Yao, Yue Cao, Shuxin Zheng, Gao Huang, Stephen Lin,
+    "Cross-Iteration Batch Normalization", CVPR 2021, arXiv:2002.05712. As there, gradients
+    flow through the current iteration's moments only, and the derivative is taken with
+    respect to the weights of the same layer only.
+
+    Differs from the paper: the same statistics are computed in central form,
+    ``σ²ₛ(θₜ) = max(σ²ₛ + ⟨∂σ²ₛ/∂θ, Δθ⟩ − ⟨∂μₛ/∂θ, Δθ⟩², 0)``, in which nothing cancels at
+    large means; iterations count by their number of values, which is the paper's plain
+    average wherever all batches have one size; a bias is compensated like a kernel. From
+    the authors' released layer: a negative variance is floored, not dropped; ε stands
+    inside the root; variances are biased; the history fills during burn-in.
+
+    NaN or inf makes the output of its own step NaN and is kept out of the state.
+    """
+    name = "cross_iteration_batch_norm"
+    check_count("window", window, 1)
+    check_count("burn_in", burn_in, 0)
+    check_epsilon(epsilon)
+    average = averaging(momentum)
+    # Checkpointers refuse arrays of size zero: a window of 1 keeps one slot, left empty.
+    slots = max(window - 1, 1)
+
+    def check(state, x):
+        check_activations(name, x)
+        check_state(name, state, CrossIterationState, lambda s: s.running.mean, x)
+        if state.history.mean.shape[0] != slots:
+            raise ValueError(
+                f"{name}(window={window}) got a state with {state.history.mean.shape[0]} "
+                f"past iterations, expected {slots}; make it with "
+                f"cross_iteration_batch_norm(window={window}).init(features, params)."
+            )
+
+    def init(features, params=None):
+        check_features_last(name, features, params)
+        return CrossIterationState(
+            running=init_running(features),
+            history=_empty_history(slots, features, params),
+            slot=jnp.zeros((), jnp.float32),
+        )
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        check(state, x)
+        _check_source(name, state.history, source, axis_name)
+        if window == 1 or burn_in > 0:
+            check_values(name, x, axis_name, mask)
+        state = lax.stop_gradient(state)
+        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        past = _transport(state.history, source.params, moments.mean.dtype)
+        in_use = (state.running.count >= burn_in) & (window > 1)
+        past = past._replace(count=jnp.where(in_use[None], past.count, 0.0))
+        pooled = pool_moments(_stack(moments, past))
+        if mask is not None:
+            pooled = known_moments(pooled, state.running)
+        entry = _entry(*lax.stop_gradient((moments, x)), source, mask)
+        return statistics_of(pooled, epsilon), CrossIterationState(
+            running=update_running(state.running, moments, average),
+            history=_push(state.history, entry, state.slot),
+            slot=(state.slot + 1) % slots,
+        )
+
+    def infer(state, x):
+        check(state, x)
+        return statistics_of(state.running, epsilon)
+
+    return Estimator(init, train, infer)
+
+
+def _check_source(name: str, history: History, source: Any, axis_name: Any) -> None:
+    if source is None:
+        raise ValueError(
+            f"{name} got source=None, expected the layer that made x; take both from "
+            "x, source = run_layer(layer_fn, params, inputs), or give the Flax module its "
+            "layer: Norm(estimator, layer=...)."
+        )
+    if source.axis_name != axis_name:
+        raise ValueError(
+            f"{name} got axis_name={axis_name!r} and a source with "
+            f"axis_name={source.axis_name!r}, expected one and the same; give it to "
+            "run_layer and to train."
+        )
+    came = jax.tree.map(jnp.shape, source.params)
+    expected = jax.tree.map(lambda leaf: leaf.shape[1:], history.d_mean)
+    if came != expected:
+        raise ValueError(
+            f"{name} got a source with parameters of shapes {came}, expected {expected} as "
+            "in its state; write estimator.init(features, params) with this layer's "
+            "parameters."
+        )
+
+
+def _empty_history(slots: int, features: int, params: Params) -> History:
+    def per_feature():
+        return jnp.zeros((slots, features), jnp.float32)
+
+    def per_param():
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((slots, *leaf.shape), jnp.float32), params
+        )
+
+    return History(
+        mean=per_feature(),
+        var=per_feature(),
+        d_mean=per_param(),
+        d_var=per_param(),
+        mean_at=per_feature(),
+        var_at=per_feature(),
+        count=per_feature(),
+    )
+
+
+def _transport(history: History, params: Params, dtype: Any) -> Moments:
+    """Moments ``[S, C]`` of the past iterations, moved to today's parameters."""
+    history = jax.tree.map(lambda leaf: leaf.astype(dtype), history)
+    d_mean = _inner(history.d_mean, params) - history.mean_at  # ⟨∂μ/∂θ, Δθ⟩
+    d_var = _inner(history.d_var, params) - history.var_at  # ⟨∂σ²/∂θ, Δθ⟩
+    var = jnp.maximum(history.var + d_var - jnp.square(d_mean), 0.0)  # ν ≥ μ²
+    return Moments(history.mean + d_mean, var, history.count)
+
+
+def _stack(current: Moments, past: Moments) -> Moments:
+    """The current iteration in front of the past ones, ``[1 + S, C]``."""
+    return jax.tree.map(lambda new, old: jnp.concatenate([new[None], old]), current, past)
+
+
+def _entry(moments: Moments, x: jax.Array, source: Source, mask: Any) -> History:
+    """What the window remembers of one iteration: a history with a single slot."""
+    mean, var, count = moments
+    x = x.astype(mean.dtype)
+    if mask is None:
+        weight = jnp.broadcast_to(1.0 / count[0], (*x.shape[:-1], 1))
+        deviation = x - align(mean, x)
+    else:
+        counts = jnp.broadcast_to(mask, x.shape).astype(bool)
+        weight = jnp.where(counts, 1.0 / align(jnp.maximum(count, 1.0), x), 0.0)
+        deviation = jnp.where(counts, x - align(mean, x), 0.0)
+    d_var, d_mean = jax.tree.map(
+        lambda leaf: leaf[None].astype(mean.dtype),
+        source.pullback(2.0 * deviation * weight, weight),
+    )
+    return History(
+        mean=mean[None],
+        var=var[None],
+        d_mean=d_mean,
+        d_var=d_var,
+        mean_at=_inner(d_mean, source.params),
+        var_at=_inner(d_var, source.params),
+        count=count[None],
+    )
+
+
+def _push(history: History, entry: History, slot: jax.Array) -> History:
+    """Overwrites one slot; features that are not finite leave theirs empty."""
+    usable = usable_moments(Moments(entry.mean, entry.var, entry.count))
+    usable &= jnp.isfinite(entry.mean_at) & jnp.isfinite(entry.var_at)
+
+    def overwrite(ring, new):
+        new = jnp.where(align(usable[0], new), new, 0.0)
+        new = jnp.broadcast_to(new, (1, *ring.shape[1:])).astype(ring.dtype)
+        return lax.dynamic_update_slice_in_dim(ring, new, slot.astype(int), axis=0)
+
+    return jax.tree.map(overwrite, history, entry)
+
+
+def _inner(derivative: Params, params: Params) -> jax.Array:
+    """⟨d, θ⟩ per slot and feature, ``[S, C]``: summed over all that feature c owns."""
+
+    def product(d, leaf):
+        return (d * leaf[None].astype(d.dtype)).sum(axis=range(1, d.ndim - 1))
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(product, derivative, params))

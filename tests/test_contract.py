@@ -1,0 +1,332 @@
+"""What every estimator promises, checked for each through the same tests."""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FACTORIES, LAYERS, drift, train
+from flax import serialization
+from jax.test_util import check_grads
+
+import cbn_jax as cbn
+
+pytestmark = pytest.mark.filterwarnings("error")
+ROUNDING = {"rtol": 2e-5, "atol": 2e-5}  # a few float32 operations on values around one
+
+estimators = pytest.mark.parametrize("name", FACTORIES)
+layers = pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv-strided"]])
+
+
+def assert_close(actual, expected, **tolerance):
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, **(ROUNDING | tolerance)),
+        actual,
+        expected,
+    )
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def run(name, layer, key, steps=4, dtype=jnp.float32):
+    """A few training calls with moving weights."""
+    estimator = FACTORIES[name]()
+    params = layer.params(key)
+    state = estimator.init(layer.features, params)
+    statistics = None
+    for step in range(steps):
+        z = layer.data(jax.random.fold_in(key, step), dtype)
+        cast = jax.tree.map(lambda p: p.astype(dtype), params)  # noqa: B023
+        _, statistics, state = train(estimator, state, layer, cast, z)
+        params = drift(params, jax.random.fold_in(key, 100 + step))
+    return estimator, params, statistics, state
+
+
+def test_every_public_factory_has_a_case():
+    factories = {
+        name
+        for name, value in vars(cbn).items()
+        if callable(value)
+        and not isinstance(value, type)
+        and typing.get_type_hints(value).get("return") is cbn.Estimator
+    }
+    assert factories == {name.split("-")[0] for name in FACTORIES}
+
+
+@estimators
+@layers
+def test_init_from_shapes(name, layer, key):
+    estimator = FACTORIES[name]()
+    params = layer.params(key)
+    abstract = jax.eval_shape(lambda p: p, params)
+    state = estimator.init(layer.features, params)
+    from_shapes = estimator.init(layer.features, abstract)
+    assert_same(from_shapes, state)
+    for leaf in jax.tree.leaves(state):
+        assert isinstance(leaf, jax.Array)
+        assert leaf.dtype == jnp.float32
+        assert leaf.size > 0
+
+
+@estimators
+@layers
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_state_keeps_its_form(name, layer, dtype, key):
+    estimator, params, statistics, state = run(name, layer, key, dtype=dtype)
+    fresh = estimator.init(layer.features, params)
+    form = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    assert form(state) == form(fresh)
+    for leaf in jax.tree.leaves((state, statistics)):
+        assert leaf.dtype == jnp.float32
+        assert np.isfinite(leaf).all()
+    x = layer.fn(jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype))
+    assert cbn.normalize(x, statistics).dtype == dtype
+
+
+@estimators
+@layers
+def test_jit_is_eager_and_does_not_retrace(name, layer, key):
+    estimator, params, _, state = run(name, layer, key)
+    z = layer.data(key)
+    traces = []
+
+    def step(state, params, z):
+        traces.append(None)
+        return train(estimator, state, layer, params, z)[1:]
+
+    jitted = jax.jit(step)
+    fresh = jitted(estimator.init(layer.features, params), params, z)[1]
+    assert_close(jitted(state, params, z), step(state, params, z))
+    jitted(fresh, params, z)
+    assert len(traces) == 2  # once by jit, once eagerly
+
+
+@estimators
+def test_donated_state(name, key):
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    z = layer.data(key)
+    expected = train(estimator, state, layer, params, z)[2]
+    step = jax.jit(lambda s: train(estimator, s, layer, params, z)[2], donate_argnums=0)
+    assert_close(step(jax.tree.map(jnp.copy, state)), expected)
+    fresh = estimator.init(layer.features, params)
+    step(step(fresh))  # no buffer appears twice in a state
+
+
+@estimators
+@layers
+def test_scan_is_a_loop(name, layer, key):
+    estimator, params, _, state = run(name, layer, key)
+    batches = jnp.stack([layer.data(jax.random.fold_in(key, i)) for i in range(5)])
+
+    def step(state, z):
+        _, statistics, state = train(estimator, state, layer, params, z)
+        return state, statistics
+
+    scanned, statistics = jax.lax.scan(step, state, batches)
+    for i, z in enumerate(batches):
+        state, last = step(state, z)
+        assert_close(jax.tree.map(lambda leaf: leaf[i], statistics), last)  # noqa: B023
+    assert_close(scanned, state)
+
+
+@estimators
+def test_vmap_over_seeds(name, key):
+    layer = LAYERS["conv"]
+    keys = jax.random.split(key, 3)
+
+    def two_steps(key):
+        return run(name, layer, key, steps=2)[2:]
+
+    together = jax.vmap(two_steps)(keys)
+    for i, one in enumerate(keys):
+        assert_close(jax.tree.map(lambda leaf: leaf[i], together), two_steps(one))  # noqa: B023
+
+
+@estimators
+@layers
+def test_gradients_are_finite_differences(name, layer, key, x64):
+    """With respect to activations and affine parameters, in float64."""
+    estimator, _, _, state = run(name, layer, key)
+    params = layer.params(key, jnp.float64)
+    x, source = cbn.run_layer(layer.fn, params, layer.data(key, jnp.float64))
+    scale, bias = jnp.full(layer.features, 1.5), jnp.full(layer.features, 0.3)
+
+    def f(x, scale, bias):
+        statistics, _ = estimator.train(state, x, source)
+        return cbn.normalize(x, statistics, scale, bias)
+
+    check_grads(f, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-7)
+
+
+@estimators
+@layers
+def test_no_gradient_through_the_state(name, layer, key):
+    estimator, params, _, state = run(name, layer, key)
+
+    def f(state, params):
+        statistics, state = train(estimator, state, layer, params, layer.data(key))[1:]
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves((statistics, state)))
+
+    def state_only(params):
+        state_next = train(estimator, state, layer, params, layer.data(key))[2]
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state_next))
+
+    for gradient in jax.tree.leaves((jax.grad(f)(state, params), jax.grad(state_only)(params))):
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+@estimators
+@layers
+def test_inference_agrees_with_training_on_one_repeated_batch(name, layer, key):
+    estimator = FACTORIES[name]()
+    params, z = layer.params(key), layer.data(key)
+    state = estimator.init(layer.features, params)
+    for _ in range(5):
+        x, trained, state = train(estimator, state, layer, params, z)
+        assert_close(estimator.infer(state, x), trained)
+
+
+@estimators
+def test_inference_before_training_changes_nothing(name, key):
+    layer = LAYERS["dense"]
+    params = layer.params(key)
+    estimator = FACTORIES[name](epsilon=1e-12)
+    x = layer.fn(params, layer.data(key))
+    statistics = estimator.infer(estimator.init(layer.features, params), x)
+    assert_close(cbn.normalize(x, statistics), x)
+
+
+@estimators
+def test_serialization_round_trip(name, key):
+    layer = LAYERS["conv"]
+    estimator, params, _, state = run(name, layer, key)
+    blank = estimator.init(layer.features, params)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(state))
+    assert type(restored) is type(state)
+    assert_same(restored, state)
+
+
+@estimators
+@layers
+def test_mask_is_slicing(name, layer, key):
+    estimator, params, _, state = run(name, layer, key)
+    z = layer.data(key)
+    x = layer.fn(params, z)
+    mask = jnp.arange(x.shape[0]) < 5
+    mask = mask.reshape(-1, *[1] * (x.ndim - 1))
+    _, masked, after = train(estimator, state, layer, params, z, mask=mask)
+    _, sliced, expected = train(estimator, state, layer, params, z[:5])
+    assert_close(masked, sliced)
+    assert_close(after, expected)
+
+
+@estimators
+def test_masked_values_may_be_anything(name, key):
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    x, source = cbn.run_layer(layer.fn, params, layer.data(key))
+    mask = jnp.arange(8)[:, None] < 5
+
+    def f(x, mask):
+        statistics, _ = estimator.train(state, x, source, mask=mask)
+        return jnp.square(cbn.normalize(x[:5], statistics) + 1.0).sum(), statistics
+
+    poisoned = jnp.where(mask, x, jnp.nan)
+    (_, statistics), gradient = jax.value_and_grad(f, has_aux=True)(poisoned, mask)
+    (_, expected), right = jax.value_and_grad(f, has_aux=True)(x, mask)
+    assert_same(statistics, expected)
+    assert_close(gradient, right)
+    assert np.isfinite(gradient).all()
+
+
+@estimators
+def test_an_empty_mask_means_inference_and_leaves_the_averages(name, key):
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    if hasattr(state, "history"):  # a filled window still knows better than the averages
+        state = state._replace(history=jax.tree.map(jnp.zeros_like, state.history))
+    z = layer.data(key)
+    mask = jnp.zeros((8, 1), bool)
+    x, statistics, after = train(estimator, state, layer, params, z, mask=mask)
+    assert_same(statistics, estimator.infer(state, x))
+    assert_same(estimator.infer(after, x), statistics)
+    assert np.isfinite(jnp.concatenate(statistics)).all()
+
+
+@estimators
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_stays_out_of_the_state(name, poison, key):
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    z = layer.data(key)
+    bad = z.at[3, 2].set(poison)
+    x, statistics, after = train(estimator, state, layer, params, bad)
+    assert np.isnan(cbn.normalize(x, statistics)).all()
+    for leaf in jax.tree.leaves(after):
+        assert np.isfinite(leaf).all()
+    assert_same(estimator.infer(after, x), estimator.infer(state, x))
+    x, statistics, _ = train(estimator, after, layer, params, z)
+    assert np.isfinite(cbn.normalize(x, statistics)).all()
+
+
+@estimators
+def test_constant_channels_give_zero(name, key):
+    layer = LAYERS["dense"]
+    estimator = FACTORIES[name]()
+    params = layer.params(key)
+    state = estimator.init(layer.features, params)
+
+    def f(params):
+        z = jnp.full(layer.inputs, 1e3)
+        x, statistics, _ = train(estimator, state, layer, params, z)
+        return jnp.abs(cbn.normalize(x, statistics)).sum()
+
+    value, gradient = jax.value_and_grad(f)(params)
+    assert value == 0.0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@estimators
+def test_bad_activations(name, key):
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    source = cbn.run_layer(layer.fn, params, layer.data(key))[1]
+    integers = jnp.ones((8, 4), jnp.int32)
+    for call in (estimator.infer, functools.partial(estimator.train, source=source)):
+        with pytest.raises(TypeError, match=r"dtype int32, .*write x\.astype"):
+            call(state, integers)
+    with pytest.raises(ValueError, match=r"got x of shape \(0, 4\), .*one example"):
+        estimator.train(state, jnp.ones((0, 4)), source)
+    with pytest.raises(ValueError, match=r"got x of shape \(4,\), .*x\[None\]"):
+        estimator.train(state, jnp.ones(4), source)
+    with pytest.raises(ValueError, match=r"\(8, 3\), expected 4 features.*init\(3"):
+        estimator.train(state, jnp.ones((8, 3)), source)
+    with pytest.raises(ValueError, match="expected 4 features"):
+        estimator.infer(state, jnp.ones((8, 3)))
+
+
+@estimators
+def test_bad_state(name, key):
+    estimator = FACTORIES[name]()
+    layer = LAYERS["dense"]
+    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
+    for foreign in ({"mean": jnp.zeros(4)}, (jnp.zeros(4), jnp.ones(4))):
+        with pytest.raises(TypeError, match=r"expected \w+State|RunningMoments; make it"):
+            estimator.train(foreign, x, source)
+        with pytest.raises(TypeError, match=r"estimator\.init\(features, params\)"):
+            estimator.infer(foreign, x)
+
+
+@pytest.mark.parametrize("bad", [1.0, -0.1, 1.5])
+@estimators
+def test_bad_options(name, bad):
+    factory = FACTORIES[name].func
+    with pytest.raises(ValueError, match=r"momentum is .*decay in \[0, 1\)"):
+        factory(momentum=bad)
+    with pytest.raises(ValueError, match="epsilon is .*above 0"):
+        factory(epsilon=-abs(bad))
