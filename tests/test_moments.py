@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cbn_jax as cbn
+
+SHAPES = [(2, 3), (64, 3), (4, 16, 16, 3), (2, 1024, 3)]
+
+
+def far_from_zero(shape, ratio, seed=0):
+    """Values with mean/std = ratio, as float32 holds them."""
+    values = np.random.default_rng(seed).normal(size=shape)
+    return np.float32(ratio + values)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ratio", [0.0, 1e2, 1e3, 1e4, 1e5])
+def test_accurate_at_any_mean(shape, ratio):
+    x = far_from_zero(shape, ratio)
+    moments = jax.jit(cbn.batch_moments)(x)
+    axes = tuple(range(x.ndim - 1))
+    np.testing.assert_allclose(moments.var, np.var(np.float64(x), axes), rtol=1e-5)
+    np.testing.assert_allclose(
+        moments.mean, np.mean(np.float64(x), axes), rtol=2e-7, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e5])
+def test_accurate_across_devices(ratio, masked):
+    """Two values on each of eight devices, whose own means differ."""
+    x = far_from_zero((8, 2, 3), ratio)
+    mask = np.ones((8, 2, 1), bool)
+    mask[1, 0] = mask[5] = not masked
+    moments = jax.vmap(
+        lambda x, m: cbn.batch_moments(x, axis_name="d", mask=m if masked else None),
+        axis_name="d",
+        out_axes=None,
+    )(x, mask)
+    kept = np.float64(x)[mask[..., 0]]
+    np.testing.assert_allclose(moments.var, kept.var(0), rtol=1e-5)
+    np.testing.assert_array_equal(moments.count, [len(kept)] * 3)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e3, 1e5])
+def test_accurate_under_a_mask(ratio):
+    x = far_from_zero((32, 8, 3), ratio)
+    mask = np.random.default_rng(1).random((32, 8, 1)) < 0.7
+    moments = cbn.batch_moments(x, mask=mask)
+    kept = np.float64(x)[mask[..., 0]]
+    np.testing.assert_allclose(moments.var, kept.var(0), rtol=1e-5)
+    np.testing.assert_allclose(moments.count, [mask.sum()] * 3)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_accurate_with_an_outlier_at_the_edge(place):
+    x = np.random.default_rng(0).normal(size=(4096, 1)).astype(np.float32)
+    x[place] = 300.0
+    moments = cbn.batch_moments(x)
+    np.testing.assert_allclose(moments.var, np.var(np.float64(x), 0), rtol=1e-5)
+
+
+def test_mask_per_feature():
+    x = jnp.arange(8.0).reshape(4, 2)
+    mask = jnp.array([[True, False], [True, False], [False, False], [True, False]])
+    moments = cbn.batch_moments(x, mask=mask)
+    np.testing.assert_allclose(moments.mean, [np.mean([0, 2, 6]), 0.0], rtol=1e-6)
+    np.testing.assert_allclose(moments.var, [np.var([0, 2, 6]), 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(moments.count, [3, 0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    shift=st.sampled_from([0.0, -3.0, 1e4]),
+    seed=st.integers(0, 100),
+)
+def test_pooling_groups_is_the_moments_of_their_union(sizes, shift, seed):
+    rng = np.random.default_rng(seed)
+    groups = [np.float32(shift + rng.normal(size=(n, 2))) for n in sizes]
+    each = [cbn.batch_moments(g) for g in groups]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    pooled = cbn.pool_moments(stacked)
+    union = np.float64(np.concatenate(groups))
+    np.testing.assert_allclose(pooled.mean, union.mean(0), rtol=1e-6, atol=1e-6)
+    # Group means are float32 numbers: at 1e4 they are rounded to 1e-3.
+    np.testing.assert_allclose(pooled.var, union.var(0), rtol=2e-3, atol=1e-5)
+    np.testing.assert_array_equal(pooled.count, [len(union)] * 2)
+
+
+def test_pooling_ignores_empty_groups():
+    moments = cbn.Moments(
+        mean=jnp.array([[9.0], [1.0]]),
+        var=jnp.array([[9.0], [2.0]]),
+        count=jnp.array([[0.0], [3.0]]),
+    )
+    pooled = cbn.pool_moments(moments)
+    np.testing.assert_array_equal(pooled.mean, [1.0])
+    np.testing.assert_array_equal(pooled.var, [2.0])
+    empty = cbn.pool_moments(jax.tree.map(lambda leaf: leaf[:1], moments))
+    assert np.isfinite(jnp.stack(empty)).all()
+    np.testing.assert_array_equal(empty.count, [0.0])
+
+
+def test_activations_are_read_once_per_sum():
+    """Nothing of the activations' size is written; on CPU each sum reads them once."""
+
+    def bytes_moved(n):
+        x = jax.ShapeDtypeStruct((2, n // 2, 64), jnp.float32)
+        compiled = jax.jit(cbn.batch_moments).lower(x).compile()
+        return compiled.cost_analysis()["bytes accessed"]
+
+    size = 2**14 * 64 * 4
+    reads = (bytes_moved(2**15) - bytes_moved(2**14)) / size
+    assert reads == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_input_has_float32_moments(dtype):
+    x = jnp.asarray(far_from_zero((512, 3), 10.0), dtype)
+    moments = cbn.batch_moments(x)
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(moments.var, np.var(np.float64(x), 0), rtol=1e-5)
+
+
+def test_normalize_rounds_once():
+    x = jnp.asarray(far_from_zero((64, 3), 100.0), jnp.bfloat16)
+    statistics = cbn.Statistics(jnp.full(3, 100.3), jnp.full(3, 1.7))
+    scale, bias = jnp.full(3, 0.7), jnp.full(3, 0.1)
+    y = cbn.normalize(x, statistics, scale, bias)
+    exact = (np.float64(x) - 100.3) * 1.7 * 0.7 + 0.1
+    np.testing.assert_allclose(np.float64(y), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_normalize_with_identity_statistics_is_the_identity():
+    x = jnp.asarray(far_from_zero((5, 3), 3.0))
+    identity = cbn.Statistics(jnp.zeros(3), jnp.ones(3))
+    np.testing.assert_array_equal(cbn.normalize(x, identity), x)
+
+
+def test_normalize_takes_statistics_per_example():
+    x = jnp.asarray(far_from_zero((4, 5, 3), 0.0))
+    mean, std = x.mean(1, keepdims=True), x.std(1, keepdims=True)
+    y = cbn.normalize(x, cbn.Statistics(mean, 1 / std))
+    np.testing.assert_allclose(y.mean(1), 0.0, atol=1e-6)
