@@ -113,8 +113,8 @@ def usable_moments(moments: Moments) -> jax.Array:
     One overflow or NaN must not live on in a state: its own step shows it, the next
     does not remember it.
     """
-    finite = jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
-    return finite & (moments.count > 0)
+    # A mean that is not finite makes the variance NaN.
+    return jnp.isfinite(moments.var) & (moments.count > 0)
 
 
 def known_moments(moments: Moments, running: RunningMoments) -> Moments:

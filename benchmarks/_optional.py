@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sentence instead of a traceback where an optional dependency is missing."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def needed_for(extra: str) -> Iterator[None]:
+    """Turns a failed import into the command that mends it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"{error.name} is not installed; install it with: "
+            f"pip install -e '.[{extra}]'"
+        ) from error

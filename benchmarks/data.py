@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image classification data through tensorflow-datasets, without TensorFlow.
+
+``digits`` is embedded (scikit-learn ships it), ``fashion_mnist`` is read from its four IDX
+files where they lie on the machine, and any other name is a tensorflow-datasets one.
+"""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import tensorflow_datasets as tfds
+    from sklearn.datasets import load_digits
+
+EMBEDDED = ("digits", "fashion_mnist")
+IDX_FOLDERS = (
+    Path("data/fashion-mnist"),
+    Path("/usr/share/datasets/fashion-mnist"),  # Debian: apt install dataset-fashion-mnist
+)
+
+
+class Dataset(NamedTuple):
+    """Images scaled to [0, 1], ``[N, H, W, C]`` float32, and int32 labels."""
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: int
+
+
+def load(name: str, data_dir: Path | None = None, examples: int | None = None) -> Dataset:
+    """Loads a data set by name, preparing it on first use.
+
+    Args:
+      name: ``digits``, ``fashion_mnist``, or an image classification set of
+        tensorflow-datasets with splits ``train`` and ``test`` and images of one size.
+      data_dir: where prepared data is kept; None for tensorflow-datasets' own default.
+      examples: at most so many training examples, the first ones; None for all.
+
+    Returns:
+      The data set in memory.
+
+    Raises:
+      ValueError: the name is unknown, or the set is not one of image classification.
+    """
+    tfds.disable_progress_bar()
+    builder = _builder(name, data_dir)
+    builder.download_and_prepare(file_format="array_record")
+    features = builder.info.features
+    if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(
+        builder.info.splits
+    ):
+        raise ValueError(
+            f"dataset {name!r} has features {sorted(features)} and splits "
+            f"{sorted(builder.info.splits)}, expected image and label, train and test; "
+            "choose an image classification set such as mnist or cifar10."
+        )
+    train = builder.info.splits["train"].num_examples
+    keep = train if examples is None else min(examples, train)
+    return Dataset(
+        name,
+        *_arrays(builder, f"train[:{keep}]"),
+        *_arrays(builder, "test"),
+        classes=features["label"].num_classes,
+    )
+
+
+def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
+    if name == "digits":
+        return Digits(data_dir=data_dir)
+    if name == "fashion_mnist" and _idx_folder():
+        return FashionMnistIdx(data_dir=data_dir)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"dataset {name!r} is unknown; known are {', '.join(EMBEDDED)} and the image "
+            "classification sets of tensorflow-datasets, such as mnist or cifar10."
+        ) from error
+
+
+def _arrays(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
+    source = builder.as_data_source(split=split)
+    examples = [source[i] for i in range(len(source))]
+    images = np.stack([example["image"] for example in examples])
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return images.astype(np.float32) / np.float32(images.max()), labels
+
+
+class _Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Grey images as plain tensors, which need no TensorFlow to write or read."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SIDE: int
+    CLASSES = 10
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        shape = (self.SIDE, self.SIDE, 1)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Tensor(shape=shape, dtype=np.uint8),
+                    "label": tfds.features.ClassLabel(num_classes=self.CLASSES),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # nothing to download
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str) -> Iterator:
+        for i, (image, label) in enumerate(zip(*self._read(split), strict=True)):
+            yield i, {"image": image[..., None], "label": int(label)}
+
+    def _read(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+
+class Digits(_Images):
+    """Scikit-learn's 1,797 handwritten digits, 8x8; the last 360 are for testing."""
+
+    name = "digits"
+    SIDE = 8
+
+    def _read(self, split):
+        digits = load_digits()
+        part = slice(1437) if split == "train" else slice(1437, None)
+        return digits.images[part].astype(np.uint8), digits.target[part]
+
+
+class FashionMnistIdx(_Images):
+    """Fashion-MNIST, 70,000 images of 28x28, from its four IDX files."""
+
+    name = "fashion_mnist_idx"
+    SIDE = 28
+
+    def _read(self, split):
+        folder, prefix = _idx_folder(), "train" if split == "train" else "t10k"
+        return (
+            _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz"),
+            _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"),
+        )
+
+
+def _idx_folder() -> Path | None:
+    return next((f for f in IDX_FOLDERS if len(list(f.glob("*-ubyte.gz"))) == 4), None)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The IDX format: two zeros, a type, the rank, big-endian sizes, then the bytes."""
+    data = gzip.decompress(path.read_bytes())
+    rank = data[3]
+    shape = np.frombuffer(data, ">u4", count=rank, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small networks, written once for every normalizer.
+
+``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it.
+"""
+
+from collections.abc import Callable
+
+import jax
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    from flax import linen as nn
+
+NormFn = Callable[..., nn.Module]
+
+
+class MLP(nn.Module):
+    """Three normalized dense layers."""
+
+    norm: NormFn
+    classes: int
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        z = images.reshape(len(images), -1)
+        for _ in range(3):
+            layer = nn.Dense(self.width, use_bias=False)
+            z = nn.relu(self.norm(layer=layer, train=train)(z))
+        return nn.Dense(self.classes)(z)
+
+
+class ResidualCNN(nn.Module):
+    """A stem and three residual blocks of two 3x3 convolutions, halving the image twice."""
+
+    norm: NormFn
+    classes: int
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        def conv(features: int, size: int = 3, stride: int = 1):
+            layer = nn.Conv(features, (size, size), stride, use_bias=False)
+            return self.norm(layer=layer, train=train)
+
+        z = nn.relu(conv(self.width)(images))
+        for stage in range(3):
+            features, stride = self.width * 2**stage, 1 if stage == 0 else 2
+            shortcut = z if stage == 0 else conv(features, 1, stride)(z)
+            z = nn.relu(conv(features, 3, stride)(z))
+            z = nn.relu(shortcut + conv(features)(z))
+        return nn.Dense(self.classes)(z.mean((1, 2)))
+
+
+NETWORKS = {"mlp": MLP, "cnn": ResidualCNN}

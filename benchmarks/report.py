@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as a file, a table and a figure."""
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import matplotlib.figure
+    from rich.table import Table
+
+# Distinct in print, in the dark and for colour-blind readers (Okabe & Ito).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+
+
+def environment() -> dict[str, str]:
+    """Versions and device, to go with every figure."""
+    packages = ("cbn_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "device": f"{device.platform}: {device.device_kind}",
+        "processor": f"{platform.machine()}, {_cores()} cores",
+    }
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes in one piece, so that an interrupted run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation over the seeds."""
+    mean, deviation = np.mean(values), np.std(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024 or unit == "MiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+HEADINGS = (
+    "network",
+    "method",
+    "batch",
+    "train loss",
+    "test accuracy, %",
+    "step time, ratio to batch_norm",
+    "state",
+)
+
+
+def rows(results: dict) -> list[tuple[str, ...]]:
+    """One row a network and method, from the results as written to JSON."""
+    table = []
+    for cell in results["cells"]:
+        last = [curve[-1] for curve in cell["curves"]]
+        time = cell["step_time"]
+        table.append(
+            (
+                cell["network"],
+                cell["method"],
+                str(cell["batch_size"]),
+                spread([point["loss"] for point in last], 3),
+                spread([100 * point["accuracy"] for point in last], 1),
+                f"{time['ratio']:.2f} ({time['ratio_low']:.2f}–{time['ratio_high']:.2f})",
+                size(cell["state_bytes"]),
+            )
+        )
+    return table
+
+
+def table(results: dict) -> Table:
+    """The table for the terminal."""
+    config = results["config"]
+    seeds = len(config["seeds"])
+    made = Table(
+        *HEADINGS,
+        title=f"{config['dataset']}: batch size {config['batch_size']}, "
+        f"{config['epochs']} epochs",
+        caption=f"mean ± standard deviation over {seeds} seeds; step time: median "
+        f"(quartiles) of side-by-side ratios; {results['environment']['device']}",
+    )
+    for row in rows(results):
+        made.add_row(*row)
+    return made
+
+
+def markdown(results: dict) -> str:
+    """The same table for a README."""
+    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows(results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def figure(results: dict, path: Path) -> None:
+    """Learning curves, one panel a network: mean over seeds, band from least to most."""
+    networks = list(dict.fromkeys(cell["network"] for cell in results["cells"]))
+    made = matplotlib.figure.Figure(
+        figsize=(4.8 * len(networks), 3.6), layout="constrained", dpi=150
+    )
+    axes = made.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    methods = list(dict.fromkeys(cell["label"] for cell in results["cells"]))
+    for axis, network in zip(axes, networks, strict=True):
+        for cell in (c for c in results["cells"] if c["network"] == network):
+            _curve(axis, cell, methods.index(cell["label"]))
+        axis.set_title(network.upper(), fontsize=10)
+        axis.set_xlabel("training examples seen")
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
+    config = results["config"]
+    made.suptitle(f"{config['dataset']}, batch size {config['batch_size']}", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path)
+
+
+def _curve(axis, cell: dict, index: int) -> None:
+    examples = [cell["batch_size"] * point["step"] for point in cell["curves"][0]]
+    accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
+    colour = COLOURS[index % len(COLOURS)]
+    style = "--" if "@" in cell["label"] else "-"
+    axis.plot(examples, accuracy.mean(0), style, color=colour, label=cell["label"], lw=1.6)
+    axis.fill_between(
+        examples, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.15, lw=0
+    )

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training loop for every benchmark: a jitted step called from Python."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import optax
+    from flax import linen as nn
+
+from .data import Dataset
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class Progress(NamedTuple):
+    """Where a run stands after some of its steps."""
+
+    step: int
+    loss: float  # mean over the steps since the last report
+    accuracy: float  # on the test images
+
+
+class Trainer(NamedTuple):
+    """The pure functions of a run; ``step`` is jitted and takes the state over."""
+
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[..., tuple[TrainState, jax.Array]]
+    evaluate: Callable[[TrainState, jax.Array, jax.Array], jax.Array]
+
+
+def make_trainer(
+    model: nn.Module, image_shape: tuple[int, ...], learning_rate: float, steps: int
+) -> Trainer:
+    """SGD with momentum 0.9 and a cosine schedule."""
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    optimizer = optax.sgd(schedule, momentum=0.9)
+
+    def init(key: jax.Array) -> TrainState:
+        variables = model.init(key, jnp.ones((2, *image_shape)), train=False)
+        params = variables["params"]
+        return TrainState(
+            params, variables.get("batch_stats", {}), optimizer.init(params)
+        )
+
+    def step(state, images, labels, rows):
+        """Rows are picked on the device, so that the host hands over indices only."""
+
+        def loss_fn(params):
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images[rows],
+                train=True,
+                mutable=["batch_stats"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, labels[rows]
+            )
+            return losses.mean(), updates.get("batch_stats", {})
+
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), gradients = gradient(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, batch_stats, opt_state), loss
+
+    def evaluate(state, images, labels):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits = model.apply(variables, images, train=False)
+        return jnp.mean(logits.argmax(-1) == labels)
+
+    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(evaluate))
+
+
+def batches(examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows of every step; each epoch shuffles anew and drops an incomplete batch."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(examples).astype(np.int32)
+        yield from order[: examples - examples % batch_size].reshape(-1, batch_size)
+
+
+def count_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
+    """Steps of a run."""
+    steps = len(dataset.train_labels) // batch_size * epochs
+    if steps == 0:
+        raise ValueError(
+            f"batch size {batch_size} and {epochs} epochs on {len(dataset.train_labels)} "
+            "examples give no step, expected at least one; take a smaller --batch-size."
+        )
+    return steps
+
+
+def run(
+    trainer: Trainer,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    reports: int = 20,
+) -> Iterator[Progress]:
+    """Trains, and reports at evenly spaced steps, the last one included."""
+    steps = count_steps(dataset, batch_size, epochs)
+    marks = set(np.linspace(0, steps, reports + 1).round().astype(int)[1:].tolist())
+    train = jax.device_put((dataset.train_images, dataset.train_labels))
+    test = jax.device_put((dataset.test_images, dataset.test_labels))
+    state, losses = trainer.init(jax.random.key(seed)), []
+    rows = batches(len(dataset.train_labels), batch_size, epochs, seed)
+    for step, chosen in enumerate(rows, start=1):
+        state, loss = trainer.step(state, *train, chosen)
+        losses.append(loss)
+        if step in marks:
+            accuracy = trainer.evaluate(state, *test)
+            yield Progress(step, float(np.mean(jax.device_get(losses))), float(accuracy))
+            losses = []

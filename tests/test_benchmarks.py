@@ -1,0 +1,166 @@
+"""The main job at its smallest size, and what it says when asked for the impossible."""
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from benchmarks import data, methods, report, small_batch, training
+from rich.console import Console
+
+pytestmark = [
+    # Raised inside tensorflow-datasets and what it imports.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def small(tmp_path, data_dir):
+    return small_batch.Config(
+        seeds=(0,), epochs=1, examples=64, timing_rounds=1, output=tmp_path, data_dir=data_dir
+    )
+
+
+def test_digits_are_real_images(data_dir):
+    digits = data.load("digits", data_dir)
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    assert digits.train_images.max() == 1.0
+    assert digits.train_images.min() == 0.0
+    assert set(digits.train_labels) == set(range(10)) == set(digits.test_labels)
+    again = data.load("digits", data_dir, examples=10)
+    np.testing.assert_array_equal(again.train_images, digits.train_images[:10])
+
+
+def test_data_needs_no_tensorflow(data_dir):
+    code = (
+        "import sys, pathlib; from benchmarks import data;"
+        f"data.load('digits', pathlib.Path({str(data_dir)!r}));"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def write_idx(path, array):
+    header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def test_fashion_mnist_from_idx_files(tmp_path, monkeypatch):
+    """Files of the published form, made here; every image keeps its label."""
+    images = np.random.default_rng(0).integers(0, 256, (10, 28, 28), dtype=np.uint8)
+    labels = np.arange(10, dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels)
+    monkeypatch.setattr(data, "IDX_FOLDERS", (tmp_path / "absent", tmp_path))
+    loaded = data.load("fashion_mnist", tmp_path / "prepared")
+    assert sorted(loaded.test_labels) == list(labels)
+    expected = images[loaded.test_labels][..., None] / np.float32(images.max())
+    np.testing.assert_allclose(loaded.test_images, expected, rtol=1e-6)
+
+
+def test_any_set_of_tensorflow_datasets_by_name(data_dir):
+    """A versioned name goes the general way, through the registry."""
+    digits = data.load("digits", data_dir)
+    by_name = data.load("digits:1.0.0", data_dir)
+    np.testing.assert_array_equal(by_name.test_images, digits.test_images)
+
+
+def test_main_job_writes_results_and_takes_them_up_again(small, capsys):
+    console = Console(width=120)
+    results = small_batch.main(small, console)
+    assert [cell["label"] for cell in results["cells"][:4]] == list(small.methods)
+    assert len(results["cells"]) == 8
+    for cell in results["cells"]:
+        assert np.isfinite(cell["curves"][0][-1]["loss"])
+        assert cell["step_time"]["ratio"] > 0
+    assert (small.output / "curves.png").stat().st_size > 10_000
+    assert json.loads((small.output / "results.json").read_text()) == json.loads(
+        json.dumps(results)
+    )
+    assert (small.output / "table.md").read_text() == report.markdown(results)
+    files = {path: path.stat().st_mtime_ns for path in (small.output / "runs").iterdir()}
+    assert len(files) == 8
+    again = small_batch.main(small, console)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert [c["curves"] for c in again["cells"]] == [c["curves"] for c in results["cells"]]
+
+
+def test_seeds_are_reproducible(small):
+    dataset = data.load("digits", small.data_dir, 64)
+    method = methods.parse("cross_iteration", 2)
+    curves = [
+        list(
+            training.run(
+                small_batch._trainer(small, "mlp", method, dataset),
+                dataset,
+                batch_size=2,
+                epochs=1,
+                seed=seed,
+            )
+        )
+        for seed in (3, 3, 4)
+    ]
+    assert curves[0] == curves[1] != curves[2]
+
+
+def refuse(*arguments):
+    with pytest.raises(SystemExit) as error:
+        small_batch.cli(list(arguments))
+    return str(error.value)
+
+
+def test_unknown_method():
+    message = refuse("--methods", "batch_norm", "instance_norm")
+    assert "method 'instance_norm' is unknown; known are batch_norm, group_norm" in message
+
+
+def test_unknown_dataset(tmp_path):
+    message = refuse("--dataset", "fashon", "--data-dir", str(tmp_path))
+    assert "dataset 'fashon' is unknown; known are digits, fashion_mnist and" in message
+
+
+def test_unknown_network(tmp_path):
+    message = refuse("--networks", "vgg", "--data-dir", str(tmp_path))
+    assert "network 'vgg' is unknown; known are mlp, cnn" in message
+
+
+def test_batch_larger_than_the_data(small):
+    message = refuse("--batch-size", "5000", "--data-dir", str(small.data_dir))
+    assert "batch size 5000" in message
+    assert "smaller --batch-size" in message
+
+
+def test_help_reads_well(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        small_batch.cli(["--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "dataset",
+        "batch-size",
+        "methods",
+        "seeds",
+        "epochs",
+        "learning-rate",
+        "output",
+    ):
+        assert f"--{option}" in text
+
+
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "optax", "tyro", "matplotlib"])
+def test_a_missing_dependency_is_one_sentence(package):
+    code = f"import sys; sys.modules[{package!r}] = None; import benchmarks.small_batch"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert f"{package} is not installed; install it with: pip install -e" in run.stderr
+    assert "Traceback" not in run.stderr

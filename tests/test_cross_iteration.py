@@ -1,0 +1,354 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import LAYERS, conv, drift, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cbn_jax as cbn
+
+layers = pytest.mark.parametrize("name", LAYERS)
+EPSILON = 1e-5
+
+
+def variance(statistics):
+    return 1 / np.square(np.float64(statistics.inv_std)) - EPSILON
+
+
+def path(layer, key, steps, size=0.05, examples=None):
+    """(params, inputs) of a run with moving weights."""
+    params = layer.params(key)
+    for step in range(steps):
+        yield params, layer.data(jax.random.fold_in(key, step), examples=examples)
+        params = drift(params, jax.random.fold_in(key, 100 + step), size)
+
+
+def start(layer, key, **options):
+    estimator = cbn.cross_iteration_batch_norm(**options)
+    return estimator, estimator.init(layer.features, layer.params(key))
+
+
+def patches(layer, z):
+    if z.ndim == 2:
+        return np.float64(z)
+    options = layer.fn.keywords
+    cut = reference.conv_patches(
+        z,
+        layer.kernel[0],
+        options.get("stride", 1),
+        options.get("padding", 0),
+        options.get("dilation", 1),
+    )
+    return cut.reshape(-1, np.prod(cut.shape[3:]))
+
+
+@pytest.mark.parametrize("burn_in", [0, 3])
+@pytest.mark.parametrize("name", ["dense", "dense-no_bias", "conv-strided", "conv-dilated"])
+def test_equals_the_oracle(name, burn_in, key):
+    """Statistics over twelve steps of moving weights, window 4, then the averages."""
+    layer = LAYERS[name]
+    estimator, state = start(layer, key, window=4, burn_in=burn_in, momentum=0.9)
+    oracle = reference.CrossIteration(4, burn_in)
+    for params, z in path(layer, key, 12, examples=2):
+        _, statistics, state = train(estimator, state, layer, params, z)
+        kernel = np.asarray(params["kernel"]).reshape(-1, layer.features)
+        bias = params.get("bias", np.zeros(layer.features))
+        mean, var = oracle.step(patches(layer, z), kernel, bias)
+        np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(variance(statistics), var, rtol=1e-4, atol=1e-5)
+    weights = reference.exponential_weights(12, 0.9)
+    np.testing.assert_allclose(state.running.mean, weights @ oracle.means, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.running.var, weights @ oracle.variances, rtol=1e-4)
+    newest = (int(state.slot) - 1) % 3
+    entry = jax.tree.map(lambda leaf: np.asarray(leaf[newest]), state.history)
+    last = oracle.past[0]
+    shape = layer.kernel
+    np.testing.assert_allclose(
+        entry.d_mean["kernel"], last["dmu_dW"].reshape(shape), rtol=1e-4, atol=1e-5
+    )
+    central = last["dnu_dW"] - 2 * last["mu"] * last["dmu_dW"]
+    np.testing.assert_allclose(
+        entry.d_var["kernel"], central.reshape(shape), rtol=1e-4, atol=1e-4
+    )
+
+
+@layers
+def test_window_one_is_batch_norm(name, key):
+    layer = LAYERS[name]
+    estimator, state = start(layer, key, window=1)
+    baseline = cbn.batch_norm()
+    other = baseline.init(layer.features)
+    for params, z in path(layer, key, 4):
+
+        def loss(params, estimator, state, z=z):
+            x, statistics, _ = train(estimator, state, layer, params, z)
+            return jnp.sin(cbn.normalize(x, statistics)).sum()
+
+        mine = jax.value_and_grad(loss)(params, estimator, state)
+        theirs = jax.value_and_grad(loss)(params, baseline, other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), mine, theirs
+        )
+        _, statistics, state = train(estimator, state, layer, params, z)
+        _, expected, other = train(baseline, other, layer, params, z)
+        for a, b in zip(statistics, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, state.running, other)
+
+
+@layers
+def test_frozen_weights_pool_the_window(name, key):
+    """Batches of unequal size through standing weights: one big batch."""
+    layer = LAYERS[name]
+    estimator, state = start(layer, key, window=3)
+    params = layer.params(key)
+    batches = [
+        layer.data(jax.random.fold_in(key, i), examples=n) for i, n in enumerate([5, 2, 8, 1, 4])
+    ]
+    for step, z in enumerate(batches):
+        _, statistics, state = train(estimator, state, layer, params, z)
+        window = jnp.concatenate(batches[max(0, step - 2) : step + 1])
+        expected = cbn.batch_moments(layer.fn(params, window))
+        np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(variance(statistics), expected.var, rtol=2e-5)
+
+
+@layers
+def test_means_are_exact_on_any_path(name, key):
+    """The mean is linear in the weights: recompute it for every past batch."""
+    layer = LAYERS[name]
+    estimator, state = start(layer, key, window=4)
+    seen = []
+    for params, z in path(layer, key, 9, size=1.0):
+        _, statistics, state = train(estimator, state, layer, params, z)
+        seen.append(z)
+        recomputed = layer.fn(params, jnp.concatenate(seen[-4:]))
+        expected = cbn.batch_moments(recomputed).mean
+        np.testing.assert_allclose(statistics.mean, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv-strided", "conv-grouped"])
+def test_variances_converge_at_second_order(name, key, x64):
+    """Half the step, a quarter of the error: the Taylor term is the derivative."""
+    layer = LAYERS[name]
+    params, z = layer.params(key, jnp.float64), layer.data(key, jnp.float64)
+    direction = layer.params(jax.random.fold_in(key, 1), jnp.float64)
+    estimator, state = start(layer, key, window=2)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.history)
+    state = state._replace(history=wide)  # else float32 rounding hides the slope
+    _, _, state = train(estimator, state, layer, params, z)
+
+    def error(size):
+        moved = jax.tree.map(lambda p, d: p + size * d, params, direction)
+        x, statistics, _ = train(estimator, state, layer, moved, z)
+        return np.abs(variance(statistics) - cbn.batch_moments(x).var).max()
+
+    slope = np.log2(error(2e-3) / error(1e-3))
+    assert slope == pytest.approx(2.0, abs=0.02)
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.floats(0.0, 30.0), seed=st.integers(0, 1000), name=st.sampled_from(sorted(LAYERS)))
+def test_variance_is_never_negative(size, seed, name):
+    layer, key = LAYERS[name], jax.random.key(seed)
+    estimator, state = start(layer, key, window=4)
+    for params, z in path(layer, key, 5, size=size, examples=2):
+        x, statistics, state = train(estimator, state, layer, params, z)
+        assert (statistics.inv_std <= EPSILON**-0.5 * 1.0001).all()
+        assert np.isfinite(cbn.normalize(x, statistics)).all()
+
+
+def test_burn_in_is_batch_norm_then_the_full_window(key):
+    layer = LAYERS["conv"]
+    estimator, state = start(layer, key, window=3, burn_in=4)
+    full, other = start(layer, key, window=3)
+    for step, (params, z) in enumerate(path(layer, key, 7)):
+        x, statistics, state = train(estimator, state, layer, params, z)
+        _, windowed, other = train(full, other, layer, params, z)
+        plain = cbn.batch_moments(x)
+        expected = (plain.mean, plain.var) if step < 4 else (windowed.mean, variance(windowed))
+        np.testing.assert_allclose(statistics.mean, expected[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(variance(statistics), expected[1], rtol=1e-5)
+
+
+def test_gradient_in_closed_form(key):
+    """dL/dx = (g − mean(g)/n − x̂ mean(g x̂)/n) / σ, n iterations in the window."""
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key, window=3)
+    run = list(path(layer, key, 3))
+    for params, z in run[:2]:
+        _, _, state = train(estimator, state, layer, params, z)
+    x, source = cbn.run_layer(layer.fn, *run[2])
+    g = jax.random.normal(key, x.shape)
+
+    def f(x):
+        statistics, _ = estimator.train(state, x, source)
+        return cbn.normalize(x, statistics)
+
+    x_hat, pull = jax.vjp(f, x)
+    inv_std = estimator.train(state, x, source)[0].inv_std
+    projected = g - (g.mean(0)[None] + x_hat * (g * x_hat).mean(0)[None]) / 3
+    np.testing.assert_allclose(pull(g)[0], projected * inv_std[None], rtol=1e-4, atol=1e-5)
+
+
+def test_no_gradient_through_the_compensation(key):
+    """As published: the weights are constant inside the Taylor term."""
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key, window=3)
+    (old, z0), (params, z) = path(layer, key, 2)
+    _, _, state = train(estimator, state, layer, old, z0)
+
+    def whole(params):
+        x, statistics, _ = train(estimator, state, layer, params, z)
+        return jnp.sin(cbn.normalize(x, statistics)).sum()
+
+    _, source = cbn.run_layer(layer.fn, params, z)
+
+    def through_x(params):
+        x = layer.fn(params, z)
+        return jnp.sin(cbn.normalize(x, estimator.train(state, x, source)[0])).sum()
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.grad(whole)(params),
+        jax.grad(through_x)(params),
+    )
+
+
+def test_gradient_accumulation_pools_the_micro_batches(key):
+    """k micro-batches at fixed weights: the last one sees the whole batch."""
+    layer = LAYERS["conv"]
+    estimator, state = start(layer, key, window=4)
+    for params, z in path(layer, key, 3):
+        for micro in jnp.split(z, 4):
+            _, statistics, state = train(estimator, state, layer, params, micro)
+        whole = cbn.batch_moments(layer.fn(params, z))
+        np.testing.assert_allclose(statistics.mean, whole.mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(variance(statistics), whole.var, rtol=1e-4)
+
+
+def test_one_example_per_iteration(key):
+    """Variance across iterations alone, where each has a single value per feature."""
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key, window=5)
+    params = layer.params(key)
+    data = layer.data(key)
+    for step in range(8):
+        _, statistics, state = train(estimator, state, layer, params, data[step : step + 1])
+    expected = cbn.batch_moments(layer.fn(params, data[3:]))
+    np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(variance(statistics), expected.var, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("ratio", "tolerance"), [(1e3, 1e-3), (1e4, 1e-2)])
+def test_large_means_do_not_cancel(ratio, tolerance, key):
+    """The raw form E[x²] − E[x]² has lost every digit at 1e4."""
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key, window=4)
+    params = layer.params(key)
+    params["bias"] = jnp.full(4, ratio)
+    seen = []
+    for step in range(6):
+        z = layer.data(jax.random.fold_in(key, step))
+        x, statistics, state = train(estimator, state, layer, params, z)
+        seen.append(np.float64(x))
+        exact = np.concatenate(seen[-4:]).var(0)
+        np.testing.assert_allclose(variance(statistics), exact, rtol=tolerance)
+        params = {**params, "kernel": params["kernel"] + 1e-6}
+
+
+def test_costs_four_thirds_of_batch_norm():
+    """FLOPs of a training step on a chain of 3x3 convolutions, by XLA's count."""
+    width, depth = 64, 8
+    layer_fn = functools.partial(conv, padding=1)
+    kernels = [{"kernel": jnp.ones((3, 3, 3 if i == 0 else width, width))} for i in range(depth)]
+
+    def flops(estimator, shape):
+        states = [estimator.init(width, kernel) for kernel in kernels]
+
+        def loss(kernels, states, z):
+            new = []
+            for kernel, state in zip(kernels, states, strict=True):
+                x, source = cbn.run_layer(layer_fn, kernel, z)
+                statistics, state = estimator.train(state, x, source)
+                z = jax.nn.relu(cbn.normalize(x, statistics))
+                new.append(state)
+            return z.mean(), new
+
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        compiled = step.lower(kernels, states, jnp.ones(shape)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    for shape in [(2, 32, 32, 3), (1, 32, 32, 3), (8, 16, 16, 3)]:
+        ratio = flops(cbn.cross_iteration_batch_norm(8), shape) / flops(cbn.batch_norm(), shape)
+        assert 4 / 3 - 0.02 < ratio <= 1.36
+
+
+# Wrong input: what came, what was expected, what to write.
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, True])
+def test_window_must_be_a_whole_number(window):
+    with pytest.raises(ValueError, match=r"window is .*whole number of iterations from 1"):
+        cbn.cross_iteration_batch_norm(window)
+
+
+def test_burn_in_must_not_be_negative():
+    with pytest.raises(ValueError, match=r"burn_in is -1, .*from 0 on"):
+        cbn.cross_iteration_batch_norm(8, burn_in=-1)
+
+
+def test_a_source_is_needed(key):
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key)
+    with pytest.raises(ValueError, match=r"source=None, .*run_layer\(layer_fn.*layer=\.\.\."):
+        estimator.train(state, jnp.ones((8, 4)))
+
+
+def test_parameters_must_have_features_last(key):
+    estimator = cbn.cross_iteration_batch_norm()
+    with pytest.raises(ValueError, match=r"\['kernel'\] of shape \(4, 5\), .*last \(4\)"):
+        estimator.init(4, {"kernel": jnp.ones((4, 5))})
+    with pytest.raises(ValueError, match=r"params=None, .*init\(features, params\)"):
+        estimator.init(4)
+
+
+def test_a_state_of_another_window(key):
+    layer = LAYERS["dense"]
+    estimator, _ = start(layer, key, window=8)
+    _, state = start(layer, key, window=4)
+    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
+    message = r"window=8\) got a state with 3 past iterations, expected 7"
+    with pytest.raises(ValueError, match=message):
+        estimator.train(state, x, source)
+    with pytest.raises(ValueError, match=message):
+        estimator.infer(state, x)
+
+
+def test_a_source_of_another_layer(key):
+    layer, other = LAYERS["dense"], LAYERS["dense-no_bias"]
+    estimator, state = start(layer, key)
+    x, source = cbn.run_layer(other.fn, other.params(key), other.data(key))
+    with pytest.raises(ValueError, match="a source with parameters of shapes"):
+        estimator.train(state, x, source)
+
+
+def test_axis_names_must_agree(key):
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key)
+    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
+    with pytest.raises(ValueError, match=r"axis_name='data' and a source with axis_name=None"):
+        estimator.train(state, x, source, axis_name="data")
+
+
+def test_one_value_per_feature_needs_a_window(key):
+    layer = LAYERS["dense"]
+    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key, examples=1))
+    for options in ({"window": 1}, {"window": 8, "burn_in": 10}):
+        estimator, state = start(layer, key, **options)
+        with pytest.raises(ValueError, match="one value per feature"):
+            estimator.train(state, x, source)

@@ -1,0 +1,284 @@
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import FACTORIES, LAYERS
+from flax import linen as nn
+from flax import serialization
+
+import cbn_jax as cbn
+from cbn_jax.linen import Norm
+
+estimators = pytest.mark.parametrize("name", FACTORIES)
+CBN = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
+
+
+class Net(nn.Module):
+    """Two normalized convolutions; ``norm`` is the one line that changes."""
+
+    norm: functools.partial
+
+    @nn.compact
+    def __call__(self, z, train):
+        norm = functools.partial(self.norm, use_running_average=not train)
+        z = nn.relu(norm(layer=nn.Conv(4, (3, 3), use_bias=False))(z))
+        z = nn.relu(norm(layer=nn.Conv(4, (3, 3), strides=2, feature_group_count=2))(z))
+        return nn.Dense(3)(z.mean((1, 2)))
+
+
+def net(name):
+    return Net(functools.partial(Norm, FACTORIES[name]()))
+
+
+def images(key, n=4):
+    return jax.random.normal(key, (n, 6, 6, 2))
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("where", ["constructor", "call"])
+def test_drop_in_for_batch_norm(where, axis, key):
+    """Outputs, gradients and predictions; running averages but for Flax's own bias."""
+    x = 2.0 + jax.random.normal(key, (8, 5, 5, 5))
+    flag = {"use_running_average": False}
+    made, called = (flag, {}) if where == "constructor" else ({}, flag)
+    theirs = nn.BatchNorm(momentum=0.9, axis=axis, use_fast_variance=False, **made)
+    ours = Norm(cbn.batch_norm(momentum=0.9), axis=axis, **made)
+
+    def run(module):
+        variables = module.init(key, x, **called)
+
+        def loss(params):
+            y, updates = module.apply(
+                {**variables, "params": params}, x, mutable=["batch_stats"], **called
+            )
+            return jnp.sin(y).sum(), (y, updates)
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, (y, updates)), gradient = grad(variables["params"])
+        return variables["params"], value, y, gradient, updates
+
+    *mine, my_state = run(ours)
+    *others, their_state = run(theirs)
+    assert_close(mine, others, 2e-5)
+    running, flax_stats = my_state["batch_stats"]["state"], their_state["batch_stats"]
+    np.testing.assert_allclose(flax_stats["mean"], 0.1 * running.mean, rtol=1e-5)
+    np.testing.assert_allclose(flax_stats["var"], 0.9 + 0.1 * running.var, rtol=1e-5)
+
+
+def test_inference_equals_flax_with_the_same_statistics(key):
+    x = jax.random.normal(key, (8, 5))
+    mean, var = jnp.linspace(-1, 1, 5), jnp.linspace(0.5, 2, 5)
+    ours, theirs = Norm(cbn.batch_norm()), nn.BatchNorm()
+    state = cbn.RunningMoments(mean, var, jnp.ones(5))
+    params = {"scale": jnp.linspace(1, 2, 5), "bias": jnp.linspace(0, 1, 5)}
+    mine = {"params": params, "batch_stats": {"state": state}}
+    flax_variables = {"params": params, "batch_stats": {"mean": mean, "var": var}}
+    assert_close(
+        ours.apply(mine, x, use_running_average=True),
+        theirs.apply(flax_variables, x, use_running_average=True),
+    )
+
+
+def test_parameter_tree_is_that_of_batch_norm(key):
+    """Snapshot: the wrapped layers stay where they were; checkpoints move over."""
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, z, train):
+            norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+            z = nn.relu(norm()(nn.Conv(4, (3, 3), use_bias=False)(z)))
+            z = nn.Conv(4, (3, 3), strides=2, feature_group_count=2)(z)
+            return nn.Dense(3)(nn.relu(norm()(z)).mean((1, 2)))
+
+    plain = Plain().init(key, images(key), train=False)["params"]
+    expected = {name.replace("BatchNorm", "Norm"): leaf for name, leaf in plain.items()}
+    for name in FACTORIES:
+        params = net(name).init(key, images(key), train=False)["params"]
+        assert set(params) == set(expected)
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@estimators
+def test_equals_the_functional_core(name, key):
+    """Four SGD steps by hand and through the module."""
+    layer, estimator = LAYERS["dense"], FACTORIES[name]()
+    module = Norm(estimator, layer=nn.Dense(4), use_running_average=False)
+    variables = module.init(key, layer.data(key))
+    params = variables["params"]
+    state = estimator.init(4, params["layer"])
+    variables = {"batch_stats": variables["batch_stats"]}
+    mine = theirs = params
+
+    def functional(params, state, z):
+        x, source = cbn.run_layer(layer.fn, params["layer"], z)
+        statistics, state = estimator.train(state, x, source)
+        y = cbn.normalize(x, statistics, params["scale"], params["bias"])
+        return jnp.sin(y).sum(), state
+
+    def modular(params, variables, z):
+        y, updates = module.apply({"params": params, **variables}, z, mutable=["batch_stats"])
+        return jnp.sin(y).sum(), updates
+
+    for step in range(4):
+        z = layer.data(jax.random.fold_in(key, step))
+        (_, state), g = jax.value_and_grad(functional, has_aux=True)(mine, state, z)
+        (_, variables), h = jax.value_and_grad(modular, has_aux=True)(theirs, variables, z)
+        assert_close(h, g)
+        mine, theirs = (
+            jax.tree.map(lambda p, d: p - 0.1 * d, p, d) for p, d in ((mine, g), (theirs, h))
+        )
+    assert_close(variables["batch_stats"]["state"], state)
+
+
+@estimators
+def test_a_model_written_once_trains_with_every_method(name, key):
+    """Jitted, donated, serialized in the middle, without a second trace."""
+    model, optimizer = net(name), optax.sgd(0.1)
+    variables = model.init(key, images(key), train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state, labels = optimizer.init(params), jnp.arange(4) % 3
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(params, stats, opt_state, z):
+        traces.append(None)
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": stats}
+            y, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(y, labels)
+            return loss.mean(), updates["batch_stats"]
+
+        (loss, new), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), new, opt_state, loss
+
+    losses, z = [], images(key)
+    for i in range(30):
+        params, stats, opt_state, loss = step(params, stats, opt_state, z)
+        losses.append(loss)
+        if i == 10:
+            stats = serialization.from_bytes(stats, serialization.to_bytes(stats))
+            stats = jax.tree.map(jnp.asarray, stats)
+    assert len(traces) == 1
+    assert losses[-1] < 0.6 * losses[0]
+    model.apply({"params": params, "batch_stats": stats}, z, train=False)
+
+
+@estimators
+def test_initializing_updates_nothing_and_needs_no_axis(name, key):
+    module = Norm(FACTORIES[name](), layer=nn.Dense(4), axis_name="nowhere")
+    variables = module.init(key, jnp.ones((1, 5)), use_running_average=False)
+    fresh = FACTORIES[name]().init(4, variables["params"]["layer"])
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"]["state"], fresh)
+
+
+def test_evaluation_leaves_the_state(key):
+    model = net("cross_iteration_batch_norm")
+    variables = model.init(key, images(key), train=False)
+    model.apply(variables, images(key), train=False)  # not even mutable
+    _, after = model.apply(variables, images(key), train=False, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
+    with pytest.raises(flax.errors.ModifyScopeVariableError):
+        model.apply(variables, images(key), train=True)
+
+
+def test_remat_updates_once(key):
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            return Norm(CBN, layer=nn.Dense(5), use_running_average=False)(z)
+
+    z = LAYERS["dense"].data(key)
+    plain, remat = Body(), nn.remat(Body)()
+    variables = plain.init(key, z)
+
+    def loss(params, module):
+        y, updates = module.apply(
+            {**variables, "params": params}, z, mutable=["batch_stats"]
+        )
+        return jnp.sin(y).sum(), updates
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    assert_close(grad(variables["params"], remat), grad(variables["params"], plain))
+
+
+def test_scan_over_layers(key):
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, z, _):
+            return Norm(CBN, layer=nn.Dense(5), use_running_average=False)(z), None
+
+    stack = nn.scan(
+        Body,
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=3,
+    )()
+    z = LAYERS["dense"].data(key)
+    variables = stack.init(key, z, None)
+    (y, _), updates = stack.apply(variables, z, None, mutable=["batch_stats"])
+    for i in range(3):
+        layer = jax.tree.map(lambda leaf: leaf[i], variables)  # noqa: B023
+        z, one = Body().apply(layer, z, None, mutable=["batch_stats"])
+        assert_close(jax.tree.map(lambda leaf: leaf[i], updates), one)  # noqa: B023
+        z = z[0]
+    assert_close(y, z)
+
+
+def test_options(key):
+    x = jax.random.normal(key, (8, 5), jnp.bfloat16)
+    module = Norm(
+        cbn.batch_norm(),
+        use_running_average=True,
+        use_bias=False,
+        scale_init=nn.initializers.constant(3.0),
+        param_dtype=jnp.bfloat16,
+        dtype=jnp.float32,
+    )
+    y, variables = module.init_with_output(key, x)
+    assert set(variables["params"]) == {"scale"}
+    assert variables["params"]["scale"].dtype == jnp.bfloat16
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, 3.0 * np.float32(x), rtol=1e-2)
+    assert Norm(cbn.batch_norm(), use_running_average=True).apply({
+        "params": {"scale": jnp.ones(5), "bias": jnp.zeros(5)},
+        "batch_stats": {"state": cbn.batch_norm().init(5)},
+    }, x).dtype == jnp.bfloat16
+
+
+def test_wide_layers_take_one_pass(key):
+    """The layer is run with one feature more, not twice."""
+    module = Norm(CBN, layer=nn.Conv(32, (3, 3)), use_running_average=False)
+    plain = Norm(cbn.batch_norm(), layer=nn.Conv(32, (3, 3)), use_running_average=False)
+
+    def flops(module):
+        z = jnp.ones((2, 16, 16, 32))
+        variables = module.init(key, z)
+        apply = jax.jit(lambda v, z: module.apply(v, z, mutable=["batch_stats"]))
+        return apply.lower(variables, z).compile().cost_analysis()["flops"]
+
+    assert flops(module) / flops(plain) < 2.15
+
+
+@pytest.mark.parametrize(("given", "came"), [((None, None), "neither"), ((True, False), "both")])
+def test_flag_given_never_or_twice(given, came, key):
+    with pytest.raises(ValueError, match=f"use_running_average from {came} .*not train"):
+        Norm(cbn.batch_norm(), use_running_average=given[0]).init(key, jnp.ones((2, 3)), given[1])
+
+
+def test_cross_iteration_without_a_layer(key):
+    with pytest.raises(ValueError, match="params=None"):
+        Norm(CBN, use_running_average=False).init(key, jnp.ones((2, 3)))

@@ -1,0 +1,157 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import FACTORIES, LAYERS
+from flax import linen as nn
+from flax import nnx
+
+import cbn_jax as cbn
+from cbn_jax.linen import Norm as LinenNorm
+from cbn_jax.nnx import Norm
+
+estimators = pytest.mark.parametrize("name", FACTORIES)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance),
+        actual,
+        expected,
+    )
+
+
+class Net(nnx.Module):
+    def __init__(self, norm, rngs):
+        norm = functools.partial(norm, rngs=rngs)
+        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+        self.first = norm(layer=conv(2, 4, use_bias=False))
+        self.second = norm(layer=conv(4, 4, strides=2, feature_group_count=2))
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, z):
+        z = nnx.relu(self.second(nnx.relu(self.first(z))))
+        return self.head(z.mean((1, 2)))
+
+
+def net(name):
+    return Net(functools.partial(Norm, FACTORIES[name]()), nnx.Rngs(0))
+
+
+def images(key):
+    return jax.random.normal(key, (4, 6, 6, 2))
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_drop_in_for_batch_norm(axis, key):
+    x = 2.0 + jax.random.normal(key, (8, 5, 5, 5))
+    options = {"axis": axis, "rngs": nnx.Rngs(0)}
+    theirs = nnx.BatchNorm(5, momentum=0.9, use_fast_variance=False, **options)
+    ours = Norm(cbn.batch_norm(momentum=0.9), num_features=5, **options)
+    loss = nnx.value_and_grad(lambda module, x: jnp.sin(module(x)).sum())
+    for module in (theirs, ours):
+        module.train()
+    (mine, my_grad), (other, their_grad) = loss(ours, x), loss(theirs, x)
+    assert_close(mine, other, 2e-5)
+    for name in ("scale", "bias"):
+        assert_close(my_grad[name].get_value(), their_grad[name].get_value(), 2e-5)
+    state = ours.state.get_value()
+    np.testing.assert_allclose(theirs.mean.get_value(), 0.1 * state.mean, rtol=1e-5)
+    np.testing.assert_allclose(theirs.var.get_value(), 0.9 + 0.1 * state.var, rtol=1e-5)
+
+
+@estimators
+def test_equals_linen(name, key):
+    """The same weights, inputs and steps: one core under both."""
+    layer, estimator = LAYERS["dense"], FACTORIES[name]()
+    linen = LinenNorm(estimator, layer=nn.Dense(4), use_running_average=False)
+    variables = linen.init(key, layer.data(key))
+    module = Norm(estimator, nnx.Linear(5, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    for step in range(4):
+        moved = 0.5 + 0.1 * step + variables["params"]["layer"]["kernel"]
+        params = {**variables["params"]["layer"], "kernel": moved}
+        module.layer.kernel.set_value(moved)
+        variables = {**variables, "params": {**variables["params"], "layer": params}}
+        z = layer.data(jax.random.fold_in(key, step))
+        expected, updates = linen.apply(variables, z, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        assert_close(module(z), expected)
+    assert_close(module.state.get_value(), variables["batch_stats"]["state"])
+    module.eval()
+    assert_close(module(z), linen.clone(use_running_average=True).apply(variables, z))
+
+
+@estimators
+def test_trains_and_evaluates(name, key):
+    model, z, labels = net(name), images(key), jnp.arange(4) % 3
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, z):
+        traces.append(None)
+
+        def loss_fn(model):
+            loss = optax.softmax_cross_entropy_with_integer_labels(model(z), labels)
+            return loss.mean()
+
+        loss, gradient = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    model.train()
+    losses = [step(model, optimizer, z) for _ in range(30)]
+    assert len(traces) == 1
+    assert losses[-1] < 0.6 * losses[0]
+    before = nnx.state(model, nnx.BatchStat)
+    model.eval()
+    model(z)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.BatchStat), before)
+
+
+def test_split_and_merge(key):
+    model, z = net("cross_iteration_batch_norm"), images(key)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def step(state, z):
+        model = nnx.merge(graph, state)
+        y = model(z)
+        return y, nnx.state(model)
+
+    y, state = step(state, z)
+    assert_close(y, model(z))
+    assert_close(state, nnx.state(model))
+
+
+def test_state_is_one_batch_stat_and_layers_keep_their_names():
+    model = net("cross_iteration_batch_norm")
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert set(params["first"]) == {"layer", "scale", "bias"}
+    assert set(params["second"]["layer"]) == {"kernel", "bias"}
+    stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    assert isinstance(stats["first"]["state"], cbn.CrossIterationState)
+
+
+def test_a_view_with_the_other_mode(key):
+    module = Norm(cbn.batch_norm(), num_features=2, use_bias=False, rngs=nnx.Rngs(0))
+    x = images(key)
+    module(x)
+    module.set_view(use_running_average=True)
+    before = module.state.get_value()
+    module(x)
+    assert_close(module.state.get_value(), before, 0)
+    module(x, use_running_average=False)
+    assert (module.state.get_value().count == 2).all()
+    assert module.bias is None
+
+
+def test_number_of_features_must_be_known():
+    with pytest.raises(ValueError, match=r"num_features=None .*write num_features="):
+        Norm(cbn.batch_norm(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"neither.*use_running_average"):
+        norm = Norm(cbn.batch_norm(), num_features=2, use_running_average=None, rngs=nnx.Rngs(0))
+        norm(jnp.ones((4, 2)))

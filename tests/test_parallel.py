@@ -1,0 +1,205 @@
+"""Eight devices give what one gives: outputs, gradients, states, whatever the context."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import FACTORIES, LAYERS, train
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cbn_jax as cbn
+
+DEVICES = 8
+estimators = pytest.mark.parametrize("name", FACTORIES)
+layers = pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
+
+
+@pytest.fixture(autouse=True)
+def _devices():
+    """A parallel test that sees one device proves nothing."""
+    assert jax.device_count() == DEVICES
+
+
+def mesh():
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def make_step(estimator, layer, axis_name=None, global_gradient=False):
+    """An SGD step whose loss is the mean over the whole batch.
+
+    ``global_gradient``: inside checked ``shard_map``, the gradient of a loss averaged over
+    the devices with respect to replicated parameters arrives summed.
+    """
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    def loss_fn(params, state, z, target):
+        x, statistics, state = train(
+            estimator, state, layer, params, z, axis_name=axis_name
+        )
+        y = cbn.normalize(x, statistics)
+        loss = jnp.square(y - target).mean()
+        if axis_name is not None and global_gradient:
+            loss = jax.lax.pmean(loss, axis_name)
+        return loss, (state, y)
+
+    def step(params, opt_state, state, z, target):
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (state, y)), gradients = gradient(params, state, z, target)
+        if axis_name is not None and not global_gradient:
+            loss, gradients = jax.lax.pmean((loss, gradients), axis_name)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return optax.apply_updates(params, updates), opt_state, state, loss, y
+
+    return step, optimizer
+
+
+def one_device(estimator, layer):
+    return jax.jit(make_step(estimator, layer)[0])
+
+
+def sharded_jit(estimator, layer):
+    step = jax.jit(make_step(estimator, layer)[0])
+    split = NamedSharding(mesh(), P("data"))
+
+    def run(params, opt_state, state, z, target):
+        return step(params, opt_state, state, *jax.device_put((z, target), split))
+
+    return run
+
+
+def shard_map(estimator, layer, check_vma):
+    step, _ = make_step(estimator, layer, "data", global_gradient=check_vma)
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh(),
+            in_specs=(P(), P(), P(), P("data"), P("data")),
+            out_specs=(P(), P(), P(), P(), P("data")),
+            check_vma=check_vma,
+        )
+    )
+
+
+def mapped(transform, estimator, layer):
+    """``pmap`` or ``vmap`` over a leading axis of devices, everything replicated."""
+    step = transform(make_step(estimator, layer, "data")[0], axis_name="data")
+
+    def run(params, opt_state, state, z, target):
+        def split(batch):
+            return batch.reshape(DEVICES, -1, *batch.shape[1:])
+
+        copies = jax.tree.map(
+            lambda leaf: np.stack([leaf] * DEVICES), (params, opt_state, state)
+        )
+        *out, y = jax.device_get(step(*copies, split(z), split(target)))
+        for leaf in jax.tree.leaves(out):
+            np.testing.assert_allclose(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+        return *jax.tree.map(lambda leaf: leaf[0], out), y.reshape(-1, *y.shape[2:])
+
+    return run
+
+
+CONTEXTS = {
+    "sharded jit": sharded_jit,
+    "shard_map": functools.partial(shard_map, check_vma=True),
+    "shard_map unchecked": functools.partial(shard_map, check_vma=False),
+    "pmap": functools.partial(mapped, jax.pmap),
+    "vmap": functools.partial(mapped, jax.vmap),
+}
+
+
+def run(step, estimator, layer, key, steps=5):
+    params = layer.params(key)
+    opt_state = make_step(estimator, layer)[1].init(params)
+    state = estimator.init(layer.features, params)
+    history = []
+    for i in range(steps):
+        z = layer.data(jax.random.fold_in(key, i), examples=2 * DEVICES)
+        target = jax.random.normal(jax.random.fold_in(key, 50 + i), layer.fn(params, z).shape)
+        params, opt_state, state, loss, y = step(params, opt_state, state, z, target)
+        history.append((loss, y))
+    return jax.device_get((params, opt_state, state, history))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@estimators
+@layers
+def test_many_devices_are_one(context, name, layer, key):
+    estimator = FACTORIES[name]()
+    expected = run(one_device(estimator, layer), estimator, layer, key)
+    actual = run(CONTEXTS[context](estimator, layer), estimator, layer, key)
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@estimators
+def test_masks_are_exact_across_devices(name, check_vma, key):
+    """Unequal counts, one device without any value, NaN where nothing counts."""
+    layer = LAYERS["dense"]
+    estimator = FACTORIES[name]()
+    params = layer.params(key)
+    state = estimator.init(layer.features, params)
+    z = layer.data(key, examples=2 * DEVICES)
+    mask = jax.random.bernoulli(key, 0.6, (2 * DEVICES, 1)).at[4:6].set(False)
+
+    def step(z, mask):
+        return train(estimator, state, layer, params, z, axis_name="data", mask=mask)[1:]
+
+    parallel = jax.shard_map(
+        step,
+        mesh=mesh(),
+        in_specs=(P("data"), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    _, *expected = train(estimator, state, layer, params, z[mask[:, 0]])
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
+        jax.jit(parallel)(z, mask),
+        tuple(expected),
+    )
+
+
+def collectives(f, *args):
+    text = jax.jit(f).lower(*args).compile().as_text()
+    return re.findall(r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
+
+
+@pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
+def test_one_collective_forward(layer, key):
+    """Under an axis name; the averages need none of their own."""
+    estimator = cbn.batch_norm()
+    state = estimator.init(layer.features)
+
+    def forward(x):
+        statistics, after = estimator.train(state, x, axis_name="data")
+        return cbn.normalize(x, statistics), after
+
+    x = layer.fn(layer.params(key), layer.data(key, examples=2 * DEVICES))
+    step = jax.shard_map(forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P()))
+    assert collectives(step, x) == ["all-reduce"]
+
+
+@pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
+def test_a_sharded_batch_needs_the_pivot_and_the_sums(layer, key):
+    """Under sharded ``jit``: two small all-reduces forward, one more backward."""
+    estimator = cbn.batch_norm()
+    state = estimator.init(layer.features)
+
+    def forward(x):
+        return cbn.normalize(x, estimator.train(state, x)[0])
+
+    x = layer.fn(layer.params(key), layer.data(key, examples=2 * DEVICES))
+    x = jax.device_put(x, NamedSharding(mesh(), P("data")))
+    assert collectives(forward, x) == ["all-reduce"] * 2
+    backward = jax.grad(lambda x: (forward(x) ** 3).sum())
+    assert collectives(backward, x) == ["all-reduce"] * 3
