@@ -11,7 +11,7 @@ def needed_for(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = (error.name or "a dependency").partition(".")[0]
         raise SystemExit(
-            f"{error.name} is not installed; install it with: "
-            f"pip install -e '.[{extra}]'"
+            f"{package} is not installed; install it with: pip install -e '.[{extra}]'"
         ) from error

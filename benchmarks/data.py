@@ -21,7 +21,9 @@ with needed_for("benchmarks"):
 EMBEDDED = ("digits", "fashion_mnist")
 IDX_FOLDERS = (
     Path("data/fashion-mnist"),
-    Path("/usr/share/datasets/fashion-mnist"),  # Debian: apt install dataset-fashion-mnist
+    Path(
+        "/usr/share/datasets/fashion-mnist"
+    ),  # Debian: apt install dataset-fashion-mnist
 )
 
 
@@ -36,7 +38,9 @@ class Dataset(NamedTuple):
     classes: int
 
 
-def load(name: str, data_dir: Path | None = None, examples: int | None = None) -> Dataset:
+def load(
+    name: str, data_dir: Path | None = None, examples: int | None = None
+) -> Dataset:
     """Loads a data set by name, preparing it on first use.
 
     Args:

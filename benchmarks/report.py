@@ -134,7 +134,9 @@ def figure(results: dict, path: Path) -> None:
     axes[0].set_ylabel("test accuracy, %")
     axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
     config = results["config"]
-    made.suptitle(f"{config['dataset']}, batch size {config['batch_size']}", fontsize=11)
+    made.suptitle(
+        f"{config['dataset']}, batch size {config['batch_size']}", fontsize=11
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
 
@@ -144,7 +146,9 @@ def _curve(axis, cell: dict, index: int) -> None:
     accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
     colour = COLOURS[index % len(COLOURS)]
     style = "--" if "@" in cell["label"] else "-"
-    axis.plot(examples, accuracy.mean(0), style, color=colour, label=cell["label"], lw=1.6)
+    axis.plot(
+        examples, accuracy.mean(0), style, color=colour, label=cell["label"], lw=1.6
+    )
     axis.fill_between(
         examples, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.15, lw=0
     )

@@ -48,6 +48,7 @@ class Config:
         "batch_norm",
         "group_norm",
         "cross_iteration",
+        "cross_iteration_burn_in",
         "batch_norm@32",
     )
     """Normalizers to compare; NAME@SIZE sets a batch size of its own."""
@@ -61,9 +62,11 @@ class Config:
     """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
     examples: int | None = None
     """Use at most so many training images."""
-    timing_rounds: int = 30
+    timing_rounds: int = 20
     """Rounds of ten steps for the step-time ratios."""
-    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/small_batch")
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path(
+        "results/small_batch"
+    )
     """Folder for results.json, table.md, curves.png and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where prepared data is kept; tensorflow-datasets' default if not given."""
@@ -79,7 +82,9 @@ def main(config: Config, console: Console) -> dict:
     dataset = data.load(config.dataset, config.data_dir, config.examples)
     cells = []
     with _progress(console) as progress:
-        total = progress.add_task("all runs", total=_total_steps(config, chosen, dataset))
+        total = progress.add_task(
+            "all runs", total=_total_steps(config, chosen, dataset)
+        )
         for network in config.networks:
             trainers = {
                 text: (_trainer(config, network, method, dataset), method.batch_size)
@@ -96,7 +101,17 @@ def main(config: Config, console: Console) -> dict:
             for text, method in zip(config.methods, chosen, strict=True):
                 trainer, _ = trainers[text]
                 curves = [
-                    _curve(config, network, text, method, trainer, dataset, seed, progress, total)
+                    _curve(
+                        config,
+                        network,
+                        text,
+                        method,
+                        trainer,
+                        dataset,
+                        seed,
+                        progress,
+                        total,
+                    )
                     for seed in config.seeds
                 ]
                 cells.append(
@@ -129,7 +144,8 @@ def _baseline(config: Config) -> str:
 
 def _total_steps(config, chosen, dataset) -> int:
     per_seed = sum(
-        training.count_steps(dataset, method.batch_size, config.epochs) for method in chosen
+        training.count_steps(dataset, method.batch_size, config.epochs)
+        for method in chosen
     )
     return per_seed * len(config.seeds) * len(config.networks)
 
@@ -141,10 +157,14 @@ def _trainer(config, network, method, dataset) -> training.Trainer:
     return training.make_trainer(model, dataset.train_images.shape[1:], rate, steps)
 
 
-def _curve(config, network, text, method, trainer, dataset, seed, progress, total) -> list[dict]:
+def _curve(
+    config, network, text, method, trainer, dataset, seed, progress, total
+) -> list[dict]:
     """The learning curve of one run, from its file if an earlier call finished it."""
     identity = {
-        **_plain(config, without=("methods", "networks", "seeds", "output", "timing_rounds")),
+        **_plain(
+            config, without=("methods", "networks", "seeds", "output", "timing_rounds")
+        ),
         "network": network,
         "method": text,
         "seed": seed,

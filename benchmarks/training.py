@@ -84,7 +84,9 @@ def make_trainer(
     return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(evaluate))
 
 
-def batches(examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
+def batches(
+    examples: int, batch_size: int, epochs: int, seed: int
+) -> Iterator[np.ndarray]:
     """Rows of every step; each epoch shuffles anew and drops an incomplete batch."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -124,5 +126,7 @@ def run(
         losses.append(loss)
         if step in marks:
             accuracy = trainer.evaluate(state, *test)
-            yield Progress(step, float(np.mean(jax.device_get(losses))), float(accuracy))
+            yield Progress(
+                step, float(np.mean(jax.device_get(losses))), float(accuracy)
+            )
             losses = []

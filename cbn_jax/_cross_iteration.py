@@ -245,7 +245,9 @@ def _transport(history: History, params: Params, dtype: Any) -> Moments:
 
 def _stack(current: Moments, past: Moments) -> Moments:
     """The current iteration in front of the past ones, ``[1 + S, C]``."""
-    return jax.tree.map(lambda new, old: jnp.concatenate([new[None], old]), current, past)
+    return jax.tree.map(
+        lambda new, old: jnp.concatenate([new[None], old]), current, past
+    )
 
 
 def _entry(moments: Moments, x: jax.Array, source: Source, mask: Any) -> History:

@@ -120,7 +120,9 @@ class Norm(nn.Module):
 
     def _affine(self, features):
         def param(use, name, init):
-            return self.param(name, init, (features,), self.param_dtype) if use else None
+            return (
+                self.param(name, init, (features,), self.param_dtype) if use else None
+            )
 
         return (
             param(self.use_scale, "scale", self.scale_init),

@@ -40,7 +40,7 @@ def run(name, layer, key, steps=4, dtype=jnp.float32):
     statistics = None
     for step in range(steps):
         z = layer.data(jax.random.fold_in(key, step), dtype)
-        cast = jax.tree.map(lambda p: p.astype(dtype), params)  # noqa: B023
+        cast = jax.tree.map(lambda p: p.astype(dtype), params)
         _, statistics, state = train(estimator, state, layer, cast, z)
         params = drift(params, jax.random.fold_in(key, 100 + step))
     return estimator, params, statistics, state
@@ -83,7 +83,9 @@ def test_state_keeps_its_form(name, layer, dtype, key):
     for leaf in jax.tree.leaves((state, statistics)):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()
-    x = layer.fn(jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype))
+    x = layer.fn(
+        jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype)
+    )
     assert cbn.normalize(x, statistics).dtype == dtype
 
 
@@ -160,7 +162,9 @@ def test_gradients_are_finite_differences(name, layer, key, x64):
         statistics, _ = estimator.train(state, x, source)
         return cbn.normalize(x, statistics, scale, bias)
 
-    check_grads(f, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-7)
+    check_grads(
+        f, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-7
+    )
 
 
 @estimators
@@ -176,7 +180,9 @@ def test_no_gradient_through_the_state(name, layer, key):
         state_next = train(estimator, state, layer, params, layer.data(key))[2]
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state_next))
 
-    for gradient in jax.tree.leaves((jax.grad(f)(state, params), jax.grad(state_only)(params))):
+    for gradient in jax.tree.leaves(
+        (jax.grad(f)(state, params), jax.grad(state_only)(params))
+    ):
         np.testing.assert_array_equal(gradient, 0.0)
 
 
@@ -248,7 +254,9 @@ def test_masked_values_may_be_anything(name, key):
 def test_an_empty_mask_means_inference_and_leaves_the_averages(name, key):
     layer = LAYERS["dense"]
     estimator, params, _, state = run(name, layer, key)
-    if hasattr(state, "history"):  # a filled window still knows better than the averages
+    if hasattr(
+        state, "history"
+    ):  # a filled window still knows better than the averages
         state = state._replace(history=jax.tree.map(jnp.zeros_like, state.history))
     z = layer.data(key)
     mask = jnp.zeros((8, 1), bool)
@@ -316,7 +324,9 @@ def test_bad_state(name, key):
     layer = LAYERS["dense"]
     x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
     for foreign in ({"mean": jnp.zeros(4)}, (jnp.zeros(4), jnp.ones(4))):
-        with pytest.raises(TypeError, match=r"expected \w+State|RunningMoments; make it"):
+        with pytest.raises(
+            TypeError, match=r"expected \w+State|RunningMoments; make it"
+        ):
             estimator.train(foreign, x, source)
         with pytest.raises(TypeError, match=r"estimator\.init\(features, params\)"):
             estimator.infer(foreign, x)

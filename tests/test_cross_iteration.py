@@ -47,7 +47,9 @@ def patches(layer, z):
 
 
 @pytest.mark.parametrize("burn_in", [0, 3])
-@pytest.mark.parametrize("name", ["dense", "dense-no_bias", "conv-strided", "conv-dilated"])
+@pytest.mark.parametrize(
+    "name", ["dense", "dense-no_bias", "conv-strided", "conv-dilated"]
+)
 def test_equals_the_oracle(name, burn_in, key):
     """Statistics over twelve steps of moving weights, window 4, then the averages."""
     layer = LAYERS[name]
@@ -61,7 +63,9 @@ def test_equals_the_oracle(name, burn_in, key):
         np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(variance(statistics), var, rtol=1e-4, atol=1e-5)
     weights = reference.exponential_weights(12, 0.9)
-    np.testing.assert_allclose(state.running.mean, weights @ oracle.means, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        state.running.mean, weights @ oracle.means, rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(state.running.var, weights @ oracle.variances, rtol=1e-4)
     newest = (int(state.slot) - 1) % 3
     entry = jax.tree.map(lambda leaf: np.asarray(leaf[newest]), state.history)
@@ -91,7 +95,9 @@ def test_window_one_is_batch_norm(name, key):
         mine = jax.value_and_grad(loss)(params, estimator, state)
         theirs = jax.value_and_grad(loss)(params, baseline, other)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), mine, theirs
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            mine,
+            theirs,
         )
         _, statistics, state = train(estimator, state, layer, params, z)
         _, expected, other = train(baseline, other, layer, params, z)
@@ -107,7 +113,8 @@ def test_frozen_weights_pool_the_window(name, key):
     estimator, state = start(layer, key, window=3)
     params = layer.params(key)
     batches = [
-        layer.data(jax.random.fold_in(key, i), examples=n) for i, n in enumerate([5, 2, 8, 1, 4])
+        layer.data(jax.random.fold_in(key, i), examples=n)
+        for i, n in enumerate([5, 2, 8, 1, 4])
     ]
     for step, z in enumerate(batches):
         _, statistics, state = train(estimator, state, layer, params, z)
@@ -152,7 +159,11 @@ def test_variances_converge_at_second_order(name, key, x64):
 
 
 @settings(max_examples=25, deadline=None)
-@given(size=st.floats(0.0, 30.0), seed=st.integers(0, 1000), name=st.sampled_from(sorted(LAYERS)))
+@given(
+    size=st.floats(0.0, 30.0),
+    seed=st.integers(0, 1000),
+    name=st.sampled_from(sorted(LAYERS)),
+)
 def test_variance_is_never_negative(size, seed, name):
     layer, key = LAYERS[name], jax.random.key(seed)
     estimator, state = start(layer, key, window=4)
@@ -170,7 +181,9 @@ def test_burn_in_is_batch_norm_then_the_full_window(key):
         x, statistics, state = train(estimator, state, layer, params, z)
         _, windowed, other = train(full, other, layer, params, z)
         plain = cbn.batch_moments(x)
-        expected = (plain.mean, plain.var) if step < 4 else (windowed.mean, variance(windowed))
+        expected = (
+            (plain.mean, plain.var) if step < 4 else (windowed.mean, variance(windowed))
+        )
         np.testing.assert_allclose(statistics.mean, expected[0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(variance(statistics), expected[1], rtol=1e-5)
 
@@ -192,7 +205,9 @@ def test_gradient_in_closed_form(key):
     x_hat, pull = jax.vjp(f, x)
     inv_std = estimator.train(state, x, source)[0].inv_std
     projected = g - (g.mean(0)[None] + x_hat * (g * x_hat).mean(0)[None]) / 3
-    np.testing.assert_allclose(pull(g)[0], projected * inv_std[None], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        pull(g)[0], projected * inv_std[None], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_no_gradient_through_the_compensation(key):
@@ -238,7 +253,9 @@ def test_one_example_per_iteration(key):
     params = layer.params(key)
     data = layer.data(key)
     for step in range(8):
-        _, statistics, state = train(estimator, state, layer, params, data[step : step + 1])
+        _, statistics, state = train(
+            estimator, state, layer, params, data[step : step + 1]
+        )
     expected = cbn.batch_moments(layer.fn(params, data[3:]))
     np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(variance(statistics), expected.var, rtol=1e-4)
@@ -265,7 +282,10 @@ def test_costs_four_thirds_of_batch_norm():
     """FLOPs of a training step on a chain of 3x3 convolutions, by XLA's count."""
     width, depth = 64, 8
     layer_fn = functools.partial(conv, padding=1)
-    kernels = [{"kernel": jnp.ones((3, 3, 3 if i == 0 else width, width))} for i in range(depth)]
+    kernels = [
+        {"kernel": jnp.ones((3, 3, 3 if i == 0 else width, width))}
+        for i in range(depth)
+    ]
 
     def flops(estimator, shape):
         states = [estimator.init(width, kernel) for kernel in kernels]
@@ -284,7 +304,9 @@ def test_costs_four_thirds_of_batch_norm():
         return compiled.cost_analysis()["flops"]
 
     for shape in [(2, 32, 32, 3), (1, 32, 32, 3), (8, 16, 16, 3)]:
-        ratio = flops(cbn.cross_iteration_batch_norm(8), shape) / flops(cbn.batch_norm(), shape)
+        ratio = flops(cbn.cross_iteration_batch_norm(8), shape) / flops(
+            cbn.batch_norm(), shape
+        )
         assert 4 / 3 - 0.02 < ratio <= 1.36
 
 
@@ -293,7 +315,9 @@ def test_costs_four_thirds_of_batch_norm():
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
 def test_window_must_be_a_whole_number(window):
-    with pytest.raises(ValueError, match=r"window is .*whole number of iterations from 1"):
+    with pytest.raises(
+        ValueError, match=r"window is .*whole number of iterations from 1"
+    ):
         cbn.cross_iteration_batch_norm(window)
 
 
@@ -305,13 +329,17 @@ def test_burn_in_must_not_be_negative():
 def test_a_source_is_needed(key):
     layer = LAYERS["dense"]
     estimator, state = start(layer, key)
-    with pytest.raises(ValueError, match=r"source=None, .*run_layer\(layer_fn.*layer=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"source=None, .*run_layer\(layer_fn.*layer=\.\.\."
+    ):
         estimator.train(state, jnp.ones((8, 4)))
 
 
 def test_parameters_must_have_features_last(key):
     estimator = cbn.cross_iteration_batch_norm()
-    with pytest.raises(ValueError, match=r"\['kernel'\] of shape \(4, 5\), .*last \(4\)"):
+    with pytest.raises(
+        ValueError, match=r"\['kernel'\] of shape \(4, 5\), .*last \(4\)"
+    ):
         estimator.init(4, {"kernel": jnp.ones((4, 5))})
     with pytest.raises(ValueError, match=r"params=None, .*init\(features, params\)"):
         estimator.init(4)
@@ -341,7 +369,9 @@ def test_axis_names_must_agree(key):
     layer = LAYERS["dense"]
     estimator, state = start(layer, key)
     x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
-    with pytest.raises(ValueError, match=r"axis_name='data' and a source with axis_name=None"):
+    with pytest.raises(
+        ValueError, match=r"axis_name='data' and a source with axis_name=None"
+    ):
         estimator.train(state, x, source, axis_name="data")
 
 

@@ -12,9 +12,7 @@ import pytest
 import cbn_jax
 
 ROOT = Path(__file__).parent.parent
-MODULES = [
-    f"cbn_jax.{info.name}" for info in pkgutil.iter_modules(cbn_jax.__path__)
-]
+MODULES = [f"cbn_jax.{info.name}" for info in pkgutil.iter_modules(cbn_jax.__path__)]
 PUBLIC = sorted(name for name in vars(cbn_jax) if not name.startswith("_"))
 
 

@@ -13,7 +13,9 @@ PACKAGE = Path(cbn_jax.__file__).parent
 ROOT = PACKAGE.parent
 FOUNDATION = {"_checks", "_moments", "_running", "_source", "_statistics", "_estimator"}
 ADAPTERS = {"_adapter", "linen", "nnx"}
-METHODS = {path.stem for path in PACKAGE.glob("*.py")} - FOUNDATION - ADAPTERS - {"__init__"}
+METHODS = (
+    {path.stem for path in PACKAGE.glob("*.py")} - FOUNDATION - ADAPTERS - {"__init__"}
+)
 
 
 def imports(path):
@@ -34,7 +36,7 @@ def packages(path):
 
 
 def test_methods_rest_on_the_foundation_alone():
-    assert METHODS == {"_batch_norm", "_cross_iteration"}
+    assert {"_batch_norm", "_cross_iteration"} == METHODS
     for name in METHODS | FOUNDATION:
         assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION, name
 
@@ -53,7 +55,9 @@ def test_flax_enters_in_the_adapters_only():
 
 
 def test_importing_the_library_imports_no_flax():
-    code = "import sys, cbn_jax; sys.exit('flax' in sys.modules or 'optax' in sys.modules)"
+    code = (
+        "import sys, cbn_jax; sys.exit('flax' in sys.modules or 'optax' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -72,7 +76,9 @@ def test_no_arithmetic_in_an_adapter():
             if isinstance(node, ast.BinOp):
                 # Unions in annotations, and an index from the end.
                 assert isinstance(node.op, ast.BitOr | ast.Sub), ast.unparse(node)
-                assert isinstance(node.op, ast.BitOr) or ast.unparse(node) == "x.ndim - 1"
+                assert (
+                    isinstance(node.op, ast.BitOr) or ast.unparse(node) == "x.ndim - 1"
+                )
 
 
 @pytest.mark.parametrize("module", ["linen", "nnx"])

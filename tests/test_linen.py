@@ -128,16 +128,21 @@ def test_equals_the_functional_core(name, key):
         return jnp.sin(y).sum(), state
 
     def modular(params, variables, z):
-        y, updates = module.apply({"params": params, **variables}, z, mutable=["batch_stats"])
+        y, updates = module.apply(
+            {"params": params, **variables}, z, mutable=["batch_stats"]
+        )
         return jnp.sin(y).sum(), updates
 
     for step in range(4):
         z = layer.data(jax.random.fold_in(key, step))
         (_, state), g = jax.value_and_grad(functional, has_aux=True)(mine, state, z)
-        (_, variables), h = jax.value_and_grad(modular, has_aux=True)(theirs, variables, z)
+        (_, variables), h = jax.value_and_grad(modular, has_aux=True)(
+            theirs, variables, z
+        )
         assert_close(h, g)
         mine, theirs = (
-            jax.tree.map(lambda p, d: p - 0.1 * d, p, d) for p, d in ((mine, g), (theirs, h))
+            jax.tree.map(lambda p, d: p - 0.1 * d, p, d)
+            for p, d in ((mine, g), (theirs, h))
         )
     assert_close(variables["batch_stats"]["state"], state)
 
@@ -182,7 +187,9 @@ def test_initializing_updates_nothing_and_needs_no_axis(name, key):
     module = Norm(FACTORIES[name](), layer=nn.Dense(4), axis_name="nowhere")
     variables = module.init(key, jnp.ones((1, 5)), use_running_average=False)
     fresh = FACTORIES[name]().init(4, variables["params"]["layer"])
-    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"]["state"], fresh)
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["batch_stats"]["state"], fresh
+    )
 
 
 def test_evaluation_leaves_the_state(key):
@@ -190,7 +197,9 @@ def test_evaluation_leaves_the_state(key):
     variables = model.init(key, images(key), train=False)
     model.apply(variables, images(key), train=False)  # not even mutable
     _, after = model.apply(variables, images(key), train=False, mutable=["batch_stats"])
-    jax.tree.map(np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"])
+    jax.tree.map(
+        np.testing.assert_array_equal, after["batch_stats"], variables["batch_stats"]
+    )
     with pytest.raises(flax.errors.ModifyScopeVariableError):
         model.apply(variables, images(key), train=True)
 
@@ -253,10 +262,18 @@ def test_options(key):
     assert variables["params"]["scale"].dtype == jnp.bfloat16
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, 3.0 * np.float32(x), rtol=1e-2)
-    assert Norm(cbn.batch_norm(), use_running_average=True).apply({
-        "params": {"scale": jnp.ones(5), "bias": jnp.zeros(5)},
-        "batch_stats": {"state": cbn.batch_norm().init(5)},
-    }, x).dtype == jnp.bfloat16
+    assert (
+        Norm(cbn.batch_norm(), use_running_average=True)
+        .apply(
+            {
+                "params": {"scale": jnp.ones(5), "bias": jnp.zeros(5)},
+                "batch_stats": {"state": cbn.batch_norm().init(5)},
+            },
+            x,
+        )
+        .dtype
+        == jnp.bfloat16
+    )
 
 
 def test_wide_layers_take_one_pass(key):
@@ -273,10 +290,16 @@ def test_wide_layers_take_one_pass(key):
     assert flops(module) / flops(plain) < 2.15
 
 
-@pytest.mark.parametrize(("given", "came"), [((None, None), "neither"), ((True, False), "both")])
+@pytest.mark.parametrize(
+    ("given", "came"), [((None, None), "neither"), ((True, False), "both")]
+)
 def test_flag_given_never_or_twice(given, came, key):
-    with pytest.raises(ValueError, match=f"use_running_average from {came} .*not train"):
-        Norm(cbn.batch_norm(), use_running_average=given[0]).init(key, jnp.ones((2, 3)), given[1])
+    with pytest.raises(
+        ValueError, match=f"use_running_average from {came} .*not train"
+    ):
+        Norm(cbn.batch_norm(), use_running_average=given[0]).init(
+            key, jnp.ones((2, 3)), given[1]
+        )
 
 
 def test_cross_iteration_without_a_layer(key):

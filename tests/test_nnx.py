@@ -153,5 +153,7 @@ def test_number_of_features_must_be_known():
     with pytest.raises(ValueError, match=r"num_features=None .*write num_features="):
         Norm(cbn.batch_norm(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"neither.*use_running_average"):
-        norm = Norm(cbn.batch_norm(), num_features=2, use_running_average=None, rngs=nnx.Rngs(0))
+        norm = Norm(
+            cbn.batch_norm(), num_features=2, use_running_average=None, rngs=nnx.Rngs(0)
+        )
         norm(jnp.ones((4, 2)))

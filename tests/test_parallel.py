@@ -120,7 +120,9 @@ def run(step, estimator, layer, key, steps=5):
     history = []
     for i in range(steps):
         z = layer.data(jax.random.fold_in(key, i), examples=2 * DEVICES)
-        target = jax.random.normal(jax.random.fold_in(key, 50 + i), layer.fn(params, z).shape)
+        target = jax.random.normal(
+            jax.random.fold_in(key, 50 + i), layer.fn(params, z).shape
+        )
         params, opt_state, state, loss, y = step(params, opt_state, state, z, target)
         history.append((loss, y))
     return jax.device_get((params, opt_state, state, history))
@@ -152,7 +154,9 @@ def test_masks_are_exact_across_devices(name, check_vma, key):
     mask = jax.random.bernoulli(key, 0.6, (2 * DEVICES, 1)).at[4:6].set(False)
 
     def step(z, mask):
-        return train(estimator, state, layer, params, z, axis_name="data", mask=mask)[1:]
+        return train(estimator, state, layer, params, z, axis_name="data", mask=mask)[
+            1:
+        ]
 
     parallel = jax.shard_map(
         step,
@@ -171,7 +175,9 @@ def test_masks_are_exact_across_devices(name, check_vma, key):
 
 def collectives(f, *args):
     text = jax.jit(f).lower(*args).compile().as_text()
-    return re.findall(r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
+    return re.findall(
+        r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text
+    )
 
 
 @pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
@@ -185,7 +191,9 @@ def test_one_collective_forward(layer, key):
         return cbn.normalize(x, statistics), after
 
     x = layer.fn(layer.params(key), layer.data(key, examples=2 * DEVICES))
-    step = jax.shard_map(forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P()))
+    step = jax.shard_map(
+        forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P())
+    )
     assert collectives(step, x) == ["all-reduce"]
 
 

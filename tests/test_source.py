@@ -37,7 +37,9 @@ def test_one_pullback_holds_the_derivatives_of_all_features(name, key):
     deviation = 2 * (x - x.mean(tuple(range(x.ndim - 1)), keepdims=True)) / n
     d_var, d_mean = source.pullback(deviation, jnp.full((*x.shape[:-1], 1), 1 / n))
     for full, block in ((jacobian.mean, d_mean), (jacobian.var, d_var)):
-        for leaf, own in zip(jax.tree.leaves(full), jax.tree.leaves(block), strict=True):
+        for leaf, own in zip(
+            jax.tree.leaves(full), jax.tree.leaves(block), strict=True
+        ):
             own = np.broadcast_to(own, leaf.shape[1:])
             for feature in range(layer.features):
                 expected = np.zeros_like(own)
