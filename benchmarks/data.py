@@ -8,7 +8,7 @@ files where they lie on the machine, and any other name is a tensorflow-datasets
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,7 @@ with needed_for("benchmarks"):
 EMBEDDED = ("digits", "fashion_mnist")
 IDX_FOLDERS = (
     Path("data/fashion-mnist"),
-    Path(
-        "/usr/share/datasets/fashion-mnist"
-    ),  # Debian: apt install dataset-fashion-mnist
+    Path("/usr/share/datasets/fashion-mnist"),  # Debian: apt install dataset-fashion-mnist
 )
 
 
@@ -38,9 +36,7 @@ class Dataset(NamedTuple):
     classes: int
 
 
-def load(
-    name: str, data_dir: Path | None = None, examples: int | None = None
-) -> Dataset:
+def load(name: str, data_dir: Path | None = None, examples: int | None = None) -> Dataset:
     """Loads a data set by name, preparing it on first use.
 
     Args:
@@ -58,7 +54,7 @@ def load(
     tfds.disable_progress_bar()
     builder = _builder(name, data_dir)
     builder.download_and_prepare(file_format="array_record")
-    features = builder.info.features
+    features: Any = builder.info.features
     if not {"image", "label"} <= set(features) or not {"train", "test"} <= set(
         builder.info.splits
     ):
@@ -138,7 +134,7 @@ class Digits(_Images):
     SIDE = 8
 
     def _read(self, split):
-        digits = load_digits()
+        digits: Any = load_digits()
         part = slice(1437) if split == "train" else slice(1437, None)
         return digits.images[part].astype(np.uint8), digits.target[part]
 
@@ -151,6 +147,10 @@ class FashionMnistIdx(_Images):
 
     def _read(self, split):
         folder, prefix = _idx_folder(), "train" if split == "train" else "t10k"
+        if folder is None:
+            raise ValueError(
+                f"Fashion-MNIST's four IDX files are in none of {IDX_FOLDERS}."
+            )
         return (
             _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz"),
             _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz"),

@@ -25,6 +25,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits ``[N, classes]``."""
         z = images.reshape(len(images), -1)
         for _ in range(3):
             layer = nn.Dense(self.width, use_bias=False)
@@ -41,6 +42,8 @@ class ResidualCNN(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits ``[N, classes]``."""
+
         def conv(features: int, size: int = 3, stride: int = 1):
             layer = nn.Conv(features, (size, size), stride, use_bias=False)
             return self.norm(layer=layer, train=train)

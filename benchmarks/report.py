@@ -2,6 +2,7 @@
 """Results as a file, a table and a figure."""
 
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from ._optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
+    import rich.box
     from rich.table import Table
 
 # Distinct in print, in the dark and for colour-blind readers (Okabe & Ito).
@@ -33,8 +35,6 @@ def environment() -> dict[str, str]:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
@@ -54,7 +54,7 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024 or unit == "MiB":
@@ -63,47 +63,57 @@ def size(count: int) -> str:
     raise AssertionError
 
 
-HEADINGS = (
-    "network",
-    "method",
-    "batch",
-    "train loss",
-    "test accuracy, %",
-    "step time, ratio to batch_norm",
-    "state",
-)
+HEADINGS = ("net", "method", "train loss", "test acc., %", "step / BN", "state")
 
 
 def rows(results: dict) -> list[tuple[str, ...]]:
     """One row a network and method, from the results as written to JSON."""
-    table = []
+    made = []
     for cell in results["cells"]:
         last = [curve[-1] for curve in cell["curves"]]
         time = cell["step_time"]
-        table.append(
+        made.append(
             (
                 cell["network"],
-                cell["method"],
-                str(cell["batch_size"]),
-                spread([point["loss"] for point in last], 3),
+                cell["label"],
+                spread([point["loss"] for point in last], 2),
                 spread([100 * point["accuracy"] for point in last], 1),
-                f"{time['ratio']:.2f} ({time['ratio_low']:.2f}–{time['ratio_high']:.2f})",
+                f"{time['ratio']:.1f} ({time['ratio_low']:.1f}–{time['ratio_high']:.1f})",
                 size(cell["state_bytes"]),
             )
         )
-    return table
+    return made
+
+
+def title(results: dict) -> str:
+    """What was run."""
+    config = results["config"]
+    return (
+        f"{config['dataset']}, batch size {config['batch_size']}, "
+        f"{config['epochs']} epochs, {len(config['seeds'])} seeds"
+    )
+
+
+def legend(results: dict) -> str:
+    """What the columns say, and where they were measured."""
+    versions = results["environment"]
+    return (
+        "Mean ± standard deviation over seeds; step time as median (quartiles) of "
+        f"side-by-side ratios to {results['baseline']}; state: bytes of batch_stats. "
+        f"JAX {versions['jax']}, Flax {versions['flax']}, Python {versions['python']}, "
+        f"{versions['device']}, {versions['processor']}."
+    )
 
 
 def table(results: dict) -> Table:
     """The table for the terminal."""
-    config = results["config"]
-    seeds = len(config["seeds"])
     made = Table(
         *HEADINGS,
-        title=f"{config['dataset']}: batch size {config['batch_size']}, "
-        f"{config['epochs']} epochs",
-        caption=f"mean ± standard deviation over {seeds} seeds; step time: median "
-        f"(quartiles) of side-by-side ratios; {results['environment']['device']}",
+        title=title(results),
+        caption=legend(results),
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for row in rows(results):
         made.add_row(*row)
@@ -113,7 +123,8 @@ def table(results: dict) -> Table:
 def markdown(results: dict) -> str:
     """The same table for a README."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows(results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{title(results)}:\n\n{body}\n\n{legend(results)}\n"
 
 
 def figure(results: dict, path: Path) -> None:
@@ -133,10 +144,7 @@ def figure(results: dict, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy, %")
     axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
-    config = results["config"]
-    made.suptitle(
-        f"{config['dataset']}, batch size {config['batch_size']}", fontsize=11
-    )
+    made.suptitle(title(results), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
 
@@ -146,9 +154,7 @@ def _curve(axis, cell: dict, index: int) -> None:
     accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
     colour = COLOURS[index % len(COLOURS)]
     style = "--" if "@" in cell["label"] else "-"
-    axis.plot(
-        examples, accuracy.mean(0), style, color=colour, label=cell["label"], lw=1.6
-    )
+    axis.plot(examples, accuracy.mean(0), style, color=colour, label=cell["label"], lw=1.6)
     axis.fill_between(
         examples, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.15, lw=0
     )

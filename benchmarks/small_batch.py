@@ -64,9 +64,7 @@ class Config:
     """Use at most so many training images."""
     timing_rounds: int = 20
     """Rounds of ten steps for the step-time ratios."""
-    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path(
-        "results/small_batch"
-    )
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/small_batch")
     """Folder for results.json, table.md, curves.png and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where prepared data is kept; tensorflow-datasets' default if not given."""
@@ -82,9 +80,7 @@ def main(config: Config, console: Console) -> dict:
     dataset = data.load(config.dataset, config.data_dir, config.examples)
     cells = []
     with _progress(console) as progress:
-        total = progress.add_task(
-            "all runs", total=_total_steps(config, chosen, dataset)
-        )
+        total = progress.add_task("all runs", total=_total_steps(config, chosen, dataset))
         for network in config.networks:
             trainers = {
                 text: (_trainer(config, network, method, dataset), method.batch_size)
@@ -127,6 +123,7 @@ def main(config: Config, console: Console) -> dict:
                 )
     results = {
         "config": _plain(config),
+        "baseline": _baseline(config),
         "environment": report.environment(),
         "cells": cells,
     }
@@ -144,8 +141,7 @@ def _baseline(config: Config) -> str:
 
 def _total_steps(config, chosen, dataset) -> int:
     per_seed = sum(
-        training.count_steps(dataset, method.batch_size, config.epochs)
-        for method in chosen
+        training.count_steps(dataset, method.batch_size, config.epochs) for method in chosen
     )
     return per_seed * len(config.seeds) * len(config.networks)
 

@@ -51,9 +51,7 @@ def make_trainer(
     def init(key: jax.Array) -> TrainState:
         variables = model.init(key, jnp.ones((2, *image_shape)), train=False)
         params = variables["params"]
-        return TrainState(
-            params, variables.get("batch_stats", {}), optimizer.init(params)
-        )
+        return TrainState(params, variables.get("batch_stats", {}), optimizer.init(params))
 
     def step(state, images, labels, rows):
         """Rows are picked on the device, so that the host hands over indices only."""
@@ -65,9 +63,7 @@ def make_trainer(
                 train=True,
                 mutable=["batch_stats"],
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels[rows]
-            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
             return losses.mean(), updates.get("batch_stats", {})
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -78,15 +74,13 @@ def make_trainer(
 
     def evaluate(state, images, labels):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = model.apply(variables, images, train=False)
+        logits: Any = model.apply(variables, images, train=False)
         return jnp.mean(logits.argmax(-1) == labels)
 
     return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(evaluate))
 
 
-def batches(
-    examples: int, batch_size: int, epochs: int, seed: int
-) -> Iterator[np.ndarray]:
+def batches(examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
     """Rows of every step; each epoch shuffles anew and drops an incomplete batch."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -126,7 +120,5 @@ def run(
         losses.append(loss)
         if step in marks:
             accuracy = trainer.evaluate(state, *test)
-            yield Progress(
-                step, float(np.mean(jax.device_get(losses))), float(accuracy)
-            )
+            yield Progress(step, float(np.mean(jax.device_get(losses))), float(accuracy))
             losses = []

@@ -15,9 +15,7 @@ from ._running import (
 from ._statistics import statistics_of
 
 
-def batch_norm(
-    momentum: float | Averaging = 0.99, *, epsilon: float = 1e-5
-) -> Estimator:
+def batch_norm(momentum: float | Averaging = 0.99, *, epsilon: float = 1e-5) -> Estimator:
     """Batch normalization: statistics of the current batch.
 
     Training uses ``E[x]`` and ``Var[x]`` over all axes but the last, inference their

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static checks: each fails at the call with what came, what was expected, what to write."""
+"""Static checks: what came, what was expected, what to write, in one sentence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,9 +80,7 @@ def check_fraction(name: str, value: float) -> None:
 def check_epsilon(value: float) -> None:
     """ε keeps the root of a zero variance away from zero."""
     if not value > 0.0:
-        raise ValueError(
-            f"epsilon is {value!r}, expected a number above 0, such as 1e-5."
-        )
+        raise ValueError(f"epsilon is {value!r}, expected a number above 0, such as 1e-5.")
 
 
 def check_count(name: str, value: int, least: int) -> None:

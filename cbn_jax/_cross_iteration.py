@@ -43,7 +43,7 @@ class History(NamedTuple):
       d_var: ∂σ²ₛ/∂θ, the same.
       mean_at: ``[S, C]``, ⟨∂μₛ/∂θ, θₛ⟩.
       var_at: ``[S, C]``, ⟨∂σ²ₛ/∂θ, θₛ⟩.
-      count: ``[S, C]``, values behind the moments; 0 for an empty slot.
+      size: ``[S, C]``, values behind the moments; 0 for an empty slot.
     """
 
     mean: jax.Array
@@ -52,7 +52,7 @@ class History(NamedTuple):
     d_var: Params
     mean_at: jax.Array
     var_at: jax.Array
-    count: jax.Array
+    size: jax.Array
 
 
 class CrossIterationState(NamedTuple):
@@ -166,18 +166,18 @@ def cross_iteration_batch_norm(
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         check(state, x)
-        _check_source(name, state.history, source, axis_name)
+        source = _checked_source(name, state.history, source, axis_name)
         if window == 1 or burn_in > 0:
             check_values(name, x, axis_name, mask)
         state = lax.stop_gradient(state)
         moments = batch_moments(x, axis_name=axis_name, mask=mask)
         past = _transport(state.history, source.params, moments.mean.dtype)
-        in_use = (state.running.count >= burn_in) & (window > 1)
-        past = past._replace(count=jnp.where(in_use[None], past.count, 0.0))
+        in_use = (state.running.steps >= burn_in) & (window > 1)
+        past = past._replace(size=jnp.where(in_use[None], past.size, 0.0))
         pooled = pool_moments(_stack(moments, past))
         if mask is not None:
             pooled = known_moments(pooled, state.running)
-        entry = _entry(*lax.stop_gradient((moments, x)), source, mask)
+        entry = _entry(lax.stop_gradient(moments), lax.stop_gradient(x), source, mask)
         return statistics_of(pooled, epsilon), CrossIterationState(
             running=update_running(state.running, moments, average),
             history=_push(state.history, entry, state.slot),
@@ -191,7 +191,10 @@ def cross_iteration_batch_norm(
     return Estimator(init, train, infer)
 
 
-def _check_source(name: str, history: History, source: Any, axis_name: Any) -> None:
+def _checked_source(
+    name: str, history: History, source: Source | None, axis_name: Any
+) -> Source:
+    """The source, if it is one and fits."""
     if source is None:
         raise ValueError(
             f"{name} got source=None, expected the layer that made x; take both from "
@@ -204,14 +207,15 @@ def _check_source(name: str, history: History, source: Any, axis_name: Any) -> N
             f"axis_name={source.axis_name!r}, expected one and the same; give it to "
             "run_layer and to train."
         )
-    came = jax.tree.map(jnp.shape, source.params)
-    expected = jax.tree.map(lambda leaf: leaf.shape[1:], history.d_mean)
+    came = [leaf.shape for leaf in jax.tree.leaves(source.params)]
+    expected = [leaf.shape[1:] for leaf in jax.tree.leaves(history.d_mean)]
     if came != expected:
         raise ValueError(
             f"{name} got a source with parameters of shapes {came}, expected {expected} as "
             "in its state; write estimator.init(features, params) with this layer's "
             "parameters."
         )
+    return source
 
 
 def _empty_history(slots: int, features: int, params: Params) -> History:
@@ -230,7 +234,7 @@ def _empty_history(slots: int, features: int, params: Params) -> History:
         d_var=per_param(),
         mean_at=per_feature(),
         var_at=per_feature(),
-        count=per_feature(),
+        size=per_feature(),
     )
 
 
@@ -240,14 +244,12 @@ def _transport(history: History, params: Params, dtype: Any) -> Moments:
     d_mean = _inner(history.d_mean, params) - history.mean_at  # ⟨∂μ/∂θ, Δθ⟩
     d_var = _inner(history.d_var, params) - history.var_at  # ⟨∂σ²/∂θ, Δθ⟩
     var = jnp.maximum(history.var + d_var - jnp.square(d_mean), 0.0)  # ν ≥ μ²
-    return Moments(history.mean + d_mean, var, history.count)
+    return Moments(history.mean + d_mean, var, history.size)
 
 
 def _stack(current: Moments, past: Moments) -> Moments:
     """The current iteration in front of the past ones, ``[1 + S, C]``."""
-    return jax.tree.map(
-        lambda new, old: jnp.concatenate([new[None], old]), current, past
-    )
+    return jax.tree.map(lambda new, old: jnp.concatenate([new[None], old]), current, past)
 
 
 def _entry(moments: Moments, x: jax.Array, source: Source, mask: Any) -> History:
@@ -272,13 +274,13 @@ def _entry(moments: Moments, x: jax.Array, source: Source, mask: Any) -> History
         d_var=d_var,
         mean_at=_inner(d_mean, source.params),
         var_at=_inner(d_var, source.params),
-        count=count[None],
+        size=count[None],
     )
 
 
 def _push(history: History, entry: History, slot: jax.Array) -> History:
     """Overwrites one slot; features that are not finite leave theirs empty."""
-    usable = usable_moments(Moments(entry.mean, entry.var, entry.count))
+    usable = usable_moments(Moments(entry.mean, entry.var, entry.size))
     usable &= jnp.isfinite(entry.mean_at) & jnp.isfinite(entry.var_at)
 
     def overwrite(ring, new):

@@ -14,17 +14,17 @@ AxisName = Hashable | None
 
 
 class Moments(NamedTuple):
-    """Mean and biased variance of ``count`` values per feature.
+    """Mean and biased variance of ``size`` values per feature.
 
     Attributes:
       mean: ``[..., C]``.
-      var: ``[..., C]``, not negative, divided by ``count`` and not by ``count − 1``.
-      count: ``[..., C]``, how many values stand behind them; 0 where there was none.
+      var: ``[..., C]``, not negative, divided by ``size`` and not by ``size − 1``.
+      size: ``[..., C]``, how many values stand behind them; 0 where there was none.
     """
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    size: jax.Array
 
 
 def pool_moments(moments: Moments) -> Moments:
@@ -36,7 +36,7 @@ def pool_moments(moments: Moments) -> Moments:
       moments: moments of ``G`` groups, every field ``[G, C]``.
 
     Returns:
-      Moments of all their values together, every field ``[C]``. Groups with ``count = 0``
+      Moments of all their values together, every field ``[C]``. Groups with ``size = 0``
       have no say; where all are empty, mean and variance are 0.
 
     Example:
@@ -47,7 +47,7 @@ def pool_moments(moments: Moments) -> Moments:
       >>> pair = cbn.Moments(
       ...     mean=jnp.array([[1.0], [4.0]]),
       ...     var=jnp.array([[1.0], [0.0]]),
-      ...     count=jnp.array([[2.0], [1.0]]),
+      ...     size=jnp.array([[2.0], [1.0]]),
       ... )
       >>> cbn.pool_moments(pair).mean
       Array([2.], dtype=float32)
@@ -82,7 +82,7 @@ def batch_moments(
 
     Returns:
       Moments, every field ``[C]``, in float32 (float64 for float64 input). A feature
-      without a single value that counts has mean 0, variance 0, count 0. A feature with
+      without a single value that counts has mean 0, variance 0, size 0. A feature with
       NaN or inf among its values has moments that are not finite.
 
     Raises:
@@ -105,9 +105,7 @@ def batch_moments(
     if axis_name is not None:
         pivots, moments = _gather((pivot, moments), axis_name)
         pivot = pivots[0]
-        moments = pool_moments(
-            moments._replace(mean=moments.mean + (pivots - pivot[None]))
-        )
+        moments = pool_moments(moments._replace(mean=moments.mean + (pivots - pivot[None])))
     return moments._replace(mean=pivot + moments.mean)
 
 

@@ -25,12 +25,12 @@ class RunningMoments(NamedTuple):
     Attributes:
       mean: ``[C]``, 0 before the first batch.
       var: ``[C]``, biased as in Flax, 1 before the first batch.
-      count: ``[C]``, the number m of batches seen.
+      steps: ``[C]``, the number m of batches seen.
     """
 
     mean: jax.Array
     var: jax.Array
-    count: jax.Array
+    steps: jax.Array
 
 
 def exponential(momentum: float = 0.99) -> Averaging:
@@ -83,7 +83,7 @@ def init_running(features: int) -> RunningMoments:
     return RunningMoments(
         mean=jnp.zeros(features, jnp.float32),
         var=jnp.ones(features, jnp.float32),
-        count=jnp.zeros(features, jnp.float32),
+        steps=jnp.zeros(features, jnp.float32),
     )
 
 
@@ -94,8 +94,8 @@ def update_running(
     running, moments = lax.stop_gradient((running, moments))
     moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moments)
     usable = usable_moments(moments)
-    count = running.count + usable.astype(jnp.float32)
-    alpha = average(jnp.maximum(count, 1.0))
+    steps = running.steps + usable.astype(jnp.float32)
+    alpha = average(jnp.maximum(steps, 1.0))
 
     def blend(old, new):
         return old + jnp.where(usable, alpha * (new - old), 0.0)
@@ -103,7 +103,7 @@ def update_running(
     return RunningMoments(
         mean=blend(running.mean, moments.mean),
         var=blend(running.var, moments.var),
-        count=count,
+        steps=steps,
     )
 
 
@@ -114,14 +114,14 @@ def usable_moments(moments: Moments) -> jax.Array:
     does not remember it.
     """
     # A mean that is not finite makes the variance NaN.
-    return jnp.isfinite(moments.var) & (moments.count > 0)
+    return jnp.isfinite(moments.var) & (moments.size > 0)
 
 
 def known_moments(moments: Moments, running: RunningMoments) -> Moments:
     """The batch's moments, or the running ones for features without a single value."""
-    empty = moments.count == 0
+    empty = moments.size == 0
     return Moments(
         mean=jnp.where(empty, running.mean.astype(moments.mean.dtype), moments.mean),
         var=jnp.where(empty, running.var.astype(moments.var.dtype), moments.var),
-        count=moments.count,
+        size=moments.size,
     )

@@ -90,9 +90,7 @@ def _pull_both(layer_fn, params, inputs, each, shared):
             for part in (slice(None, -1), slice(-1, None))
         )
     shared = jnp.broadcast_to(shared, each.shape)
-    return tuple(
-        _pull(layer_fn, params, inputs, cotangent) for cotangent in (each, shared)
-    )
+    return tuple(_pull(layer_fn, params, inputs, cotangent) for cotangent in (each, shared))
 
 
 def _pull(layer_fn, params, inputs, cotangent):

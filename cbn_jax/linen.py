@@ -120,9 +120,7 @@ class Norm(nn.Module):
 
     def _affine(self, features):
         def param(use, name, init):
-            return (
-                self.param(name, init, (features,), self.param_dtype) if use else None
-            )
+            return self.param(name, init, (features,), self.param_dtype) if use else None
 
         return (
             param(self.use_scale, "scale", self.scale_init),
@@ -143,6 +141,7 @@ def _as_function(layer: nn.Module) -> tuple[LayerFn, Any]:
             resized = module.clone(features=width.pop())
         else:
             resized = module
-        return resized.apply({"params": params, **others}, inputs)
+        x: Any = resized.apply({"params": params, **others}, inputs)
+        return x
 
     return layer_fn, params

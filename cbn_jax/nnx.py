@@ -86,11 +86,7 @@ class Norm(nnx.Module):
         self.state = nnx.BatchStat(estimator.init(features, params))
 
         def param(use, init):
-            return (
-                nnx.Param(init(rngs.params(), (features,), param_dtype))
-                if use
-                else None
-            )
+            return nnx.Param(init(rngs.params(), (features,), param_dtype)) if use else None
 
         self.scale = nnx.data(param(use_scale, scale_init))
         self.bias = nnx.data(param(use_bias, bias_init))

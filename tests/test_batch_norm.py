@@ -38,9 +38,7 @@ def test_equals_flax(shape, shift, key):
         y = cbn.normalize(x, statistics, params["scale"], params["bias"])
         return (weight * y).sum(), y
 
-    (_, expected), gradient = jax.value_and_grad(theirs, (0, 1), has_aux=True)(
-        x, params
-    )
+    (_, expected), gradient = jax.value_and_grad(theirs, (0, 1), has_aux=True)(x, params)
     (_, y), (dx, dparams) = jax.value_and_grad(ours, (0, 1), has_aux=True)(x, params)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if shift else {"rtol": 1e-5, "atol": 1e-5}
     np.testing.assert_allclose(y, expected, **tolerance)

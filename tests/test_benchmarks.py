@@ -103,15 +103,11 @@ def test_main_job_writes_results_and_takes_them_up_again(small, capsys):
         json.dumps(results)
     )
     assert (small.output / "table.md").read_text() == report.markdown(results)
-    files = {
-        path: path.stat().st_mtime_ns for path in (small.output / "runs").iterdir()
-    }
+    files = {path: path.stat().st_mtime_ns for path in (small.output / "runs").iterdir()}
     assert len(files) == len(labels)
     again = small_batch.main(small, console)
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    assert [c["curves"] for c in again["cells"]] == [
-        c["curves"] for c in results["cells"]
-    ]
+    assert [c["curves"] for c in again["cells"]] == [c["curves"] for c in results["cells"]]
 
 
 def test_seeds_are_reproducible(small):
@@ -140,9 +136,7 @@ def refuse(*arguments):
 
 def test_unknown_method():
     message = refuse("--methods", "batch_norm", "instance_norm")
-    assert (
-        "method 'instance_norm' is unknown; known are batch_norm, group_norm" in message
-    )
+    assert "method 'instance_norm' is unknown; known are batch_norm, group_norm" in message
 
 
 def test_unknown_dataset(tmp_path):
@@ -177,9 +171,7 @@ def test_help_reads_well(capsys):
         assert f"--{option}" in text
 
 
-@pytest.mark.parametrize(
-    "package", ["tensorflow_datasets", "optax", "tyro", "matplotlib"]
-)
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "optax", "tyro", "matplotlib"])
 def test_a_missing_dependency_is_one_sentence(package):
     code = f"import sys; sys.modules[{package!r}] = None; import benchmarks.small_batch"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -83,9 +83,7 @@ def test_state_keeps_its_form(name, layer, dtype, key):
     for leaf in jax.tree.leaves((state, statistics)):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()
-    x = layer.fn(
-        jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype)
-    )
+    x = layer.fn(jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype))
     assert cbn.normalize(x, statistics).dtype == dtype
 
 
@@ -162,9 +160,7 @@ def test_gradients_are_finite_differences(name, layer, key, x64):
         statistics, _ = estimator.train(state, x, source)
         return cbn.normalize(x, statistics, scale, bias)
 
-    check_grads(
-        f, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-7
-    )
+    check_grads(f, (x, scale, bias), order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-7)
 
 
 @estimators
@@ -254,9 +250,7 @@ def test_masked_values_may_be_anything(name, key):
 def test_an_empty_mask_means_inference_and_leaves_the_averages(name, key):
     layer = LAYERS["dense"]
     estimator, params, _, state = run(name, layer, key)
-    if hasattr(
-        state, "history"
-    ):  # a filled window still knows better than the averages
+    if hasattr(state, "history"):  # a filled window still knows better than the averages
         state = state._replace(history=jax.tree.map(jnp.zeros_like, state.history))
     z = layer.data(key)
     mask = jnp.zeros((8, 1), bool)
@@ -324,9 +318,7 @@ def test_bad_state(name, key):
     layer = LAYERS["dense"]
     x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
     for foreign in ({"mean": jnp.zeros(4)}, (jnp.zeros(4), jnp.ones(4))):
-        with pytest.raises(
-            TypeError, match=r"expected \w+State|RunningMoments; make it"
-        ):
+        with pytest.raises(TypeError, match=r"expected \w+State|RunningMoments; make it"):
             estimator.train(foreign, x, source)
         with pytest.raises(TypeError, match=r"estimator\.init\(features, params\)"):
             estimator.infer(foreign, x)
@@ -338,5 +330,5 @@ def test_bad_options(name, bad):
     factory = FACTORIES[name].func
     with pytest.raises(ValueError, match=r"momentum is .*decay in \[0, 1\)"):
         factory(momentum=bad)
-    with pytest.raises(ValueError, match="epsilon is .*above 0"):
+    with pytest.raises(ValueError, match=r"epsilon is .*above 0"):
         factory(epsilon=-abs(bad))

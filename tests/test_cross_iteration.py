@@ -47,9 +47,7 @@ def patches(layer, z):
 
 
 @pytest.mark.parametrize("burn_in", [0, 3])
-@pytest.mark.parametrize(
-    "name", ["dense", "dense-no_bias", "conv-strided", "conv-dilated"]
-)
+@pytest.mark.parametrize("name", ["dense", "dense-no_bias", "conv-strided", "conv-dilated"])
 def test_equals_the_oracle(name, burn_in, key):
     """Statistics over twelve steps of moving weights, window 4, then the averages."""
     layer = LAYERS[name]
@@ -205,9 +203,7 @@ def test_gradient_in_closed_form(key):
     x_hat, pull = jax.vjp(f, x)
     inv_std = estimator.train(state, x, source)[0].inv_std
     projected = g - (g.mean(0)[None] + x_hat * (g * x_hat).mean(0)[None]) / 3
-    np.testing.assert_allclose(
-        pull(g)[0], projected * inv_std[None], rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(pull(g)[0], projected * inv_std[None], rtol=1e-4, atol=1e-5)
 
 
 def test_no_gradient_through_the_compensation(key):
@@ -253,9 +249,7 @@ def test_one_example_per_iteration(key):
     params = layer.params(key)
     data = layer.data(key)
     for step in range(8):
-        _, statistics, state = train(
-            estimator, state, layer, params, data[step : step + 1]
-        )
+        _, statistics, state = train(estimator, state, layer, params, data[step : step + 1])
     expected = cbn.batch_moments(layer.fn(params, data[3:]))
     np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(variance(statistics), expected.var, rtol=1e-4)
@@ -283,8 +277,7 @@ def test_costs_four_thirds_of_batch_norm():
     width, depth = 64, 8
     layer_fn = functools.partial(conv, padding=1)
     kernels = [
-        {"kernel": jnp.ones((3, 3, 3 if i == 0 else width, width))}
-        for i in range(depth)
+        {"kernel": jnp.ones((3, 3, 3 if i == 0 else width, width))} for i in range(depth)
     ]
 
     def flops(estimator, shape):
@@ -315,9 +308,7 @@ def test_costs_four_thirds_of_batch_norm():
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
 def test_window_must_be_a_whole_number(window):
-    with pytest.raises(
-        ValueError, match=r"window is .*whole number of iterations from 1"
-    ):
+    with pytest.raises(ValueError, match=r"window is .*whole number of iterations from 1"):
         cbn.cross_iteration_batch_norm(window)
 
 
@@ -337,9 +328,7 @@ def test_a_source_is_needed(key):
 
 def test_parameters_must_have_features_last(key):
     estimator = cbn.cross_iteration_batch_norm()
-    with pytest.raises(
-        ValueError, match=r"\['kernel'\] of shape \(4, 5\), .*last \(4\)"
-    ):
+    with pytest.raises(ValueError, match=r"\['kernel'\] of shape \(4, 5\), .*last \(4\)"):
         estimator.init(4, {"kernel": jnp.ones((4, 5))})
     with pytest.raises(ValueError, match=r"params=None, .*init\(features, params\)"):
         estimator.init(4)

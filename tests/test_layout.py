@@ -55,9 +55,7 @@ def test_flax_enters_in_the_adapters_only():
 
 
 def test_importing_the_library_imports_no_flax():
-    code = (
-        "import sys, cbn_jax; sys.exit('flax' in sys.modules or 'optax' in sys.modules)"
-    )
+    code = "import sys, cbn_jax; sys.exit('flax' in sys.modules or 'optax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -76,9 +74,7 @@ def test_no_arithmetic_in_an_adapter():
             if isinstance(node, ast.BinOp):
                 # Unions in annotations, and an index from the end.
                 assert isinstance(node.op, ast.BitOr | ast.Sub), ast.unparse(node)
-                assert (
-                    isinstance(node.op, ast.BitOr) or ast.unparse(node) == "x.ndim - 1"
-                )
+                assert isinstance(node.op, ast.BitOr) or ast.unparse(node) == "x.ndim - 1"
 
 
 @pytest.mark.parametrize("module", ["linen", "nnx"])

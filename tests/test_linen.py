@@ -136,9 +136,7 @@ def test_equals_the_functional_core(name, key):
     for step in range(4):
         z = layer.data(jax.random.fold_in(key, step))
         (_, state), g = jax.value_and_grad(functional, has_aux=True)(mine, state, z)
-        (_, variables), h = jax.value_and_grad(modular, has_aux=True)(
-            theirs, variables, z
-        )
+        (_, variables), h = jax.value_and_grad(modular, has_aux=True)(theirs, variables, z)
         assert_close(h, g)
         mine, theirs = (
             jax.tree.map(lambda p, d: p - 0.1 * d, p, d)
@@ -187,9 +185,7 @@ def test_initializing_updates_nothing_and_needs_no_axis(name, key):
     module = Norm(FACTORIES[name](), layer=nn.Dense(4), axis_name="nowhere")
     variables = module.init(key, jnp.ones((1, 5)), use_running_average=False)
     fresh = FACTORIES[name]().init(4, variables["params"]["layer"])
-    jax.tree.map(
-        np.testing.assert_array_equal, variables["batch_stats"]["state"], fresh
-    )
+    jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"]["state"], fresh)
 
 
 def test_evaluation_leaves_the_state(key):
@@ -294,9 +290,7 @@ def test_wide_layers_take_one_pass(key):
     ("given", "came"), [((None, None), "neither"), ((True, False), "both")]
 )
 def test_flag_given_never_or_twice(given, came, key):
-    with pytest.raises(
-        ValueError, match=f"use_running_average from {came} .*not train"
-    ):
+    with pytest.raises(ValueError, match=f"use_running_average from {came} .*not train"):
         Norm(cbn.batch_norm(), use_running_average=given[0]).init(
             key, jnp.ones((2, 3)), given[1]
         )

@@ -42,7 +42,7 @@ def test_accurate_across_devices(ratio, masked):
     )(x, mask)
     kept = np.float64(x)[mask[..., 0]]
     np.testing.assert_allclose(moments.var, kept.var(0), rtol=1e-5)
-    np.testing.assert_array_equal(moments.count, [len(kept)] * 3)
+    np.testing.assert_array_equal(moments.size, [len(kept)] * 3)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1e3, 1e5])
@@ -52,7 +52,7 @@ def test_accurate_under_a_mask(ratio):
     moments = cbn.batch_moments(x, mask=mask)
     kept = np.float64(x)[mask[..., 0]]
     np.testing.assert_allclose(moments.var, kept.var(0), rtol=1e-5)
-    np.testing.assert_allclose(moments.count, [mask.sum()] * 3)
+    np.testing.assert_allclose(moments.size, [mask.sum()] * 3)
 
 
 @pytest.mark.parametrize("place", [0, -1])
@@ -69,7 +69,7 @@ def test_mask_per_feature():
     moments = cbn.batch_moments(x, mask=mask)
     np.testing.assert_allclose(moments.mean, [np.mean([0, 2, 6]), 0.0], rtol=1e-6)
     np.testing.assert_allclose(moments.var, [np.var([0, 2, 6]), 0.0], rtol=1e-6)
-    np.testing.assert_array_equal(moments.count, [3, 0])
+    np.testing.assert_array_equal(moments.size, [3, 0])
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,21 +88,21 @@ def test_pooling_groups_is_the_moments_of_their_union(sizes, shift, seed):
     np.testing.assert_allclose(pooled.mean, union.mean(0), rtol=1e-6, atol=1e-6)
     # Group means are float32 numbers: at 1e4 they are rounded to 1e-3.
     np.testing.assert_allclose(pooled.var, union.var(0), rtol=2e-3, atol=1e-5)
-    np.testing.assert_array_equal(pooled.count, [len(union)] * 2)
+    np.testing.assert_array_equal(pooled.size, [len(union)] * 2)
 
 
 def test_pooling_ignores_empty_groups():
     moments = cbn.Moments(
         mean=jnp.array([[9.0], [1.0]]),
         var=jnp.array([[9.0], [2.0]]),
-        count=jnp.array([[0.0], [3.0]]),
+        size=jnp.array([[0.0], [3.0]]),
     )
     pooled = cbn.pool_moments(moments)
     np.testing.assert_array_equal(pooled.mean, [1.0])
     np.testing.assert_array_equal(pooled.var, [2.0])
     empty = cbn.pool_moments(jax.tree.map(lambda leaf: leaf[:1], moments))
     assert np.isfinite(jnp.stack(empty)).all()
-    np.testing.assert_array_equal(empty.count, [0.0])
+    np.testing.assert_array_equal(empty.size, [0.0])
 
 
 def test_activations_are_read_once_per_sum():

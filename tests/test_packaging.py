@@ -37,9 +37,7 @@ def test_wheel_runs_the_readme(wheel, tmp_path):
     # Dependencies come from the environment of the tests, the library from the wheel.
     dependencies = [p for p in sys.path if p.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
-    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     script = tmp_path / "readme.py"
     script.write_text("\n".join(blocks) + "\nimport cbn_jax; print(cbn_jax.__file__)\n")
     run = subprocess.run(

@@ -154,9 +154,7 @@ def test_masks_are_exact_across_devices(name, check_vma, key):
     mask = jax.random.bernoulli(key, 0.6, (2 * DEVICES, 1)).at[4:6].set(False)
 
     def step(z, mask):
-        return train(estimator, state, layer, params, z, axis_name="data", mask=mask)[
-            1:
-        ]
+        return train(estimator, state, layer, params, z, axis_name="data", mask=mask)[1:]
 
     parallel = jax.shard_map(
         step,
@@ -175,9 +173,7 @@ def test_masks_are_exact_across_devices(name, check_vma, key):
 
 def collectives(f, *args):
     text = jax.jit(f).lower(*args).compile().as_text()
-    return re.findall(
-        r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text
-    )
+    return re.findall(r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
 
 
 @pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])

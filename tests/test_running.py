@@ -33,7 +33,7 @@ def test_weights_in_closed_form(rule, steps):
     expected = weights(rule, steps) @ values if steps else np.zeros(1)
     np.testing.assert_allclose(running.mean, expected, rtol=1e-5)
     np.testing.assert_allclose(running.var, 2 * expected if steps else 1.0, rtol=1e-5)
-    np.testing.assert_array_equal(running.count, [steps])
+    np.testing.assert_array_equal(running.steps, [steps])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 0.9999])
@@ -67,4 +67,4 @@ def test_a_feature_without_values_waits():
     full = cbn.Moments(jnp.array([5.0, 7.0]), jnp.ones(2), jnp.full(2, 4.0))
     running = update_running(update_running(init_running(2), half, rule), full, rule)
     np.testing.assert_allclose(running.mean, [5.0, 7.0])
-    np.testing.assert_array_equal(running.count, [2, 1])
+    np.testing.assert_array_equal(running.steps, [2, 1])

@@ -37,9 +37,7 @@ def test_one_pullback_holds_the_derivatives_of_all_features(name, key):
     deviation = 2 * (x - x.mean(tuple(range(x.ndim - 1)), keepdims=True)) / n
     d_var, d_mean = source.pullback(deviation, jnp.full((*x.shape[:-1], 1), 1 / n))
     for full, block in ((jacobian.mean, d_mean), (jacobian.var, d_var)):
-        for leaf, own in zip(
-            jax.tree.leaves(full), jax.tree.leaves(block), strict=True
-        ):
+        for leaf, own in zip(jax.tree.leaves(full), jax.tree.leaves(block), strict=True):
             own = np.broadcast_to(own, leaf.shape[1:])
             for feature in range(layer.features):
                 expected = np.zeros_like(own)
@@ -73,7 +71,7 @@ def test_both_pullbacks_cost_little_more_than_one_weight_gradient(key):
     z, kernel = jnp.ones((2, 32, 32, 32)), {"kernel": jnp.ones((3, 3, 32, 32))}
 
     def pull(kernel, z):
-        x, source = cbn.run_layer(layer_fn, kernel, z)
+        _, source = cbn.run_layer(layer_fn, kernel, z)
         return source.pullback(z, z[..., :1])
 
     one = flops(lambda k, z: jax.vjp(lambda k: layer_fn(k, z), k)[1](z), kernel, z)
