@@ -115,6 +115,7 @@ def table(results: dict) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+    made.columns[1].overflow = "fold"  # a name cut short cannot be typed again
     for row in rows(results):
         made.add_row(*row)
     return made

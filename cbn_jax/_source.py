@@ -62,11 +62,10 @@ def run_layer(
     Example:
       >>> import jax.numpy as jnp
       >>> import cbn_jax as cbn
-      >>> dense = lambda params, z: z @ params["kernel"] + params["bias"]
-      >>> params = {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}
-      >>> x, source = cbn.run_layer(dense, params, jnp.ones((2, 3)))
+      >>> dense = lambda kernel, z: z @ kernel
+      >>> x, source = cbn.run_layer(dense, jnp.ones((3, 4)), jnp.ones((2, 3)))
       >>> sums, _ = source.pullback(jnp.ones((2, 4)), jnp.ones((2, 1)))
-      >>> sums["bias"]
+      >>> sums[0]
       Array([2., 2., 2., 2.], dtype=float32)
     """
     x = layer_fn(params, inputs)

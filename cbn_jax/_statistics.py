@@ -51,7 +51,8 @@ def normalize(
       The normalized activations, in the shape and dtype of ``x``.
 
     Example:
-      >>>       >>> import cbn_jax as cbn
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
       >>> x = jnp.array([[1.0], [3.0]])
       >>> cbn.normalize(x, cbn.Statistics(jnp.array([2.0]), jnp.array([1.0])))
       Array([[-1.],

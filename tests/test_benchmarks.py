@@ -1,5 +1,6 @@
 """The main job at its smallest size, and what it says when asked for the impossible."""
 
+import dataclasses
 import gzip
 import json
 import struct
@@ -90,11 +91,14 @@ def test_any_set_of_tensorflow_datasets_by_name(data_dir):
     np.testing.assert_array_equal(by_name.test_images, digits.test_images)
 
 
-def test_main_job_writes_results_and_takes_them_up_again(small, capsys):
-    console = Console(width=120)
+def test_main_job_writes_results_and_takes_them_up_again(small):
+    small = dataclasses.replace(
+        small, networks=("mlp",), methods=("batch_norm", "cross_iteration", "batch_norm@4")
+    )
+    console = Console(width=80)
     results = small_batch.main(small, console)
     labels = [cell["label"] for cell in results["cells"]]
-    assert labels == 2 * list(small.methods)
+    assert labels == list(small.methods)
     for cell in results["cells"]:
         assert np.isfinite(cell["curves"][0][-1]["loss"])
         assert cell["step_time"]["ratio"] > 0
