@@ -11,7 +11,15 @@ import cbn_jax
 
 PACKAGE = Path(cbn_jax.__file__).parent
 ROOT = PACKAGE.parent
-FOUNDATION = {"_checks", "_moments", "_running", "_source", "_statistics", "_estimator"}
+FOUNDATION = {
+    "_checks",
+    "_history",
+    "_moments",
+    "_running",
+    "_source",
+    "_statistics",
+    "_estimator",
+}
 ADAPTERS = {"_adapter", "linen", "nnx"}
 METHODS = (
     {path.stem for path in PACKAGE.glob("*.py")} - FOUNDATION - ADAPTERS - {"__init__"}
