@@ -43,7 +43,7 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
       name: ``digits``, ``fashion_mnist``, or an image classification set of
         tensorflow-datasets with splits ``train`` and ``test`` and images of one size.
       data_dir: where prepared data is kept; None for tensorflow-datasets' own default.
-      examples: at most so many training examples, the first ones; None for all.
+      examples: at most so many images of each split, the first ones; None for all.
 
     Returns:
       The data set in memory.
@@ -63,12 +63,10 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
             f"{sorted(builder.info.splits)}, expected image and label, train and test; "
             "choose an image classification set such as mnist or cifar10."
         )
-    train = builder.info.splits["train"].num_examples
-    keep = train if examples is None else min(examples, train)
     return Dataset(
         name,
-        *_arrays(builder, f"train[:{keep}]"),
-        *_arrays(builder, "test"),
+        *_arrays(builder, "train", examples),
+        *_arrays(builder, "test", examples),
         classes=features["label"].num_classes,
     )
 
@@ -87,9 +85,9 @@ def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
         ) from error
 
 
-def _arrays(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(builder, split: str, most: int | None) -> tuple[np.ndarray, np.ndarray]:
     source = builder.as_data_source(split=split)
-    examples = [source[i] for i in range(len(source))]
+    examples = [source[i] for i in range(len(source))[:most]]
     images = np.stack([example["image"] for example in examples])
     labels = np.array([example["label"] for example in examples], np.int32)
     return images.astype(np.float32) / np.float32(images.max()), labels

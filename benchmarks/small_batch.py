@@ -61,7 +61,7 @@ class Config:
     learning_rate: float = 0.1
     """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
     examples: int | None = None
-    """Use at most so many training images."""
+    """Use at most so many images for training, and for testing."""
     timing_rounds: int = 20
     """Rounds of ten steps for the step-time ratios."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/small_batch")
