@@ -63,7 +63,7 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-HEADINGS = ("net", "method", "train loss", "test acc., %", "step / BN", "state")
+HEADINGS = ("net", "method", "train loss", "test, %", "step / BN", "state")
 
 
 def rows(results: dict) -> list[tuple[str, ...]]:
