@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results as a file, a table and a figure."""
 
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+import cbn_jax
 
 from ._optional import needed_for
 
@@ -32,6 +35,15 @@ def environment() -> dict[str, str]:
         "device": f"{device.platform}: {device.device_kind}",
         "processor": f"{platform.machine()}, {_cores()} cores",
     }
+
+
+def source_digest() -> str:
+    """Of the library and the benchmarks: results of other code are other results."""
+    digest = hashlib.sha256()
+    folders = (Path(cbn_jax.__file__).parent, Path(__file__).parent)
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cores() -> int:

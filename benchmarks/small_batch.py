@@ -4,7 +4,7 @@
 Trains an MLP and a residual CNN on real images at batch size 2 with batch norm, group
 norm and cross-iteration batch norm, with batch norm at 32 as the mark to reach; prints a
 table and draws the learning curves. Finished runs are kept in the output folder and taken
-up again by the next call with the same options.
+up again by the next call with the same options and code.
 
 Run it with ``python -m benchmarks.small_batch``.
 """
@@ -165,6 +165,7 @@ def _curve(
         "method": text,
         "seed": seed,
         "versions": report.environment(),
+        "source": report.source_digest(),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     path = config.output / "runs" / f"{network}-{text}-{seed}-{digest[:8]}.json"

@@ -38,6 +38,8 @@ class History(NamedTuple):
 
 
 def empty_history(slots: int, features: int, params: Params) -> History:
+    """Slots in which nothing counts yet."""
+
     def per_feature():
         return jnp.zeros((slots, features), jnp.float32)
 

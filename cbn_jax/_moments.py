@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and variance of a batch: accurate in float32, one pass, one collective."""
+"""Mean and variance of a batch: accurate in float32, one collective."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -69,8 +69,8 @@ def batch_moments(
 
     ``var = E[(x − c)²] − E[x − c]²`` about a pivot c taken from the data itself. The
     textbook form, c = 0, loses all digits of the variance once the mean is a few thousand
-    standard deviations; with a value of the batch as c nothing cancels, and both sums
-    still come from a single pass over ``x``. The relative error of the variance stays
+    standard deviations; with a value of the batch as c nothing cancels, and the two
+    sums do not wait for each other, so that a compiler can take both in one pass. The relative error of the variance stays
     below 1e-5 in float32 up to mean/std = 1e5.
 
     Args:
@@ -97,7 +97,8 @@ def batch_moments(
 
     Under an axis name every device learns the moments of all others in one collective of
     ``devices · 4C`` numbers and pools them exactly. A matrix ``[N, C]`` and a masked batch
-    are read twice, larger arrays once.
+    are read once more, for the pivot. XLA's CPU backend reads ``x`` once for each sum, as
+    it does for Flax's default.
     """
     check_activations("batch_moments", x)
     x = jnp.asarray(x, wide(x.dtype))
