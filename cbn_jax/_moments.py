@@ -69,9 +69,9 @@ def batch_moments(
 
     ``var = E[(x − c)²] − E[x − c]²`` about a pivot c taken from the data itself. The
     textbook form, c = 0, loses all digits of the variance once the mean is a few thousand
-    standard deviations; with a value of the batch as c nothing cancels, and the two
-    sums do not wait for each other, so that a compiler can take both in one pass. The relative error of the variance stays
-    below 1e-5 in float32 up to mean/std = 1e5.
+    standard deviations; with a value of the batch as c nothing cancels, and the two sums
+    do not wait for each other, so that a compiler can take both in one pass. The relative
+    error of the variance stays below 1e-5 in float32 up to mean/std = 1e5.
 
     Args:
       x: activations ``[..., C]``, floating point, at least two axes, not empty.
