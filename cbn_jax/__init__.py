@@ -16,16 +16,27 @@ which statistics to believe. Three more functions do the rest::
 from ._batch_norm import batch_norm as batch_norm
 from ._cross_iteration import CrossIterationState as CrossIterationState
 from ._cross_iteration import cross_iteration_batch_norm as cross_iteration_batch_norm
+from ._cross_iteration import epochs_to_steps as epochs_to_steps
+from ._cross_iteration import ramp as ramp
 from ._estimator import Estimator as Estimator
+from ._layer import Layer as Layer
+from ._layer import convolution as convolution
+from ._layer import dense as dense
 from ._moments import Moments as Moments
 from ._moments import batch_moments as batch_moments
 from ._moments import pool_moments as pool_moments
+from ._replay import Memory as Memory
+from ._replay import ReplayState as ReplayState
+from ._replay import replay_batch_norm as replay_batch_norm
 from ._running import RunningMoments as RunningMoments
 from ._running import cumulative as cumulative
 from ._running import exponential as exponential
+from ._small_batch import small_batch_norm as small_batch_norm
 from ._source import Source as Source
 from ._source import run_layer as run_layer
 from ._statistics import Statistics as Statistics
 from ._statistics import normalize as normalize
+from ._streaming import StreamingState as StreamingState
+from ._streaming import streaming_batch_norm as streaming_batch_norm
 
 __version__ = "0.1.0"

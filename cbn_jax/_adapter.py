@@ -3,9 +3,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ._layer import Patches, conv_patches
 
 
 @contextlib.contextmanager
@@ -29,6 +32,25 @@ def flag_of(constructor: bool | None, call: bool | None) -> bool:
             "norm(x, use_running_average=not train)."
         )
     return bool(constructor if call is None else call)
+
+
+def patches_of(conv: Any) -> Patches | None:
+    """The windows of a Flax convolution, linen or nnx; None for a kind unknown here."""
+    padding = conv.padding
+    if isinstance(padding, str):
+        plain = padding in ("SAME", "VALID")
+    else:
+        rank = 1 if isinstance(conv.kernel_size, int) else len(conv.kernel_size)
+        sides = (padding,) * rank if isinstance(padding, int) else padding
+        padding = [(side, side) if isinstance(side, int) else side for side in sides]
+        plain = True
+    dilated = conv.input_dilation
+    plain &= conv.mask is None and (dilated in (1, None) or set(dilated) == {1})
+    if not plain:
+        return None
+    strides = 1 if conv.strides is None else conv.strides
+    dilation = 1 if conv.kernel_dilation is None else conv.kernel_dilation
+    return conv_patches(strides, padding, dilation, conv.feature_group_count)
 
 
 def to_last(

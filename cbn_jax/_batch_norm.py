@@ -70,8 +70,8 @@ def batch_norm(momentum: float | Averaging = 0.99, *, epsilon: float = 1e-5) -> 
         check_activations("batch_norm", x)
         check_state("batch_norm", state, RunningMoments, lambda s: s.mean, x)
 
-    def init(features, params=None):
-        del params
+    def init(features, params=None, groups=1):
+        del params, groups
         return init_running(features)
 
     def train(state, x, source=None, *, axis_name=None, mask=None):

@@ -2,10 +2,26 @@
 """Static checks: what came, what was expected, what to write, in one sentence."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+
+class _Source(Protocol):
+    """What is checked of a ``Source``; that module stands above this one."""
+
+    @property
+    def params(self) -> Any: ...
+    @property
+    def patches(self) -> Any: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def axis_name(self) -> Any: ...
+
+
+SomeSource = TypeVar("SomeSource", bound=_Source)
 
 
 def check_activations(method: str, x: jax.Array) -> None:
@@ -47,7 +63,7 @@ def check_values(method: str, x: jax.Array, axis_name: Any, mask: Any) -> None:
         raise ValueError(
             f"{method} got x of shape {x.shape}, one value per feature in training, "
             "expected at least two; use more examples, axis_name=..., or "
-            "cross_iteration_batch_norm(window=8)."
+            "small_batch_norm(batch_size=1)."
         )
 
 
@@ -68,6 +84,75 @@ def check_features_last(method: str, features: int, params: Any) -> None:
             )
 
 
+def check_source(
+    method: str, x: Any, source: SomeSource | None, like: Any, axis_name: Any
+) -> SomeSource:
+    """The source is one, and that of the layer for which the state was made.
+
+    ``like``: the state's patches, leaves ``[..., *leaf.shape[:-1], groups]``.
+    """
+    if source is None:
+        raise ValueError(
+            f"{method} got source=None, expected the layer that made x; take both from "
+            "x, source = run_layer(layer, params, inputs), or give the Flax module its "
+            "layer: Norm(estimator, layer=...)."
+        )
+    if source.axis_name != axis_name:
+        raise ValueError(
+            f"{method} got axis_name={axis_name!r} and a source with "
+            f"axis_name={source.axis_name!r}, expected one and the same; give it to "
+            "run_layer and to train."
+        )
+    params, patches = jax.tree.leaves(source.params), jax.tree.leaves(like)
+    came = [leaf.shape for leaf in params]
+    expected = [
+        (*patch.shape[-len(shape) : -1], x.shape[-1])
+        for patch, shape in zip(patches, came, strict=False)
+    ]
+    if came != expected or len(patches) != len(params):
+        raise ValueError(
+            f"{method} got a source with parameters of shapes {came}, which are not those "
+            "of its state; write estimator.init(features, params) with this layer's "
+            "parameters."
+        )
+    groups = patches[0].shape[-1]
+    if groups != source.groups:
+        raise ValueError(
+            f"{method} got a layer with groups={source.groups} and a state for "
+            f"groups={groups}, expected one and the same; write "
+            f"estimator.init(features, params, groups={source.groups})."
+        )
+    return source
+
+
+def check_patches(method: str, source: _Source) -> None:
+    """The layer knows what it saw."""
+    if source.patches is None:
+        raise ValueError(
+            f"{method} got a source without patches, expected a layer that knows them; "
+            "write run_layer(cbn_jax.dense, ...) or run_layer(cbn_jax.convolution(...), "
+            "...), take a Flax Dense or Conv (zero padding, no input dilation, no kernel "
+            "mask), or use cross_iteration_batch_norm, which needs none."
+        )
+
+
+def check_mask(method: str, x: jax.Array, mask: Any) -> None:
+    """All features of a position count, or none."""
+    if mask is not None and jnp.ndim(mask) > 0 and jnp.shape(mask)[-1] != 1:
+        raise ValueError(
+            f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, "
+            "expected a last axis of 1, the same mask for all features; write "
+            "mask[..., None]."
+        )
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """One of a few words."""
+    if value not in choices:
+        expected = " or ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} is {value!r}, expected {expected}.")
+
+
 def check_fraction(name: str, value: float) -> None:
     """A decay lies in [0, 1)."""
     if not 0.0 <= value < 1.0:
@@ -86,6 +171,4 @@ def check_epsilon(value: float) -> None:
 def check_count(name: str, value: int, least: int) -> None:
     """A whole number from ``least`` on."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{name} is {value!r}, expected a whole number of iterations from {least} on."
-        )
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {least} on.")

@@ -13,7 +13,7 @@ State = Any  # a NamedTuple of float32 arrays, one type per method
 
 
 class Init(Protocol):
-    def __call__(self, features: int, params: Any = None) -> State: ...
+    def __call__(self, features: int, params: Any = None, groups: int = 1) -> State: ...
 
 
 class Train(Protocol):
@@ -48,9 +48,10 @@ class Estimator(NamedTuple):
         y = normalize(x, statistics, scale, bias)
 
     Attributes:
-      init: ``(features, params=None) -> state``. ``params`` are those of the layer before
-        the normalizer, for methods that look at them; shapes suffice, so abstract arrays
-        do. Every leaf of the state is a float32 array whose shape never changes.
+      init: ``(features, params=None, groups=1) -> state``. ``params`` are those of the
+        layer before the normalizer and ``groups`` its feature groups, for methods that
+        look at them; shapes suffice, so abstract arrays do. Every leaf of
+        the state is a float32 array whose shape never changes.
       train: ``(state, x, source=None, *, axis_name=None, mask=None) -> (statistics,
         state)``. Statistics to train with, and the state that has seen this batch.
         Gradients flow through ``statistics``, never through the state.

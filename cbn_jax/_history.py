@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._layer import Params
 from ._moments import Moments, align
+from ._patches import inner, product
 from ._running import usable_moments
-from ._source import Params, Source
+from ._source import Source
 
 
 class History(NamedTuple):
@@ -21,8 +23,9 @@ class History(NamedTuple):
     Attributes:
       mean: ``[S, C]``, μₛ at θₛ.
       var: ``[S, C]``, σ²ₛ at θₛ.
-      d_mean: ∂μₛ/∂θ, each leaf ``[S, *leaf.shape]``.
-      d_var: ∂σ²ₛ/∂θ, the same.
+      d_mean: ∂μₛ/∂θ, the mean input patch, each leaf ``[S, *leaf.shape[:-1], groups]``:
+        the same for all features of a group.
+      d_var: ∂σ²ₛ/∂θ, each leaf ``[S, *leaf.shape]``.
       mean_at: ``[S, C]``, ⟨∂μₛ/∂θ, θₛ⟩.
       var_at: ``[S, C]``, ⟨∂σ²ₛ/∂θ, θₛ⟩.
       size: ``[S, C]``, values behind the moments; 0 for an empty slot.
@@ -37,34 +40,37 @@ class History(NamedTuple):
     size: jax.Array
 
 
-def empty_history(slots: int, features: int, params: Params) -> History:
+def empty_history(slots: int, features: int, params: Params, groups: int) -> History:
     """Slots in which nothing counts yet."""
 
     def per_feature():
         return jnp.zeros((slots, features), jnp.float32)
 
-    def per_param():
+    def per_param(last):
         return jax.tree.map(
-            lambda leaf: jnp.zeros((slots, *leaf.shape), jnp.float32), params
+            lambda leaf: jnp.zeros((slots, *leaf.shape[:-1], last), jnp.float32), params
         )
 
     return History(
         mean=per_feature(),
         var=per_feature(),
-        d_mean=per_param(),
-        d_var=per_param(),
+        d_mean=per_param(groups),
+        d_var=per_param(features),
         mean_at=per_feature(),
         var_at=per_feature(),
         size=per_feature(),
     )
 
 
-def transport(history: History, params: Params, dtype: Any) -> Moments:
-    """Moments ``[S, C]`` of the past iterations, moved to today's parameters."""
+def transport(history: History, params: Params, rho: float, dtype: Any) -> Moments:
+    """Moments ``[S, C]`` of the past iterations, moved to today's parameters.
+
+    To first order: the variance may come out negative.
+    """
     history = jax.tree.map(lambda leaf: leaf.astype(dtype), history)
-    d_mean = _inner(history.d_mean, params) - history.mean_at  # ⟨∂μ/∂θ, Δθ⟩
-    d_var = _inner(history.d_var, params) - history.var_at  # ⟨∂σ²/∂θ, Δθ⟩
-    var = jnp.maximum(history.var + d_var - jnp.square(d_mean), 0.0)  # ν ≥ μ²
+    d_mean = rho * (product(history.d_mean, params) - history.mean_at)  # ρ ⟨∂μ/∂θ, Δθ⟩
+    d_var = rho * (_inner(history.d_var, params) - history.var_at)  # ρ ⟨∂σ²/∂θ, Δθ⟩
+    var = history.var + d_var - jnp.square(d_mean)  # ν − μ²
     return Moments(history.mean + d_mean, var, history.size)
 
 
@@ -77,24 +83,25 @@ def entry_of(moments: Moments, x: jax.Array, source: Source, mask: Any) -> Histo
     """What the window remembers of one iteration: a history with a single slot."""
     mean, var, count = moments
     x = x.astype(mean.dtype)
-    if mask is None:
-        weight = jnp.broadcast_to(1.0 / count[0], (*x.shape[:-1], 1))
-        deviation = x - align(mean, x)
-    else:
-        counts = jnp.broadcast_to(mask, x.shape).astype(bool)
-        weight = jnp.where(counts, 1.0 / align(jnp.maximum(count, 1.0), x), 0.0)
-        deviation = jnp.where(counts, x - align(mean, x), 0.0)
+    shape = (*x.shape[:-1], 1)
+    weight = jnp.broadcast_to(1.0 / jnp.maximum(count[0], 1.0), shape)
+    deviation = x - align(mean, x)
+    if mask is not None:
+        counts = jnp.broadcast_to(mask, shape).astype(bool)
+        weight = jnp.where(counts, weight, 0.0)
+        deviation = jnp.where(counts, deviation, 0.0)
     d_var, d_mean = jax.tree.map(
         lambda leaf: leaf[None].astype(mean.dtype),
         source.pullback(2.0 * deviation * weight, weight),
     )
+    params = lax.stop_gradient(source.params)
     return History(
         mean=mean[None],
         var=var[None],
         d_mean=d_mean,
         d_var=d_var,
-        mean_at=_inner(d_mean, source.params),
-        var_at=_inner(d_var, source.params),
+        mean_at=product(d_mean, params),
+        var_at=_inner(d_var, params),
         size=count[None],
     )
 
@@ -105,17 +112,18 @@ def push(history: History, entry: History, slot: jax.Array) -> History:
     usable &= jnp.isfinite(entry.mean_at) & jnp.isfinite(entry.var_at)
 
     def overwrite(ring, new):
-        new = jnp.where(align(usable[0], new), new, 0.0)
-        new = jnp.broadcast_to(new, (1, *ring.shape[1:])).astype(ring.dtype)
+        # A mean patch belongs to all features of its group, so it is judged by itself.
+        fits = usable[0] if new.shape[-1] == usable.shape[-1] else jnp.isfinite(new)
+        new = jnp.where(align(fits, new), new, 0.0).astype(ring.dtype)
         return lax.dynamic_update_slice_in_dim(ring, new, slot.astype(int), axis=0)
 
     return jax.tree.map(overwrite, history, entry)
 
 
 def _inner(derivative: Params, params: Params) -> jax.Array:
-    """⟨d, θ⟩ per slot and feature, ``[S, C]``: summed over all that feature c owns."""
-
-    def product(d, leaf):
-        return (d * leaf[None].astype(d.dtype)).sum(axis=range(1, d.ndim - 1))
-
-    return jax.tree.reduce(jnp.add, jax.tree.map(product, derivative, params))
+    """``inner`` for every slot, ``[S, C]``."""
+    slots = len(jax.tree.leaves(derivative)[0])
+    # One reduction over all slots at once is several times slower on a CPU, and so is a
+    # scan in the backward pass, which would copy the history.
+    each = [inner(jax.tree.map(lambda d: d[s], derivative), params) for s in range(slots)]  # noqa: B023
+    return jnp.stack(each)

@@ -54,7 +54,7 @@ def pool_moments(moments: Moments) -> Moments:
     """
     mean, var, count = moments
     total = count.sum(axis=0)
-    share = count / jnp.maximum(total, 1.0)[None]
+    share = count / jnp.where(total > 0, total, 1.0)[None]
     # Differences to one of the means keep the digits that a sum of large means would lose.
     offset = mean - mean[:1]
     center = (share * offset).sum(axis=0)
@@ -104,7 +104,7 @@ def batch_moments(
     x = jnp.asarray(x, wide(x.dtype))
     pivot, moments = _about_pivot(x) if mask is None else _masked_about_pivot(x, mask)
     if axis_name is not None:
-        pivots, moments = _gather((pivot, moments), axis_name)
+        pivots, moments = gather((pivot, moments), axis_name)
         pivot = pivots[0]
         moments = pool_moments(moments._replace(mean=moments.mean + (pivots - pivot[None])))
     return moments._replace(mean=pivot + moments.mean)
@@ -177,13 +177,15 @@ def align(per_feature: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(per_feature, range(x.ndim - per_feature.ndim))
 
 
-def _gather(tree: Any, axis_name: AxisName) -> Any:
-    """Stacks the leaves ``[C]`` of all devices to ``[devices, C]``, on every device.
+def gather(tree: Any, axis_name: AxisName) -> Any:
+    """Stacks each leaf of all devices to ``[devices, ...]``, on every device.
 
     A sum of one-hot rows instead of ``all_gather``: its result is known to be the same on
     all devices, so that ``shard_map`` accepts a state made of it as replicated.
     """
-    leaves, structure = jax.tree.flatten(tree)
     here = lax.axis_index(axis_name) == jnp.arange(lax.axis_size(axis_name))
-    row = jnp.where(here[None, :, None], jnp.stack(leaves)[:, None], 0.0)
-    return jax.tree.unflatten(structure, list(lax.psum(row, axis_name)))
+
+    def row(leaf):
+        return jnp.where(here.reshape(-1, *(1,) * leaf.ndim), leaf[None], 0.0)
+
+    return lax.psum(jax.tree.map(row, tree), axis_name)

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._layer import Layer, LayerFn, Params
 from ._moments import AxisName
-
-Params = Any  # a pytree whose leaves have features last
-LayerFn = Callable[[Params, Any], jax.Array]
 
 
 class Pullback(Protocol):
@@ -19,94 +17,115 @@ class Pullback(Protocol):
 
 
 class Source(NamedTuple):
-    """The layer behind ``x``, made by ``run_layer``. Nothing in it carries a gradient.
+    """The layer behind ``x``, made by ``run_layer``.
 
     Attributes:
-      params: θ, the parameters with which the layer was run.
+      params: θ, the parameters with which the layer was run, the only thing here that
+        carries a gradient.
       pullback: ``(each, shared)`` ↦ two cotangents of θ, summed over all devices: one for
-        the cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared``, ``[..., 1]`` if it
-        is the same for every feature (its result may then have a last axis of 1, to be
-        broadcast) or ``[..., C]``. Feature c of ``x`` depends on ``θ[..., c]`` alone, so
-        the cotangent 1/N yields the derivatives of all feature means at once, and
-        2 (x − mean) / N those of all variances.
+        the cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared`` ``[..., 1]``, the
+        same for every feature, its leaves ``[..., groups]``. Feature c of ``x`` depends on
+        ``θ[..., c]`` alone, so the cotangent 1/N yields the derivatives of all feature
+        means at once, and 2 (x − mean) / N those of all variances.
+      patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``;
+        None where the layer does not know.
+      groups: of the layer.
       axis_name: the axis over which ``pullback`` sums.
     """
 
     params: Params
     pullback: Pullback
+    patches: Callable[[jax.Array], Params] | None = None
+    groups: int = 1
     axis_name: AxisName = None
 
 
 def run_layer(
-    layer_fn: LayerFn, params: Params, inputs: Any, *, axis_name: AxisName = None
+    layer: LayerFn | Layer, params: Params, inputs: Any, *, axis_name: AxisName = None
 ) -> tuple[jax.Array, Source]:
     """Runs a layer that is linear in its parameters and keeps the way back to them.
 
     Any such layer will do: dense or convolution, with strides, padding, dilation, groups,
-    with or without bias. Nothing here knows convolutions; differentiation does.
+    with or without bias. For a plain function differentiation finds the way; ``dense`` and
+    ``convolution`` also know their input patches, which some estimators need.
 
     Args:
-      layer_fn: ``(params, inputs) -> x`` with ``x`` of shape ``[..., C]``. Feature c must
-        depend on entry c of the parameters' last axis alone. A layer that computes all
-        features alike should accept parameters of C + 1 features as well (plain ``lax``
-        and ``jnp`` code does): both pullbacks then take one pass instead of two.
+      layer: a ``Layer``, or a function ``(params, inputs) -> x`` with ``x`` of shape
+        ``[..., C]``; see there what is asked of it.
       params: pytree whose leaves have features last.
       inputs: pytree of arrays, the layer's input.
       axis_name: axis or axes over which the batch is spread, as for ``batch_moments``;
         give the same one to ``estimator.train``.
 
     Returns:
-      ``x``, differentiable as ever, and its source. A source that is never pulled back
-      costs nothing under ``jit``.
+      ``x``, differentiable as ever, and its source. A source that is never used costs
+      nothing under ``jit``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import cbn_jax as cbn
-      >>> dense = lambda kernel, z: z @ kernel
-      >>> x, source = cbn.run_layer(dense, jnp.ones((3, 4)), jnp.ones((2, 3)))
+      >>> x, source = cbn.run_layer(cbn.dense, jnp.ones((3, 4)), jnp.ones((2, 3)))
       >>> sums, _ = source.pullback(jnp.ones((2, 4)), jnp.ones((2, 1)))
       >>> sums[0]
       Array([2., 2., 2., 2.], dtype=float32)
     """
-    x = layer_fn(params, inputs)
-    params, inputs = lax.stop_gradient((params, inputs))
+    layer = layer if isinstance(layer, Layer) else Layer(layer)
+    x = layer.apply(params, inputs)
+    fixed, inputs = lax.stop_gradient((params, inputs))
+    cut = layer.patches
 
     def pullback(each: jax.Array, shared: jax.Array) -> tuple[Params, Params]:
-        local = _pull_both(layer_fn, _varying(params, axis_name), inputs, each, shared)
+        local = _pull_both(layer, _varying(fixed, axis_name), inputs, each, shared)
         return local if axis_name is None else lax.psum(local, axis_name)
 
-    return x, Source(params, pullback, axis_name)
+    def patches(index: jax.Array) -> Params:
+        assert cut is not None
+        return cut(fixed, inputs, index, x.shape[1:-1])
+
+    known = None if cut is None else patches
+    return x, Source(params, pullback, known, layer.groups, axis_name)
 
 
-def _pull_both(layer_fn, params, inputs, each, shared):
-    """Both pullbacks: in one pass where the layer can be run with one feature more."""
-    wider = jax.tree.map(lambda p: jnp.concatenate([p, p[..., :1]], -1), params)
-    width = (*each.shape[:-1], each.shape[-1] + 1)
-    if shared.shape[-1] == 1 and _output_shape(layer_fn, wider, inputs) == width:
-        both = _pull(layer_fn, wider, inputs, jnp.concatenate([each, shared], -1))
-        return tuple(
-            jax.tree.map(lambda p, part=part: p[..., part], both)
-            for part in (slice(None, -1), slice(-1, None))
-        )
-    shared = jnp.broadcast_to(shared, each.shape)
-    return tuple(_pull(layer_fn, params, inputs, cotangent) for cotangent in (each, shared))
+def _pull_both(layer, params, inputs, each, shared):
+    """Both pullbacks in one pass, by running the layer with one more feature per group."""
+    wider = jax.tree.map(lambda p: _append(p, p[..., : layer.groups], layer.groups), params)
+    cotangent = _append(each, jnp.repeat(shared, layer.groups, -1), layer.groups)
+    _check_widened(layer, wider, inputs, cotangent.shape)
+    x, pull = jax.vjp(lambda p: layer.apply(p, inputs), wider)
+    (both,) = pull(cotangent.astype(x.dtype))
+    structure = jax.tree.structure(both)
+    pairs = [_split(leaf, layer.groups) for leaf in jax.tree.leaves(both)]
+    return tuple(
+        jax.tree.unflatten(structure, list(leaves)) for leaves in zip(*pairs, strict=True)
+    )
 
 
-def _pull(layer_fn, params, inputs, cotangent):
-    x, pull = jax.vjp(lambda p: layer_fn(p, inputs), params)
-    return pull(cotangent.astype(x.dtype))[0]
+def _append(each: jax.Array, shared: jax.Array, groups: int) -> jax.Array:
+    """``[..., C]`` and ``[..., groups]`` as groups of one feature more."""
+    each = each.reshape(*each.shape[:-1], groups, -1)
+    both = jnp.concatenate([each, shared[..., None]], -1)
+    return both.reshape(*both.shape[:-2], -1)
 
 
-def _output_shape(layer_fn, params, inputs):
-    """Shape of the layer's output, None where it does not run with these parameters.
+def _split(both: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of ``_append``."""
+    both = both.reshape(*both.shape[:-1], groups, -1)
+    return both[..., :-1].reshape(*both.shape[:-2], -1), both[..., -1]
 
-    Grouped convolutions and layers of fixed width refuse a feature more, each with an
-    exception of its own.
-    """
+
+def _check_widened(layer, params, inputs, shape):
     try:
-        return getattr(jax.eval_shape(layer_fn, params, inputs), "shape", None)
-    except Exception:
-        return None
+        came = getattr(jax.eval_shape(layer.apply, params, inputs), "shape", None)
+    # Layers refuse parameters of another width each with an exception of their own.
+    except Exception as error:
+        came = f"{type(error).__name__}: {error}".splitlines()[0]
+    if came != shape:
+        raise ValueError(
+            f"a layer with groups={layer.groups} was run with one more feature per group "
+            f"and gave {came}, expected {shape}; let it read its width off its parameters, "
+            "and if it is a grouped convolution write "
+            "run_layer(Layer(layer_fn, groups=...), ...)."
+        )
 
 
 def _varying(params: Params, axis_name: AxisName) -> Params:

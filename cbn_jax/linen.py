@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import flag_of, require_flax, to_last
+from ._adapter import flag_of, patches_of, require_flax, to_last
 from ._estimator import Estimator
+from ._layer import Layer, dense_patches
 from ._moments import AxisName
-from ._source import LayerFn, run_layer
+from ._source import run_layer
 from ._statistics import normalize
 
 with require_flax("cbn_jax.linen"):
@@ -96,9 +97,9 @@ class Norm(nn.Module):
         x, source = self._run_layer(inputs)
         x, mask, back = to_last(x, mask, self.axis)
         features = x.shape[-1]
-        params = None if source is None else source.params
+        params, groups = (None, 1) if source is None else (source.params, source.groups)
         state = self.variable(
-            "batch_stats", "state", lambda: self.estimator.init(features, params)
+            "batch_stats", "state", lambda: self.estimator.init(features, params, groups)
         )
         if running or self.is_initializing():
             statistics = self.estimator.infer(state.value, x)
@@ -115,8 +116,8 @@ class Norm(nn.Module):
             return inputs, None
         if self.is_initializing():
             self.layer(inputs)
-        layer_fn, params = _as_function(self.layer)
-        return run_layer(layer_fn, params, inputs, axis_name=self.axis_name)
+        layer, params = _as_layer(self.layer)
+        return run_layer(layer, params, inputs, axis_name=self.axis_name)
 
     def _affine(self, features):
         def param(use, name, init):
@@ -128,13 +129,13 @@ class Norm(nn.Module):
         )
 
 
-def _as_function(layer: nn.Module) -> tuple[LayerFn, Any]:
-    """The layer as a pure function of its parameters, of any number of features."""
+def _as_layer(layer: nn.Module) -> tuple[Layer, Any]:
+    """The module as a pure function of its parameters, of any number of features."""
     module, variables = layer.unbind()
     params = variables.get("params", {})
     others = {name: value for name, value in variables.items() if name != "params"}
 
-    def layer_fn(params, inputs):
+    def apply(params, inputs):
         width = {leaf.shape[-1] for leaf in jax.tree.leaves(params)}
         # Linen layers hold their width; a change of it is a change of the layer.
         if len(width) == 1 and isinstance(getattr(module, "features", None), int):
@@ -144,4 +145,8 @@ def _as_function(layer: nn.Module) -> tuple[LayerFn, Any]:
         x: Any = resized.apply({"params": params, **others}, inputs)
         return x
 
-    return layer_fn, params
+    if isinstance(module, nn.Dense):
+        return Layer(apply, dense_patches), params
+    if isinstance(module, nn.Conv):
+        return Layer(apply, patches_of(module), module.feature_group_count), params
+    return Layer(apply, groups=getattr(module, "feature_group_count", 1)), params

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import flag_of, require_flax, to_last
+from ._adapter import flag_of, patches_of, require_flax, to_last
 from ._estimator import Estimator
+from ._layer import Layer, dense_patches
 from ._moments import AxisName
-from ._source import LayerFn, run_layer
+from ._source import run_layer
 from ._statistics import normalize
 
 with require_flax("cbn_jax.nnx"):
@@ -75,7 +76,7 @@ class Norm(nnx.Module):
         axis_name: AxisName = None,
         rngs: nnx.Rngs,
     ):
-        _, params = (None, None) if layer is None else _as_function(layer)
+        spec, params = (None, None) if layer is None else _as_layer(layer)
         features = _features(num_features, params)
         self.estimator = estimator
         self.layer = layer
@@ -83,7 +84,9 @@ class Norm(nnx.Module):
         self.axis = axis
         self.dtype = dtype
         self.axis_name = axis_name
-        self.state = nnx.BatchStat(estimator.init(features, params))
+        self.state = nnx.BatchStat(
+            estimator.init(features, params, spec.groups if spec else 1)
+        )
 
         def param(use, init):
             return nnx.Param(init(rngs.params(), (features,), param_dtype)) if use else None
@@ -134,20 +137,26 @@ class Norm(nnx.Module):
     def _run_layer(self, inputs):
         if self.layer is None:
             return inputs, None
-        layer_fn, params = _as_function(self.layer)
-        return run_layer(layer_fn, params, inputs, axis_name=self.axis_name)
+        layer, params = _as_layer(self.layer)
+        return run_layer(layer, params, inputs, axis_name=self.axis_name)
 
 
-def _as_function(layer: nnx.Module) -> tuple[LayerFn, Any]:
-    """The layer as a pure function of its parameters, a plain dict of arrays."""
+def _as_layer(layer: nnx.Module) -> tuple[Layer, Any]:
+    """The module as a pure function of its parameters, a plain dict of arrays."""
     graph, params, others = nnx.split(layer, nnx.Param, ...)
     structure = jax.tree.structure(params)
 
-    def layer_fn(params, inputs):
+    def apply(params, inputs):
         params = jax.tree.unflatten(structure, jax.tree.leaves(params))
         return nnx.merge(graph, params, others)(inputs)
 
-    return layer_fn, nnx.to_pure_dict(params)
+    params = nnx.to_pure_dict(params)
+    if isinstance(layer, nnx.Linear):
+        return Layer(apply, dense_patches), params
+    groups = getattr(layer, "feature_group_count", 1)
+    return Layer(
+        apply, patches_of(layer) if isinstance(layer, nnx.Conv) else None, groups
+    ), params
 
 
 def _features(num_features: int | None, params: Any) -> int:

@@ -1,18 +1,18 @@
 """Every public estimator with the arguments under which the contract suite runs it."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 import cbn_jax as cbn
 
+ALL = 400  # samples: at least as many positions as any batch of the tests has
+
 FACTORIES = {
     "batch_norm": functools.partial(cbn.batch_norm, momentum=0.9),
-    "batch_norm-cumulative": functools.partial(cbn.batch_norm, cbn.cumulative),
+    "batch_norm-cumulative": functools.partial(cbn.batch_norm, momentum=cbn.cumulative),
     "cross_iteration_batch_norm": functools.partial(
         cbn.cross_iteration_batch_norm, window=3, momentum=0.9
     ),
@@ -22,29 +22,34 @@ FACTORIES = {
     "cross_iteration_batch_norm-window_1": functools.partial(
         cbn.cross_iteration_batch_norm, window=1
     ),
+    "cross_iteration_batch_norm-from_scratch": functools.partial(
+        cbn.cross_iteration_batch_norm,
+        window=3,
+        burn_in=cbn.ramp(3),
+        guard="drop",
+        gradient="window",
+        running="window",
+    ),
+    "streaming_batch_norm": functools.partial(
+        cbn.streaming_batch_norm, window=3, samples=None
+    ),
+    "streaming_batch_norm-window_1": functools.partial(
+        cbn.streaming_batch_norm, window=1, samples=None, momentum=0.9
+    ),
+    "replay_batch_norm": functools.partial(
+        cbn.replay_batch_norm, window=3, samples=ALL, momentum=0.9
+    ),
+    "replay_batch_norm-window_1": functools.partial(
+        cbn.replay_batch_norm, window=1, samples=ALL
+    ),
+    "small_batch_norm": functools.partial(cbn.small_batch_norm, batch_size=8),
 }
 
-
-def dense(params, z):
-    x = z @ params["kernel"]
-    return x + params["bias"][None] if "bias" in params else x
-
-
-def conv(params, z, *, stride=1, padding=0, dilation=1, groups=1):
-    x = lax.conv_general_dilated(
-        z,
-        params["kernel"],
-        (stride, stride),
-        [(padding, padding)] * 2,
-        rhs_dilation=(dilation, dilation),
-        feature_group_count=groups,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return x + params["bias"][None, None, None] if "bias" in params else x
+SAMPLING = {"small_batch_norm"}  # looks at some positions of a batch only
 
 
 class Layer(NamedTuple):
-    fn: Callable
+    layer: cbn.Layer
     kernel: tuple[int, ...]
     inputs: tuple[int, ...]
     bias: bool
@@ -61,32 +66,36 @@ class Layer(NamedTuple):
         return 0.3 + jax.random.normal(key, shape, dtype)
 
     @property
+    def fn(self):
+        return self.layer.apply
+
+    @property
+    def groups(self):
+        return self.layer.groups
+
+    @property
     def features(self):
         return self.kernel[-1]
 
 
 LAYERS = {
-    "dense": Layer(dense, (5, 4), (8, 5), bias=True),
-    "dense-no_bias": Layer(dense, (5, 4), (8, 5), bias=False),
-    "conv": Layer(
-        functools.partial(conv, padding=1), (3, 3, 2, 4), (8, 5, 5, 2), bias=False
-    ),
+    "dense": Layer(cbn.dense, (5, 4), (8, 5), bias=True),
+    "dense-no_bias": Layer(cbn.dense, (5, 4), (8, 5), bias=False),
+    "conv": Layer(cbn.convolution(padding=1), (3, 3, 2, 4), (8, 5, 5, 2), bias=False),
     "conv-strided": Layer(
-        functools.partial(conv, stride=2), (3, 3, 2, 4), (8, 7, 7, 2), bias=True
+        cbn.convolution(2, "VALID"), (3, 3, 2, 4), (8, 7, 7, 2), bias=True
     ),
     "conv-dilated": Layer(
-        functools.partial(conv, dilation=2, padding=2),
-        (3, 3, 2, 4),
-        (8, 6, 6, 2),
-        bias=True,
+        cbn.convolution(padding=2, dilation=2), (3, 3, 2, 4), (8, 6, 6, 2), bias=True
     ),
     "conv-grouped": Layer(
-        functools.partial(conv, groups=2, padding=1),
-        (3, 3, 2, 4),
-        (8, 5, 5, 4),
-        bias=True,
+        cbn.convolution(padding=1, groups=2), (3, 3, 2, 4), (8, 5, 5, 4), bias=True
     ),
 }
+
+
+def init(estimator, layer, params):
+    return estimator.init(layer.features, params, layer.groups)
 
 
 def drift(params, key, size=0.05):
@@ -102,6 +111,6 @@ def drift(params, key, size=0.05):
 
 def train(estimator, state, layer, params, z, **kwargs):
     """One training call on a layer's output: (x, statistics, state)."""
-    x, source = cbn.run_layer(layer.fn, params, z, axis_name=kwargs.get("axis_name"))
+    x, source = cbn.run_layer(layer.layer, params, z, axis_name=kwargs.get("axis_name"))
     statistics, state = estimator.train(state, x, source, **kwargs)
     return x, statistics, state

@@ -122,7 +122,7 @@ def test_equals_the_functional_core(name, key):
     mine = theirs = params
 
     def functional(params, state, z):
-        x, source = cbn.run_layer(layer.fn, params["layer"], z)
+        x, source = cbn.run_layer(layer.layer, params["layer"], z)
         statistics, state = estimator.train(state, x, source)
         y = cbn.normalize(x, statistics, params["scale"], params["bias"])
         return jnp.sin(y).sum(), state

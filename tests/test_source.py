@@ -1,12 +1,11 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LAYERS, conv
+from cases import LAYERS
 
 import cbn_jax as cbn
+from cbn_jax._patches import mean_patch, product, pull, take_sample
 
 layers = pytest.mark.parametrize("name", LAYERS)
 
@@ -17,7 +16,7 @@ def test_output_and_gradient_are_the_layers_own(name, key):
     params, z = layer.params(key), layer.data(key)
     direct = jax.value_and_grad(lambda p, z: jnp.sin(layer.fn(p, z)).sum(), (0, 1))
     through = jax.value_and_grad(
-        lambda p, z: jnp.sin(cbn.run_layer(layer.fn, p, z)[0]).sum(), (0, 1)
+        lambda p, z: jnp.sin(cbn.run_layer(layer.layer, p, z)[0]).sum(), (0, 1)
     )
     jax.tree.map(np.testing.assert_array_equal, through(params, z), direct(params, z))
 
@@ -32,13 +31,13 @@ def test_one_pullback_holds_the_derivatives_of_all_features(name, key):
         return cbn.batch_moments(layer.fn(params, z))
 
     jacobian = jax.jacobian(moments)(params)
-    x, source = cbn.run_layer(layer.fn, params, z)
+    x, source = cbn.run_layer(layer.layer, params, z)
     n = x.size // x.shape[-1]
     deviation = 2 * (x - x.mean(tuple(range(x.ndim - 1)), keepdims=True)) / n
     d_var, d_mean = source.pullback(deviation, jnp.full((*x.shape[:-1], 1), 1 / n))
     for full, block in ((jacobian.mean, d_mean), (jacobian.var, d_var)):
         for leaf, own in zip(jax.tree.leaves(full), jax.tree.leaves(block), strict=True):
-            own = np.broadcast_to(own, leaf.shape[1:])
+            own = np.repeat(own, leaf.shape[-1] // own.shape[-1], axis=-1)
             for feature in range(layer.features):
                 expected = np.zeros_like(own)
                 expected[..., feature] = own[..., feature]
@@ -46,20 +45,29 @@ def test_one_pullback_holds_the_derivatives_of_all_features(name, key):
 
 
 @layers
-def test_shared_cotangents_equal_full_ones(name, key):
+@pytest.mark.parametrize("samples", [None, 16])
+def test_patches_are_what_the_layer_saw(name, samples, key):
+    """x = ⟨P, θ⟩ at every sampled position, and the mean patch is the pulled-back one."""
     layer = LAYERS[name]
-    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
-    each = jax.random.normal(key, x.shape)
-    shared = jax.random.normal(key, (*x.shape[:-1], 1))
-    narrow = source.pullback(each, shared)
-    full = source.pullback(each, jnp.broadcast_to(shared, x.shape))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            np.broadcast_to(a, b.shape), b, rtol=1e-5, atol=1e-5
-        ),
-        narrow,
-        full,
-    )
+    params, z = layer.params(key), layer.data(key)
+    x, source = cbn.run_layer(layer.layer, params, z)
+    sample = take_sample(source, x, samples, jnp.float32(3))
+    np.testing.assert_allclose(product(sample.patches, params), sample.x, atol=1e-5)
+    if samples is None:
+        np.testing.assert_array_equal(sample.x, x.reshape(-1, layer.features))
+        shared = jnp.full((*x.shape[:-1], 1), layer.features / x.size)
+        _, expected = source.pullback(jnp.zeros_like(x), shared)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            mean_patch(sample),
+            expected,
+        )
+        pulled, _ = source.pullback(x, shared)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+            pull(sample.patches, sample.x),
+            pulled,
+        )
 
 
 def flops(f, *args):
@@ -67,33 +75,54 @@ def flops(f, *args):
 
 
 def test_both_pullbacks_cost_little_more_than_one_weight_gradient(key):
-    layer_fn = functools.partial(conv, padding=1)
+    layer = cbn.convolution()
     z, kernel = jnp.ones((2, 32, 32, 32)), {"kernel": jnp.ones((3, 3, 32, 32))}
 
     def pull(kernel, z):
-        _, source = cbn.run_layer(layer_fn, kernel, z)
+        _, source = cbn.run_layer(layer, kernel, z)
         return source.pullback(z, z[..., :1])
 
-    one = flops(lambda k, z: jax.vjp(lambda k: layer_fn(k, z), k)[1](z), kernel, z)
+    one = flops(lambda k, z: jax.vjp(lambda k: layer.apply(k, z), k)[1](z), kernel, z)
     assert flops(pull, kernel, z) / one < 1.05
 
 
 def test_an_unused_source_costs_nothing(key):
-    layer_fn = functools.partial(conv, padding=1)
+    layer = cbn.convolution()
     z, kernel = jnp.ones((2, 16, 16, 8)), {"kernel": jnp.ones((3, 3, 8, 8))}
-    with_source = jax.grad(lambda k, z: cbn.run_layer(layer_fn, k, z)[0].sum())
-    without = jax.grad(lambda k, z: layer_fn(k, z).sum())
+    with_source = jax.grad(lambda k, z: cbn.run_layer(layer, k, z)[0].sum())
+    without = jax.grad(lambda k, z: layer.apply(k, z).sum())
     assert flops(with_source, kernel, z) == flops(without, kernel, z)
 
 
-def test_nothing_in_a_source_carries_a_gradient(key):
+def test_neither_pullback_nor_patches_carry_a_gradient(key):
     layer = LAYERS["conv-strided"]
 
     def f(params, z):
-        x, source = cbn.run_layer(layer.fn, params, z)
+        x, source = cbn.run_layer(layer.layer, params, z)
         pulled = source.pullback(jnp.ones_like(x), jnp.ones((*x.shape[:-1], 1)))
-        return sum(leaf.sum() for leaf in jax.tree.leaves((source.params, pulled)))
+        patches = source.patches(jnp.zeros((len(x), 1), jnp.int32))
+        return sum(leaf.sum() for leaf in jax.tree.leaves((pulled, patches)))
 
     gradients = jax.grad(f, (0, 1))(layer.params(key), layer.data(key))
     for leaf in jax.tree.leaves(gradients):
         np.testing.assert_array_equal(leaf, 0.0)
+
+
+def test_a_grouped_layer_must_say_so(key):
+    """Else its derivative would be taken with another group's inputs."""
+    layer = LAYERS["conv-grouped"]
+    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
+    with pytest.raises(ValueError, match=r"groups=1 .*one more feature.*groups=\.\.\."):
+        source.pullback(x, x[..., :1])
+
+
+def test_an_unbatched_image_has_no_patches(key):
+    layer = LAYERS["conv-strided"]
+    x, source = cbn.run_layer(
+        lambda p, z: layer.fn(p, z[None])[0], layer.params(key), layer.data(key)[0]
+    )
+    assert source.patches is None
+    spec = layer.layer._replace(apply=lambda p, z: layer.fn(p, z[None])[0])
+    x, source = cbn.run_layer(spec, layer.params(key), layer.data(key)[0])
+    with pytest.raises(ValueError, match=r"shape \(7, 7, 2\), .*inputs\[None\]"):
+        source.patches(jnp.zeros((len(x), 1), jnp.int32))

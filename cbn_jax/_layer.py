@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that are linear in their parameters, and what is known about them."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Params = Any  # a pytree whose leaves have features last
+LayerFn = Callable[[Params, Any], jax.Array]
+
+
+class Patches(Protocol):
+    def __call__(
+        self, params: Params, inputs: Any, index: jax.Array, grid: tuple[int, ...]
+    ) -> Params: ...
+
+
+class Layer(NamedTuple):
+    """A layer ``x = apply(params, inputs)``, linear in its parameters.
+
+    ``run_layer`` takes a plain function too; a ``Layer`` says more. ``dense`` and
+    ``convolution`` make complete ones.
+
+    Attributes:
+      apply: ``(params, inputs) -> x`` with ``x`` of shape ``[..., C]``, where feature c
+        depends on entry c of the parameters' last axis alone. It must read the number of
+        features off its parameters, because it is also run with one feature more.
+      patches: what the layer saw at some positions of ``x``, ``(params, inputs, index,
+        grid) -> ∂x/∂θ``; None where nobody knows. ``index`` is ``[N, n]``, positions in
+        ``grid = x.shape[1:-1]`` of each entry of the first axis. The result is a pytree
+        like ``params`` with leaves ``[N · n, *leaf.shape[:-1], groups]``.
+      groups: the features come in that many groups of equal size, each with inputs of its
+        own (``feature_group_count`` of a convolution); 1 if all see the same inputs.
+    """
+
+    apply: LayerFn
+    patches: Patches | None = None
+    groups: int = 1
+
+
+def convolution(
+    strides: int | Sequence[int] = 1,
+    padding: str | int | Sequence[tuple[int, int]] = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Layer:
+    """A convolution in 1 to 3 (or more) dimensions, features last.
+
+    Parameters are a kernel ``[*window, in / groups, C]``, or a dict of ``kernel`` and, if
+    you like, ``bias`` ``[C]``. Inputs are ``[N, *space, in]``.
+
+    Args:
+      strides: one number, or one per dimension.
+      padding: "SAME", "VALID", one number for all sides, or (low, high) per dimension.
+      dilation: of the kernel, one number or one per dimension.
+      groups: ``feature_group_count``.
+
+    Returns:
+      A Layer that every estimator of this library accepts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> layer = cbn.convolution(strides=2)
+      >>> x, source = cbn.run_layer(layer, jnp.ones((3, 3, 3, 8)), jnp.ones((2, 8, 8, 3)))
+      >>> x.shape
+      (2, 4, 4, 8)
+    """
+
+    def apply(params, inputs):
+        kernel, bias = _kernel_and_bias(params)
+        rank = kernel.ndim - 2
+        space = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
+        x = lax.conv_general_dilated(
+            inputs,
+            kernel,
+            _per_dimension(strides, rank),
+            _pads(padding, rank),
+            rhs_dilation=_per_dimension(dilation, rank),
+            dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+            feature_group_count=groups,
+        )
+        return x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+    return Layer(apply, conv_patches(strides, padding, dilation, groups), groups)
+
+
+def conv_patches(
+    strides: int | Sequence[int],
+    padding: str | int | Sequence[tuple[int, int]],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Patches:
+    """The windows of a convolution with these options."""
+
+    def patches(params, inputs, index, grid):
+        kernel, _ = _kernel_and_bias(params)
+        rank, window = kernel.ndim - 2, kernel.shape[:-2]
+        if inputs.ndim < rank + 2:
+            raise ValueError(
+                f"a convolution got inputs of shape {inputs.shape}, expected [N, *space, "
+                "channels] where its patches are needed; a single example is inputs[None]."
+            )
+        steps, spread = _per_dimension(strides, rank), _per_dimension(dilation, rank)
+        space = inputs.shape[-1 - rank : -1]
+        extent = [(k - 1) * d + 1 for k, d in zip(window, spread, strict=True)]
+        pads = _pads(padding, rank)
+        if isinstance(pads, str):
+            pads = lax.padtype_to_pads(space, extent, steps, pads)
+
+        shape = (math.prod(grid[:-rank]), *grid[-rank:])
+        other, *corner = (
+            jnp.expand_dims(at, range(index.ndim, index.ndim + rank))
+            for at in jnp.unravel_index(index, shape)
+        )
+        flat, inside = other, other >= 0
+        for axis, size in enumerate(space):
+            reach = jnp.arange(window[axis], dtype=index.dtype) * spread[axis]
+            reach = reach.reshape((-1,) + (1,) * (rank - 1 - axis))
+            at = corner[axis] * steps[axis] - pads[axis][0]
+            at = at + jnp.expand_dims(reach, range(at.ndim - reach.ndim))
+            inside = inside & (at >= 0) & (at < size)
+            flat = flat * size + jnp.clip(at, 0, size - 1)
+        rows = inputs.reshape(index.shape[0], -1, inputs.shape[-1])
+        cut = jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(rows, flat)
+        cut = jnp.where(inside[..., None], cut, 0)
+        cut = cut.reshape(index.size, *window, groups, -1)
+        return _like(params, jnp.swapaxes(cut, -1, -2))
+
+    return patches
+
+
+def _dense(params: Params, inputs: jax.Array) -> jax.Array:
+    kernel, bias = _kernel_and_bias(params)
+    x = inputs @ kernel
+    return x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def dense_patches(params, inputs, index, grid):
+    """The rows of a dense layer."""
+    del grid
+    rows = inputs.reshape(index.shape[0], -1, inputs.shape[-1])
+    cut = jnp.take_along_axis(rows, index[..., None], axis=1)
+    return _like(params, cut.reshape(index.size, -1, 1))
+
+
+#: ``x = inputs @ kernel (+ bias)`` on the last axis. Parameters are the kernel ``[in, C]``,
+#: or a dict of ``kernel`` and, if you like, ``bias``.
+dense = Layer(_dense, dense_patches)
+
+
+def _kernel_and_bias(params: Params) -> tuple[jax.Array, jax.Array | None]:
+    if isinstance(params, dict):
+        return params["kernel"], params.get("bias")
+    return params, None
+
+
+def _like(params: Params, patches: jax.Array) -> Params:
+    """Patches in the form of the parameters; a bias always sees a one."""
+    if not isinstance(params, dict):
+        return patches
+    ones = jnp.ones((len(patches), patches.shape[-1]), patches.dtype)
+    return {name: patches if name == "kernel" else ones for name in params}
+
+
+def _per_dimension(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _pads(padding, rank):
+    return [(padding, padding)] * rank if isinstance(padding, int) else padding

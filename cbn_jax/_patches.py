@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer at some of its positions: x = ⟨P, θ⟩ with P = ∂x/∂θ, what it saw there."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._layer import Params
+from ._moments import AxisName, wide
+from ._source import Source
+
+
+class Sample(NamedTuple):
+    """Some positions of a batch.
+
+    Attributes:
+      patches: P, leaves ``[n, *leaf.shape[:-1], groups]``.
+      x: ``[n, C]``, the activations there.
+      weight: ``[n, 1]``, one over the number of positions on all devices, 0 where a
+        position does not count (``mask``). ``Σ weight · f`` over all devices is the
+        sample's mean of f.
+    """
+
+    patches: Params
+    x: jax.Array
+    weight: jax.Array
+
+
+def take_sample(
+    source: Source,
+    x: jax.Array,
+    samples: int | None,
+    step: jax.Array,
+    *,
+    axis_name: AxisName = None,
+    mask: jax.Array | None = None,
+) -> Sample:
+    """About ``samples`` positions of a batch, equally many from each example.
+
+    All of them where there are no more, or for None; at least one of each example. Which
+    ones is random, a function of ``step``. Nothing in it carries a gradient.
+    """
+    assert source.patches is not None
+    dtype = wide(x.dtype)
+    x = lax.stop_gradient(x)
+    examples, positions = len(x), math.prod(x.shape[1:-1])
+    index = _strata(
+        examples, positions, per_example(examples, positions, samples, axis_name), step
+    )
+
+    def at_index(values):
+        values = values.reshape(examples, positions, -1)
+        return jnp.take_along_axis(values, index[..., None], 1).reshape(index.size, -1)
+
+    patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
+    values = at_index(x).astype(dtype)
+    if mask is None:
+        counts = jnp.ones((index.size, 1), dtype)
+    else:
+        keep = at_index(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool))
+        values = jnp.where(keep, values, 0.0)
+        patches = jax.tree.map(lambda p: jnp.where(per_row(keep, p), p, 0.0), patches)
+        counts = keep.astype(dtype)
+    total = jnp.maximum(sum_over(counts.sum(), axis_name), 1.0)
+    return Sample(patches, values, counts / total)
+
+
+def per_example(
+    examples: int, positions: int, samples: int | None, axis_name: AxisName
+) -> int:
+    """How many positions of each example make about ``samples`` on all devices."""
+    if samples is None:
+        return positions
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    return min(positions, max(1, samples // (examples * devices)))
+
+
+def _strata(examples: int, positions: int, n: int, step: jax.Array) -> jax.Array:
+    """Positions ``[examples, n]``, one in each of n equal parts of ``range(positions)``."""
+    if n == positions:
+        return jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (examples, n))
+    key = jax.random.fold_in(jax.random.key(0), step.astype(jnp.uint32))
+    jitter = jax.random.uniform(key, (examples, n), jnp.float32)
+    index = (jnp.arange(n, dtype=jnp.float32)[None] + jitter) * (positions / n)
+    return jnp.minimum(index.astype(jnp.int32), positions - 1)
+
+
+def mean_patch(sample: Sample) -> Params:
+    """This device's part of E[P], leaves ``[*leaf.shape[:-1], groups]``."""
+    return jax.tree.map(
+        lambda p: (per_row(sample.weight, p) * p).sum(axis=0), sample.patches
+    )
+
+
+def sum_over(tree: Any, axis_name: AxisName) -> Any:
+    """The sum over all devices."""
+    return tree if axis_name is None else lax.psum(tree, axis_name)
+
+
+def product(patches: Params, params: Params) -> jax.Array:
+    """⟨P, θ⟩ ``[n, C]``: the layer at the positions of the patches."""
+
+    def one(patch, leaf):
+        n, groups = len(patch), patch.shape[-1]
+        leaf = leaf.astype(patch.dtype)
+        if groups == 1:  # a batched matrix product is far slower on a CPU
+            return patch.reshape(n, -1) @ leaf.reshape(-1, leaf.shape[-1])
+        patch, leaf = (
+            patch.reshape(n, -1, groups),
+            leaf.reshape(-1, groups, leaf.shape[-1] // groups),
+        )
+        return jnp.einsum("ndg,dgc->ngc", patch, leaf).reshape(n, -1)
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, patches, params))
+
+
+def pull(patches: Params, cotangent: jax.Array) -> Params:
+    """Σₙ cotangentₙ Pₙ, the transpose of ``product``: leaves ``[*, C]``."""
+
+    def one(patch):
+        n, groups = len(patch), patch.shape[-1]
+        if groups == 1:
+            pulled = patch.reshape(n, -1).T @ cotangent
+        else:
+            each = cotangent.reshape(n, groups, -1)
+            pulled = jnp.einsum("ndg,ngc->dgc", patch.reshape(n, -1, groups), each)
+        return pulled.reshape(*patch.shape[1:-1], -1)
+
+    return jax.tree.map(one, patches)
+
+
+def inner(derivative: Params, params: Params) -> jax.Array:
+    """⟨d, θ⟩ per feature, ``[C]``: summed over all the parameters that feature c owns."""
+
+    def one(d, leaf):
+        return (d * leaf.astype(d.dtype)).sum(axis=range(leaf.ndim - 1))
+
+    return jax.tree.reduce(jnp.add, jax.tree.map(one, derivative, params))
+
+
+def per_row(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """``[n, 1]`` against leaves ``[n, ...]``."""
+    return values.reshape(-1, *(1,) * (leaf.ndim - 1))
