@@ -162,9 +162,10 @@ def streaming_batch_norm(
         check_mask(name, x, mask)
         if window == 1:
             check_values(name, x, axis_name, mask)
+        state = lax.stop_gradient(state)
         batch = batch_moments(x, axis_name=axis_name, mask=mask)
         dtype = batch.mean.dtype
-        old = lax.stop_gradient(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+        old = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), source.params)
         step = old.running.steps.max()
         sample = take_sample(source, x, samples, step, axis_name=axis_name, mask=mask)
@@ -185,7 +186,7 @@ def streaming_batch_norm(
             *_derivatives(old, batch, believed, sample, moved, axis_name),
             params,
         )
-        return statistics_of(pooled, epsilon), jax.tree.map(_finite, new, old)
+        return statistics_of(pooled, epsilon), jax.tree.map(_finite, new, state)
 
     def infer(state, x):
         check(state, x)
@@ -242,4 +243,5 @@ def _where_usable(seen: Moments, new: Moments, kept: Moments) -> Moments:
 
 def _finite(new: jax.Array, old: jax.Array) -> jax.Array:
     """What is not finite leaves the state as it was."""
-    return jnp.where(jnp.isfinite(new), new, old).astype(jnp.float32)
+    new = new.astype(old.dtype)
+    return jnp.where(jnp.isfinite(new), new, old)
