@@ -23,12 +23,16 @@ MOMENTUM = 0.99
 class Method(NamedTuple):
     """A normalizer at a batch size, such as ``batch_norm@32``."""
 
+    label: str
     name: str
     batch_size: int
 
+    def __str__(self) -> str:
+        return self.label
+
     def norm(self, steps: int) -> NormFn:
         """The module factory, for a run of so many steps."""
-        return METHODS[self.name](steps)
+        return METHODS[self.name](self.batch_size, steps)
 
 
 def _estimator(estimator: cbn_jax.Estimator) -> NormFn:
@@ -53,20 +57,57 @@ def _group_norm(layer: nn.Module, train: bool) -> nn.Module:
     return _GroupNorm(layer)
 
 
-def _cross_iteration(burn_in: int) -> NormFn:
-    return _estimator(
-        cbn_jax.cross_iteration_batch_norm(window=8, burn_in=burn_in, momentum=MOMENTUM)
+def _window(batch_size: int) -> int:
+    """As many iterations as hold 32 examples."""
+    return max(1, 32 // batch_size)
+
+
+def _cross_iteration(**options) -> NormFn:
+    return _estimator(cbn_jax.cross_iteration_batch_norm(8, momentum=MOMENTUM, **options))
+
+
+def _streaming(samples: int | None) -> Callable[[int, int], NormFn]:
+    return lambda batch_size, steps: _estimator(
+        cbn_jax.streaming_batch_norm(
+            _window(batch_size), samples=samples, momentum=MOMENTUM
+        )
     )
 
 
-# Each takes the number of steps of the run.
-METHODS: dict[str, Callable[[int], NormFn]] = {
-    "batch_norm": lambda steps: _estimator(cbn_jax.batch_norm(MOMENTUM)),
-    "group_norm": lambda steps: _group_norm,
-    "cross_iteration": lambda steps: _cross_iteration(burn_in=0),
+def _replay(samples: int) -> Callable[[int, int], NormFn]:
+    return lambda batch_size, steps: _estimator(
+        cbn_jax.replay_batch_norm(
+            _window(batch_size), samples=max(samples, batch_size), momentum=MOMENTUM
+        )
+    )
+
+
+# Each takes the batch size and the number of steps of the run.
+METHODS: dict[str, Callable[[int, int], NormFn]] = {
+    "batch_norm": lambda size, steps: _estimator(cbn_jax.batch_norm(MOMENTUM)),
+    "group_norm": lambda size, steps: _group_norm,
+    "small_batch": lambda size, steps: _estimator(
+        cbn_jax.small_batch_norm(size, momentum=MOMENTUM)
+    ),
+    # As published: window 8, gradients through the current batch.
+    "cross_iteration": lambda size, steps: _cross_iteration(running=_averaged(size)),
     # Plain batch norm for the first 40 %, while the weights move fast.
-    "cross_iteration_burn_in": lambda steps: _cross_iteration(burn_in=2 * steps // 5),
+    "cross_iteration_burn_in": lambda size, steps: _cross_iteration(
+        burn_in=2 * steps // 5, running=_averaged(size)
+    ),
+    "cross_iteration_gradient": lambda size, steps: _cross_iteration(
+        gradient="window", running="window"
+    ),
+    "naive": lambda size, steps: _cross_iteration(rho=0.0, running="window"),
+    "streaming_all": _streaming(None),
+    **{f"streaming_{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
+    **{f"replay_{n}": _replay(n) for n in (4, 8, 16, 32)},
 }
+
+
+def _averaged(batch_size: int) -> str:
+    """A single example has no variance of its own to average."""
+    return "batch" if batch_size > 1 else "window"
 
 
 def parse(text: str, batch_size: int) -> Method:
@@ -77,4 +118,4 @@ def parse(text: str, batch_size: int) -> Method:
             f"method {text!r} is unknown; known are {', '.join(METHODS)}, each also with a "
             "batch size of its own, as in batch_norm@32."
         )
-    return Method(name, int(size) if size else batch_size)
+    return Method(text, name, int(size) if size else batch_size)

@@ -4,6 +4,8 @@
 ``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -34,11 +36,13 @@ class MLP(nn.Module):
 
 
 class ResidualCNN(nn.Module):
-    """A stem and three residual blocks of two 3x3 convolutions, halving the image twice."""
+    """A stem and residual blocks of two 3x3 convolutions; stages halve the image."""
 
     norm: NormFn
     classes: int
     width: int = 16
+    stages: int = 3
+    blocks: int = 1
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -49,12 +53,17 @@ class ResidualCNN(nn.Module):
             return self.norm(layer=layer, train=train)
 
         z = nn.relu(conv(self.width)(images))
-        for stage in range(3):
-            features, stride = self.width * 2**stage, 1 if stage == 0 else 2
-            shortcut = z if stage == 0 else conv(features, 1, stride)(z)
+        for stage, block in itertools.product(range(self.stages), range(self.blocks)):
+            features = self.width * 2**stage
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = z if stride == 1 else conv(features, 1, stride)(z)
             z = nn.relu(conv(features, 3, stride)(z))
             z = nn.relu(shortcut + conv(features)(z))
         return nn.Dense(self.classes)(z.mean((1, 2)))
 
 
-NETWORKS = {"mlp": MLP, "cnn": ResidualCNN}
+NETWORKS = {
+    "mlp": MLP,
+    "cnn": ResidualCNN,
+    "resnet18": functools.partial(ResidualCNN, width=64, stages=4, blocks=2),
+}

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results as a file, a table and a figure."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,18 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def plain(config: Any) -> dict:
+    """The options of a study as JSON holds them."""
+    fields = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -135,9 +149,8 @@ def table(results: dict) -> Table:
 
 def markdown(results: dict) -> str:
     """The same table for a README."""
-    lines = [HEADINGS, ["---"] * len(HEADINGS), *rows(results)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{title(results)}:\n\n{body}\n\n{legend(results)}\n"
+    body = markdown_table(HEADINGS, rows(results))
+    return f"{title(results)}:\n\n{body}\n{legend(results)}\n"
 
 
 def figure(results: dict, path: Path) -> None:

@@ -10,8 +10,6 @@ Run it with ``python -m benchmarks.small_batch``.
 """
 
 import dataclasses
-import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,16 +21,8 @@ from ._optional import needed_for
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-from . import data, methods, networks, report, timing, training
+from . import data, methods, report, runs, timing, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +39,7 @@ class Config:
         "group_norm",
         "cross_iteration",
         "cross_iteration_burn_in",
+        "small_batch",
         "batch_norm@32",
     )
     """Normalizers to compare; NAME@SIZE sets a batch size of its own."""
@@ -73,56 +64,19 @@ class Config:
 def main(config: Config, console: Console) -> dict:
     """Runs what is missing, measures step times, writes and shows the results."""
     chosen = [methods.parse(text, config.batch_size) for text in config.methods]
-    for name in config.networks:
-        if name not in networks.NETWORKS:
-            known = ", ".join(networks.NETWORKS)
-            raise ValueError(f"network {name!r} is unknown; known are {known}.")
+    runs.check_networks(config.networks)
     dataset = data.load(config.dataset, config.data_dir, config.examples)
-    cells = []
-    with _progress(console) as progress:
-        total = progress.add_task("all runs", total=_total_steps(config, chosen, dataset))
-        for network in config.networks:
-            trainers = {
-                text: (_trainer(config, network, method, dataset), method.batch_size)
-                for text, method in zip(config.methods, chosen, strict=True)
-            }
-            progress.update(total, description=f"timing {network}")
-            times = timing.time_steps(
-                trainers,
-                dataset.train_images,
-                dataset.train_labels,
-                baseline=_baseline(config),
-                rounds=config.timing_rounds,
-            )
-            for text, method in zip(config.methods, chosen, strict=True):
-                trainer, _ = trainers[text]
-                curves = [
-                    _curve(
-                        config,
-                        network,
-                        text,
-                        method,
-                        trainer,
-                        dataset,
-                        seed,
-                        progress,
-                        total,
-                    )
-                    for seed in config.seeds
-                ]
-                cells.append(
-                    {
-                        "network": network,
-                        "label": text,
-                        "method": method.name,
-                        "batch_size": method.batch_size,
-                        "step_time": times[text]._asdict(),
-                        "state_bytes": _state_bytes(trainer),
-                        "curves": curves,
-                    }
-                )
+    total = sum(
+        training.count_steps(dataset, method.batch_size, config.epochs) for method in chosen
+    ) * (len(config.seeds) * len(config.networks))
+    with runs.Bar(console, total) as bar:
+        cells = [
+            cell
+            for network in config.networks
+            for cell in _cells(config, network, chosen, dataset, bar)
+        ]
     results = {
-        "config": _plain(config),
+        "config": report.plain(config),
         "baseline": _baseline(config),
         "environment": report.environment(),
         "cells": cells,
@@ -139,76 +93,47 @@ def _baseline(config: Config) -> str:
     return "batch_norm" if "batch_norm" in config.methods else config.methods[0]
 
 
-def _total_steps(config, chosen, dataset) -> int:
-    per_seed = sum(
-        training.count_steps(dataset, method.batch_size, config.epochs) for method in chosen
-    )
-    return per_seed * len(config.seeds) * len(config.networks)
-
-
-def _trainer(config, network, method, dataset) -> training.Trainer:
-    steps = training.count_steps(dataset, method.batch_size, config.epochs)
-    model = networks.NETWORKS[network](norm=method.norm(steps), classes=dataset.classes)
-    rate = config.learning_rate * method.batch_size / 32
-    return training.make_trainer(model, dataset.train_images.shape[1:], rate, steps)
-
-
-def _curve(
-    config, network, text, method, trainer, dataset, seed, progress, total
-) -> list[dict]:
-    """The learning curve of one run, from its file if an earlier call finished it."""
-    identity = {
-        **_plain(
-            config, without=("methods", "networks", "seeds", "output", "timing_rounds")
-        ),
-        "network": network,
-        "method": text,
-        "seed": seed,
-        "versions": report.environment(),
-        "source": report.source_digest(),
+def _cells(config, network, chosen, dataset, bar) -> list[dict]:
+    """One network with every method: step times side by side, then the curves."""
+    run_of = {
+        method: runs.Run(network, method, config.learning_rate, config.epochs, seed=0)
+        for method in chosen
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = config.output / "runs" / f"{network}-{text}-{seed}-{digest[:8]}.json"
-    steps = training.count_steps(dataset, method.batch_size, config.epochs)
-    if path.exists():
-        progress.advance(total, steps)
-        return json.loads(path.read_text())["curve"]
-    curve, done = [], 0
-    for point in training.run(
-        trainer, dataset, batch_size=method.batch_size, epochs=config.epochs, seed=seed
-    ):
-        curve.append(point._asdict())
-        progress.update(
-            total,
-            advance=point.step - done,
-            description=f"{network} {text} seed {seed}: loss {point.loss:.3f}, "
-            f"accuracy {100 * point.accuracy:.1f} %",
-        )
-        done = point.step
-    report.write_json(path, {"identity": identity, "curve": curve})
-    return curve
+    trainers = {method: run.trainer(dataset) for method, run in run_of.items()}
+    bar.advance(0, f"timing {network}")
+    times = timing.time_steps(
+        {str(method): (trainers[method], method.batch_size) for method in chosen},
+        dataset.train_images,
+        dataset.train_labels,
+        baseline=_baseline(config),
+        rounds=config.timing_rounds,
+    )
+    return [
+        {
+            "network": network,
+            "label": str(method),
+            "method": method.name,
+            "batch_size": method.batch_size,
+            "step_time": times[str(method)]._asdict(),
+            "state_bytes": _state_bytes(trainers[method]),
+            "curves": [
+                runs.curve(
+                    run_of[method]._replace(seed=seed),
+                    trainers[method],
+                    dataset,
+                    config.output / "runs",
+                    bar.advance,
+                )
+                for seed in config.seeds
+            ],
+        }
+        for method in chosen
+    ]
 
 
 def _state_bytes(trainer: training.Trainer) -> int:
     state = jax.eval_shape(trainer.init, jax.random.key(0)).batch_stats
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _plain(config: Config, without: tuple[str, ...] = ()) -> dict:
-    """The options as JSON holds them."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in without}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def cli(arguments: list[str] | None = None) -> None:

@@ -36,21 +36,13 @@ def flag_of(constructor: bool | None, call: bool | None) -> bool:
 
 def patches_of(conv: Any) -> Patches | None:
     """The windows of a Flax convolution, linen or nnx; None for a kind unknown here."""
-    padding = conv.padding
-    if isinstance(padding, str):
-        plain = padding in ("SAME", "VALID")
-    else:
-        rank = 1 if isinstance(conv.kernel_size, int) else len(conv.kernel_size)
-        sides = (padding,) * rank if isinstance(padding, int) else padding
-        padding = [(side, side) if isinstance(side, int) else side for side in sides]
-        plain = True
-    dilated = conv.input_dilation
-    plain &= conv.mask is None and (dilated in (1, None) or set(dilated) == {1})
-    if not plain:
+    zero_padded = conv.padding not in ("CIRCULAR", "REFLECT", "CAUSAL")
+    dense_input = conv.input_dilation in (None, 1) or set(conv.input_dilation) == {1}
+    if not (zero_padded and dense_input and conv.mask is None):
         return None
-    strides = 1 if conv.strides is None else conv.strides
-    dilation = 1 if conv.kernel_dilation is None else conv.kernel_dilation
-    return conv_patches(strides, padding, dilation, conv.feature_group_count)
+    return conv_patches(
+        conv.strides or 1, conv.padding, conv.kernel_dilation or 1, conv.feature_group_count
+    )
 
 
 def to_last(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Params = Any  # a pytree whose leaves have features last
+Padding = str | int | Sequence[int | tuple[int, int]]
 LayerFn = Callable[[Params, Any], jax.Array]
 
 
@@ -44,7 +45,7 @@ class Layer(NamedTuple):
 
 def convolution(
     strides: int | Sequence[int] = 1,
-    padding: str | int | Sequence[tuple[int, int]] = "SAME",
+    padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Layer:
@@ -55,7 +56,8 @@ def convolution(
 
     Args:
       strides: one number, or one per dimension.
-      padding: "SAME", "VALID", one number for all sides, or (low, high) per dimension.
+      padding: "SAME", "VALID", one number for all sides, or per dimension a number or
+        (low, high).
       dilation: of the kernel, one number or one per dimension.
       groups: ``feature_group_count``.
 
@@ -91,7 +93,7 @@ def convolution(
 
 def conv_patches(
     strides: int | Sequence[int],
-    padding: str | int | Sequence[tuple[int, int]],
+    padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
 ) -> Patches:
@@ -171,5 +173,9 @@ def _per_dimension(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def _pads(padding, rank):
-    return [(padding, padding)] * rank if isinstance(padding, int) else padding
+def _pads(padding: Padding, rank: int) -> str | list[tuple[int, int]]:
+    """A word as it is, numbers as (low, high) for each dimension."""
+    if isinstance(padding, str):
+        return padding
+    sides = [padding] * rank if isinstance(padding, int) else padding
+    return [(side, side) if isinstance(side, int) else side for side in sides]

@@ -57,7 +57,7 @@ class StreamingState(NamedTuple):
 def streaming_batch_norm(
     window: int = 16,
     *,
-    samples: int | None = 16,
+    samples: int | None = 8,
     momentum: float | Averaging = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:

@@ -38,11 +38,12 @@ class CrossIteration:
     """Yao et al., equations for μ̄, ν̄ and the inference average, in the raw (μ, ν) form.
 
     ``step(patches, kernel, bias)`` returns (mean, variance) of the window. Patches are
-    ``[N, ..., D]`` flattened over what the kernel ``[D, C]`` contracts.
+    ``[N, ..., D]`` flattened over what the kernel ``[D, C]`` contracts. With ``drop`` a
+    negative variance does not count, instead of counting as zero.
     """
 
-    def __init__(self, window, burn_in=0):
-        self.window, self.burn_in = window, burn_in
+    def __init__(self, window, burn_in=0, rho=1.0, drop=False):
+        self.window, self.burn_in, self.rho, self.drop = window, burn_in, rho, drop
         self.past, self.means, self.variances = [], [], []
 
     def step(self, patches, kernel, bias):
@@ -63,13 +64,98 @@ class CrossIteration:
             "b": b,
         }
         use_past = len(self.means) > self.burn_in
-        mus, nus = [mu], [np.maximum(nu, mu**2)]
+        mus, nus, counts = [mu], [np.maximum(nu, mu**2)], [np.ones_like(mu)]
         for old in self.past if use_past else []:
-            dW, db = W - old["W"], b - old["b"]
+            dW, db = self.rho * (W - old["W"]), self.rho * (b - old["b"])
             m = old["mu"] + (old["dmu_dW"] * dW).sum(0) + old["dmu_db"] * db
             n = old["nu"] + (old["dnu_dW"] * dW).sum(0) + old["dnu_db"] * db
             mus.append(m)
             nus.append(np.maximum(n, m**2))
+            counts.append(np.where(n < m**2, 1.0 - self.drop, 1.0))
         self.past = ([entry, *self.past])[: self.window - 1]
-        mean, nu = np.mean(mus, 0), np.mean(nus, 0)
+        mean, nu = np.average(mus, 0, counts), np.average(nus, 0, counts)
         return mean, nu - mean**2
+
+
+# Stride, padding, dilation and groups of ``cases.LAYERS``, whose kernels are 3 wide.
+GEOMETRY = {
+    "conv": (1, 1, 1, 1),
+    "conv-strided": (2, 0, 1, 1),
+    "conv-dilated": (1, 2, 2, 1),
+    "conv-grouped": (1, 1, 1, 2),
+}
+
+
+def layer_patches(name, z):
+    """What a layer of ``cases.LAYERS`` sees: ``[n, D]``, groups side by side."""
+    if z.ndim == 2:
+        return np.float64(z)
+    *options, groups = GEOMETRY[name]
+    each = np.split(conv_patches(z, 3, *options), groups, axis=-1)
+    return np.concatenate([p.reshape(-1, np.prod(p.shape[3:])) for p in each], axis=1)
+
+
+def layer_kernel(kernel, groups):
+    """The kernel for these patches: ``[D, C]``, block diagonal where there are groups."""
+    each = np.split(np.float64(kernel), groups, axis=-1)
+    each = [k.reshape(-1, k.shape[-1]) for k in each]
+    return np.block(
+        [
+            [k if i == j else np.zeros_like(k) for j in range(groups)]
+            for i, k in enumerate(each)
+        ]
+    )
+
+
+class Streaming:
+    """``streaming_batch_norm`` in raw moments μ, ν = E[x²]: nothing central to get wrong.
+
+    A bias is one more weight, of an input that is always one. Of the window μ, ν and their
+    derivatives p, H are known at θ. At θ + Δ, with P the patches of the batch and
+    Q = E[(P − p)(P − p)ᵀ] + p pᵀ for the second moment of the window's patches,
+
+        μ' = μ + pΔ        ν' = max(ν + HΔ + ΔᵀQΔ, μ'²)        H' = H + 2QΔ
+
+    and then all four are averaged with those of the batch, by number of values.
+    """
+
+    def __init__(self, window):
+        self.keep, self.size = 1 - 1 / window, 0.0
+        self.mu = self.nu = self.p = self.H = self.theta = 0.0
+
+    def step(self, patches, kernel, bias):
+        P = np.c_[np.float64(patches), np.ones(len(patches))]
+        theta = np.r_[np.float64(kernel), np.float64(bias)[None]]
+        x, n = P @ theta, len(P)
+        if not self.size:
+            self.p, self.H = np.zeros(len(theta)), np.zeros_like(theta)
+        delta = theta - self.theta
+        Q = (P - self.p).T @ (P - self.p) / n + np.outer(self.p, self.p)
+        mu = self.mu + self.p @ delta
+        nu = self.nu + (self.H * delta).sum(0) + (delta * (Q @ delta)).sum(0)
+        old = np.maximum(nu, mu**2), mu, self.p, self.H + 2 * Q @ delta
+        new = (x**2).mean(0), x.mean(0), P.mean(0), 2 * P.T @ x / n
+        self.size = self.keep * self.size + n
+        a = n / self.size
+        self.nu, self.mu, self.p, self.H = (
+            (1 - a) * o + a * b for o, b in zip(old, new, strict=True)
+        )
+        self.theta = theta
+        return self.mu, self.nu - self.mu**2
+
+    @property
+    def d_var(self):
+        """∂(ν − μ²)/∂θ."""
+        return self.H - 2 * self.p[:, None] * self.mu
+
+
+class Replay:
+    """``replay_batch_norm``: moments of everything remembered, under today's weights."""
+
+    def __init__(self, window):
+        self.window, self.seen = window, []
+
+    def step(self, patches, kernel, bias):
+        self.seen = [*self.seen, np.float64(patches)][-self.window :]
+        x = np.concatenate(self.seen) @ np.float64(kernel) + np.float64(bias)
+        return x.mean(0), x.var(0)

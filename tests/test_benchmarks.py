@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import data, methods, report, small_batch, training
+from benchmarks import (
+    cost,
+    data,
+    methods,
+    report,
+    robustness,
+    runs,
+    small_batch,
+    theory,
+)
 
 pytestmark = [
     # Raised inside tensorflow-datasets and what it imports.
@@ -114,27 +123,103 @@ def test_main_job_writes_results_and_takes_them_up_again(small):
     assert [c["curves"] for c in again["cells"]] == [c["curves"] for c in results["cells"]]
 
 
-def test_seeds_are_reproducible(small):
-    dataset = data.load("digits", small.data_dir, 64)
-    method = methods.parse("cross_iteration", 2)
+def test_seeds_are_reproducible(tmp_path, data_dir):
+    """Also where positions are sampled."""
+    dataset = data.load("digits", data_dir, 32)
+    method = methods.parse("small_batch", 2)
+    run = runs.Run("cnn", method, 0.1, epochs=1, seed=3, reports=2)
+    trainer = run.trainer(dataset)
     curves = [
-        list(
-            training.run(
-                small_batch._trainer(small, "mlp", method, dataset),
-                dataset,
-                batch_size=2,
-                epochs=1,
-                seed=seed,
-            )
-        )
-        for seed in (3, 3, 4)
+        runs.curve(one, trainer, dataset, tmp_path / str(i), lambda *step: None)
+        for i, one in enumerate([run, run, run._replace(seed=4)])
     ]
     assert curves[0] == curves[1] != curves[2]
 
 
-def refuse(*arguments):
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_every_method_trains(name, data_dir):
+    dataset = data.load("digits", data_dir, 16)
+    run = runs.Run("mlp", methods.parse(name, 2), 0.1, epochs=1, seed=0)
+    state = run.trainer(dataset).init(jax.random.key(0))
+    rows = np.arange(2, dtype=np.int32)
+    _, loss = run.trainer(dataset).step(
+        state, dataset.train_images, dataset.train_labels, rows
+    )
+    assert np.isfinite(loss)
+
+
+def test_robustness_writes_results_and_takes_them_up_again(tmp_path, data_dir):
+    config = robustness.Config(
+        networks=("mlp",),
+        batch_sizes=(1, 2),
+        learning_rates=(0.1, 0.4),
+        seeds=(0, 1),
+        epochs=1,
+        examples=64,
+        output=tmp_path,
+        data_dir=data_dir,
+    )
+    console = Console(width=100)
+    results = robustness.main(config, console)
+    # Two batch sizes of two methods, and one that has its own; at two rates.
+    assert len(results["cells"]) == (2 * 2 + 1) * 2
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(files) == len(results["cells"]) * 2
+    table = (tmp_path / "table.md").read_text()
+    assert "| mlp | 1 | *minus batch_norm@32* |" in table
+    assert "0 of 20 runs ended with a loss that is not finite" in table
+    assert (tmp_path / "robustness.png").stat().st_size > 10_000
+    again = robustness.main(config, console)
+    assert again["cells"] == results["cells"]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_a_lost_run_is_counted():
+    cell = {"accuracy": [0.5, 0.25], "lost": 1}
+    assert robustness._accuracy(cell) == "37.5 ± 12.5 (1 lost)"
+    better, worse = {"accuracy": [0.9, 0.9]}, {"accuracy": [0.8, 0.8]}
+    assert robustness._distance(better, worse) == "+10.0 ± 0.0"
+    assert robustness._distance(worse, better) == "**-10.0 ± 0.0**"
+
+
+def test_predictions_of_the_theory_hold(tmp_path):
+    """Bias within three standard errors, deviation within a tenth, for angles up to 1."""
+    config = theory.Config(windows=(8,), turns=(0.0, 0.5, 1.0), runs=2000, output=tmp_path)
+    results = theory.main(config, Console(width=100))
+    for cell in results["cells"]:
+        measured, predicted = (cell[k]["streaming"] for k in ("measured", "predicted"))
+        error = measured["deviation"] / np.sqrt(config.runs)
+        assert abs(measured["bias"] - predicted["bias"]) < 3 * error
+        assert measured["deviation"] == pytest.approx(predicted["deviation"], rel=0.1)
+    taylor = [cell["measured"]["taylor"]["bias"] for cell in results["cells"]]
+    assert taylor[2] < -0.1 < taylor[0] < 0
+    assert (tmp_path / "theory.png").stat().st_size > 10_000
+
+
+def test_costs_are_counted_and_timed(tmp_path):
+    config = cost.Config(
+        networks=("mlp",),
+        batch_sizes=(1, 2),
+        methods=("small_batch",),
+        timing_rounds=1,
+        output=tmp_path,
+    )
+    cells = cost.main(config, Console(width=100))["cells"]
+    # Batch norm cannot train an MLP on one example.
+    assert [(c["batch_size"], c["label"]) for c in cells] == [
+        (2, "batch_norm"),
+        (2, "small_batch"),
+    ]
+    baseline, small = cells
+    assert baseline["flops"] == baseline["bytes accessed"] == 1.0
+    assert 1.0 < small["flops"] < 3.0
+    assert 1.9 < small["state"] < 2.2
+    assert all(c["time"]["ratio"] > 0 for c in cells)
+
+
+def refuse(*arguments, module=small_batch):
     with pytest.raises(SystemExit) as error:
-        small_batch.cli(list(arguments))
+        module.cli(list(arguments))
     return str(error.value)
 
 
@@ -149,8 +234,9 @@ def test_unknown_dataset(tmp_path):
 
 
 def test_unknown_network(tmp_path):
-    message = refuse("--networks", "vgg", "--data-dir", str(tmp_path))
-    assert "network 'vgg' is unknown; known are mlp, cnn" in message
+    for module in (small_batch, robustness):
+        message = refuse("--networks", "vgg", "--data-dir", str(tmp_path), module=module)
+        assert "network 'vgg' is unknown; known are mlp, cnn, resnet18" in message
 
 
 def test_batch_larger_than_the_data(small):

@@ -19,10 +19,19 @@ FOUNDATION = {
     "_source",
     "_statistics",
     "_estimator",
+    "_layer",
+    "_patches",
 }
+PRESETS = {"_small_batch"}  # a method with arguments filled in
+TOOLS = {"diagnostics"}
 ADAPTERS = {"_adapter", "linen", "nnx"}
 METHODS = (
-    {path.stem for path in PACKAGE.glob("*.py")} - FOUNDATION - ADAPTERS - {"__init__"}
+    {path.stem for path in PACKAGE.glob("*.py")}
+    - FOUNDATION
+    - ADAPTERS
+    - PRESETS
+    - TOOLS
+    - {"__init__"}
 )
 
 
@@ -44,9 +53,11 @@ def packages(path):
 
 
 def test_methods_rest_on_the_foundation_alone():
-    assert {"_batch_norm", "_cross_iteration"} == METHODS
+    assert {"_batch_norm", "_cross_iteration", "_replay", "_streaming"} == METHODS
     for name in METHODS | FOUNDATION:
         assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION, name
+    for name in PRESETS:
+        assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION | METHODS, name
 
 
 def test_adapters_know_no_method():
@@ -56,7 +67,9 @@ def test_adapters_know_no_method():
 
 def test_flax_enters_in_the_adapters_only():
     for path in PACKAGE.glob("*.py"):
-        allowed = {"jax", "math", "typing", "collections", "contextlib"}
+        allowed = {"jax", "math", "typing", "collections", "contextlib", "functools"}
+        if path.stem in TOOLS:
+            allowed |= {"matplotlib", "pathlib"}
         if path.stem in {"linen", "nnx"}:
             allowed |= {"flax"}
         assert packages(path) <= allowed, path.name

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do defaults hold? Test accuracy over a 16-fold range of learning rates.
+
+Trains an MLP and a residual CNN at batch sizes 1, 2 and 4 with the recommended method and
+with group norm, and batch norm at batch size 32 as the mark to reach, at five learning
+rates with five seeds; prints one table and says for each cell how far the recommended
+method lies above or below the two others. No rate is chosen, so no split is needed to
+choose it on. Finished runs are kept in the output folder and taken up again by the next
+call with the same options and code.
+
+Run it with ``python -m benchmarks.robustness``.
+"""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import matplotlib.figure
+    import tyro
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+from . import data, methods, report, runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a study."""
+
+    dataset: str = "digits"
+    """digits (embedded), fashion_mnist, or any image classification set of
+    tensorflow-datasets by name."""
+    batch_sizes: tuple[int, ...] = (1, 2, 4)
+    """Examples per step."""
+    methods: tuple[str, ...] = ("small_batch", "group_norm", "batch_norm@32")
+    """The method that is judged, then those it is judged by; NAME@SIZE sets a batch size
+    of its own."""
+    networks: tuple[str, ...] = ("mlp", "cnn")
+    """Networks to train."""
+    learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    """Peak rates at batch size 32; scaled in proportion to the batch size."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One run each; a seed fixes the initial weights and the order of the examples."""
+    epochs: int = 4
+    """Passes over the training images."""
+    examples: int | None = None
+    """Use at most so many images for training, and for testing."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/robustness")
+    """Folder for results.json, table.md, robustness.png and finished runs."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+
+
+def main(config: Config, console: Console) -> dict:
+    """Runs what is missing, writes and shows the results."""
+    runs.check_networks(config.networks)
+    dataset = data.load(config.dataset, config.data_dir, config.examples)
+    # A method with a batch size of its own is the same at every batch size: run once.
+    chosen = dict.fromkeys(
+        (network, methods.parse(text, size))
+        for network in config.networks
+        for size in config.batch_sizes
+        for text in config.methods
+    )
+    cells = [
+        runs.Run(network, method, rate, config.epochs, seed=0, reports=1)
+        for (network, method), rate in itertools.product(chosen, config.learning_rates)
+    ]
+    total = len(config.seeds) * sum(cell.steps(dataset) for cell in cells)
+    with runs.Bar(console, total) as bar:
+        measured = [_measure(config, cell, dataset, bar) for cell in cells]
+    results = {
+        "config": report.plain(config),
+        "environment": report.environment(),
+        "cells": measured,
+    }
+    report.write_json(config.output / "results.json", results)
+    (config.output / "table.md").write_text(markdown(results))
+    figure(results, config.output / "robustness.png")
+    console.print(Markdown(markdown(results)))
+    console.print(f"written to {config.output}/: results.json, table.md, robustness.png")
+    return results
+
+
+def _measure(config, cell: runs.Run, dataset, bar) -> dict:
+    trainer, folder = cell.trainer(dataset), config.output / "runs"
+    last = [
+        runs.curve(cell._replace(seed=seed), trainer, dataset, folder, bar.advance)[-1]
+        for seed in config.seeds
+    ]
+    return {
+        "network": cell.network,
+        "label": str(cell.method),
+        "batch_size": cell.method.batch_size,
+        "learning_rate": cell.learning_rate,
+        # A loss that is not finite: the run is lost, whatever its last accuracy.
+        "lost": sum(not np.isfinite(point["loss"]) for point in last),
+        "accuracy": [point["accuracy"] for point in last],
+    }
+
+
+def _groups(results: dict):
+    """(network, batch size, {label: [cell per rate]}), a method's own size everywhere."""
+    config = results["config"]
+    for network, size in itertools.product(config["networks"], config["batch_sizes"]):
+        yield (
+            network,
+            size,
+            {
+                text: [
+                    cell
+                    for cell in results["cells"]
+                    if cell["network"] == network
+                    and cell["label"] == text
+                    and ("@" in text or cell["batch_size"] == size)
+                ]
+                for text in config["methods"]
+            },
+        )
+
+
+def markdown(results: dict) -> str:
+    """Accuracies, and the judged method's distance from each other one."""
+    config, versions = results["config"], results["environment"]
+    rates = [f"{rate:g}" for rate in config["learning_rates"]]
+    rows = []
+    for network, size, by_label in _groups(results):
+        judged = by_label[config["methods"][0]]
+        for label, cells in by_label.items():
+            rows.append((network, str(size), label, *(_accuracy(cell) for cell in cells)))
+        for label in config["methods"][1:]:
+            distances = [
+                _distance(*pair) for pair in zip(judged, by_label[label], strict=True)
+            ]
+            rows.append((network, str(size), f"*minus {label}*", *distances))
+    headings = ("net", "batch", "test accuracy, % at rate", *rates)
+    lost = sum(cell["lost"] for cell in results["cells"])
+    count = sum(len(cell["accuracy"]) for cell in results["cells"])
+    return (
+        f"{config['dataset']}, {config['epochs']} epochs, {len(config['seeds'])} seeds:\n\n"
+        f"{report.markdown_table(headings, rows)}\n"
+        "Mean ± standard deviation over seeds; differences of the means ± their standard "
+        f"error, bold where negative by more than two. {lost} of {count} runs "
+        f"ended with a loss that is not finite. JAX {versions['jax']}, Flax "
+        f"{versions['flax']}, Python {versions['python']}, {versions['device']}, "
+        f"{versions['processor']}.\n"
+    )
+
+
+def _accuracy(cell: dict) -> str:
+    text = report.spread([100 * a for a in cell["accuracy"]], 1)
+    return f"{text} ({cell['lost']} lost)" if cell["lost"] else text
+
+
+def _distance(judged: dict, other: dict) -> str:
+    pair = [100 * np.array(cell["accuracy"]) for cell in (judged, other)]
+    difference = pair[0].mean() - pair[1].mean()
+    error = np.sqrt(sum(a.var(ddof=min(1, len(a) - 1)) / len(a) for a in pair))
+    text = f"{difference:+.1f} ± {error:.1f}"
+    return f"**{text}**" if difference < -2 * error else text
+
+
+def figure(results: dict, path: Path) -> None:
+    """One panel a network and batch size: accuracy over the learning rate."""
+    config = results["config"]
+    shape = len(config["networks"]), len(config["batch_sizes"])
+    made = matplotlib.figure.Figure(
+        figsize=(3.2 * shape[1], 2.8 * shape[0]), layout="constrained", dpi=150
+    )
+    axes = made.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    for axis, (network, size, by_label) in zip(axes.flat, _groups(results), strict=True):
+        for index, (label, cells) in enumerate(by_label.items()):
+            mean = [100 * np.mean(cell["accuracy"]) for cell in cells]
+            error = [100 * np.std(cell["accuracy"]) for cell in cells]
+            rates = [cell["learning_rate"] for cell in cells]
+            style = "--" if "@" in label else "-"
+            axis.errorbar(
+                rates,
+                mean,
+                error,
+                linestyle=style,
+                color=report.COLOURS[index],
+                label=label,
+                lw=1.6,
+                capsize=2,
+            )
+        axis.set(title=f"{network.upper()}, batch size {size}", xscale="log")
+        axis.set_xticks(config["learning_rates"], config["learning_rates"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    made.supxlabel("peak learning rate, per 32 examples", fontsize=10)
+    made.supylabel("test accuracy, %", fontsize=10)
+    axes[-1, 0].legend(fontsize=8, frameon=False, loc="lower left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path)
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    config = tyro.cli(Config, args=arguments, description=__doc__, prog="robustness")
+    try:
+        main(config, Console())
+    except ValueError as error:
+        sys.exit(f"robustness: {error}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs that are kept in a folder and taken up again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+from . import data, methods, networks, report, training
+
+
+class Run(NamedTuple):
+    """All that decides a learning curve, beside the code and the data."""
+
+    network: str
+    method: methods.Method
+    learning_rate: float  # peak, at batch size 32; scaled in proportion to the batch size
+    epochs: int
+    seed: int
+    reports: int = 20
+
+    def steps(self, dataset: data.Dataset) -> int:
+        """Steps of the run."""
+        return training.count_steps(dataset, self.method.batch_size, self.epochs)
+
+    def trainer(self, dataset: data.Dataset) -> training.Trainer:
+        """Its pure functions; runs that differ in the seed alone can share them."""
+        steps = self.steps(dataset)
+        model = networks.NETWORKS[self.network](
+            norm=self.method.norm(steps), classes=dataset.classes
+        )
+        rate = self.learning_rate * self.method.batch_size / 32
+        return training.make_trainer(model, dataset.train_images.shape[1:], rate, steps)
+
+
+def curve(
+    run: Run,
+    trainer: training.Trainer,
+    dataset: data.Dataset,
+    folder: Path,
+    advance: Callable[[int, str], None],
+) -> list[dict]:
+    """The learning curve, from its file if an earlier call with this code finished it."""
+    identity = {
+        **run._asdict(),
+        "method": run.method._asdict(),
+        "dataset": dataset.name,
+        "examples": [len(dataset.train_labels), len(dataset.test_labels)],
+        "versions": report.environment(),
+        "source": report.source_digest(),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{run.network}-{run.method}-{run.seed}-{digest[:8]}.json"
+    if path.exists():
+        advance(run.steps(dataset), "")
+        return json.loads(path.read_text())["curve"]
+    points, done = [], 0
+    for point in _points(run, trainer, dataset):
+        points.append(point._asdict())
+        advance(
+            point.step - done,
+            f"{run.network} {run.method} rate {run.learning_rate:g} seed {run.seed}: "
+            f"loss {point.loss:.3f}, accuracy {100 * point.accuracy:.1f} %",
+        )
+        done = point.step
+    report.write_json(path, {"identity": identity, "curve": points})
+    return points
+
+
+def _points(run, trainer, dataset) -> Iterator[training.Progress]:
+    return training.run(
+        trainer,
+        dataset,
+        batch_size=run.method.batch_size,
+        epochs=run.epochs,
+        seed=run.seed,
+        reports=run.reports,
+    )
+
+
+def check_networks(names: tuple[str, ...]) -> None:
+    """Every network is known."""
+    for name in names:
+        if name not in networks.NETWORKS:
+            known = ", ".join(networks.NETWORKS)
+            raise ValueError(f"network {name!r} is unknown; known are {known}.")
+
+
+class Bar:
+    """A progress bar counted in training steps."""
+
+    def __init__(self, console: Console, total: int):
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("starting", total=total)
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def advance(self, steps: int, text: str = "") -> None:
+        """So many steps more; an empty text leaves the description as it is."""
+        self._progress.update(self._task, advance=steps, description=text or None)

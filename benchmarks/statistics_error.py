@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far each method's statistics are from the truth, while a network trains.
+
+Trains the networks of the main job at batch size 2, normalized by streaming batch norm,
+while the other methods watch the same activations; every few steps, what each of them
+believes is compared with the moments of a large batch under the same weights. Prints a
+table and draws the errors.
+
+Run it with ``python -m benchmarks.statistics_error``.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cbn_jax
+from cbn_jax.diagnostics import Errors, draw, errors, reference, watch
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import tyro
+    from flax import linen as nn
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from cbn_jax.linen import Norm
+
+from . import data, networks, report, runs, training
+
+USE = "streaming"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a study."""
+
+    dataset: str = "digits"
+    """digits (embedded), fashion_mnist, or any image classification set of
+    tensorflow-datasets by name."""
+    batch_size: int = 2
+    """Examples per step."""
+    networks: tuple[str, ...] = ("mlp", "cnn")
+    """Networks to train."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run each; a seed fixes the initial weights and the order of the examples."""
+    epochs: int = 4
+    """Passes over the training images."""
+    learning_rate: float = 0.1
+    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    window: int = 16
+    """Iterations in the window of every method but batch norm."""
+    every: int = 50
+    """Steps from one measurement to the next."""
+    reference: int = 512
+    """Training images of the batch whose moments are the truth."""
+    examples: int | None = None
+    """Use at most so many images for training."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path(
+        "results/statistics_error"
+    )
+    """Folder for results.json, table.md and statistics_error.png."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+
+
+def methods(config: Config) -> dict[str, cbn_jax.Estimator]:
+    """The methods that are compared; ``naive`` averages old statistics as they are."""
+    window = config.window
+    samples = max(16, config.batch_size)
+    return {
+        "batch": cbn_jax.batch_norm(),
+        "naive": cbn_jax.cross_iteration_batch_norm(window, rho=0.0),
+        "taylor": cbn_jax.cross_iteration_batch_norm(window),
+        "streaming": cbn_jax.streaming_batch_norm(window),
+        "replay": cbn_jax.replay_batch_norm(window, samples=samples),
+    }
+
+
+def main(config: Config, console: Console) -> dict:
+    """Trains, measures, writes and shows the results."""
+    runs.check_networks(config.networks)
+    dataset = data.load(config.dataset, config.data_dir, config.examples)
+    steps = training.count_steps(dataset, config.batch_size, config.epochs)
+    if config.every > steps:
+        raise ValueError(f"{steps} steps are fewer than --every {config.every}; lower it.")
+    with runs.Bar(console, steps * len(config.seeds) * len(config.networks)) as bar:
+        results = {
+            "config": report.plain(config),
+            "environment": report.environment(),
+            "runs": list(_runs(config, dataset, bar)),
+        }
+    report.write_json(config.output / "results.json", results)
+    (config.output / "table.md").write_text(markdown(results))
+    figure(results, config.output / "statistics_error.png")
+    console.print(Markdown(markdown(results)))
+    console.print(
+        f"written to {config.output}/: results.json, table.md, statistics_error.png"
+    )
+    return results
+
+
+def _runs(config, dataset, bar) -> Iterator[dict]:
+    """Every network with every seed."""
+    for network in config.networks:
+        pair = _pair(config, network, dataset)
+        for seed in config.seeds:
+            bar.advance(0, f"{network} seed {seed}")
+            records = list(_records(config, *pair, dataset, seed, bar))
+            columns = _columns(records, list(methods(config)))
+            yield {"network": network, "seed": seed, **columns}
+
+
+def _records(config, train, measure, dataset, seed, bar) -> Iterator[tuple[int, dict]]:
+    """One run: (step, errors) at every measurement."""
+    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
+    rows = training.batches(len(labels), config.batch_size, config.epochs, seed)
+    state = train.init(jax.random.key(seed))
+    for step, chosen in enumerate(rows, start=1):
+        due = step % config.every == 0
+        # A step takes its parameters over, and the truth is wanted under these.
+        params = jax.tree.map(jnp.copy, state.params) if due else None
+        state, _ = train.step(state, images, labels, chosen)
+        if due:
+            many = images[: config.reference]
+            yield step, errors(measure(params, state.batch_stats, many))
+        bar.advance(1)
+
+
+def _pair(config, network, dataset) -> tuple[training.Trainer, Callable[..., Any]]:
+    """The network that trains, and its twin that measures."""
+
+    def model(estimator):
+        def norm(layer: nn.Module, train: bool) -> nn.Module:
+            return Norm(estimator, layer=layer, use_running_average=not train)
+
+        return networks.NETWORKS[network](norm=norm, classes=dataset.classes)
+
+    watched, twin = (model(make(methods(config), USE)) for make in (watch, reference))
+
+    @jax.jit
+    def measure(params, batch_stats, images):
+        variables = {"params": params, "batch_stats": batch_stats}
+        _, measured = twin.apply(variables, images, train=True, mutable=["batch_stats"])
+        return measured["batch_stats"]
+
+    steps = training.count_steps(dataset, config.batch_size, config.epochs)
+    rate = config.learning_rate * config.batch_size / 32
+    shape = dataset.train_images.shape[1:]
+    return training.make_trainer(watched, shape, rate, steps), measure
+
+
+def _columns(records: list, names: list[str]) -> dict:
+    """Records as JSON holds them: layer ↦ method ↦ mean or scale ↦ a number per step."""
+
+    def column(layer, name, kind):
+        values = (getattr(measured[layer][name], kind) for _, measured in records)
+        return [float(f"{value:.4g}") for value in values]
+
+    return {
+        "steps": [step for step, _ in records],
+        "errors": {
+            layer: {
+                name: {kind: column(layer, name, kind) for kind in Errors._fields}
+                for name in names
+            }
+            for layer in records[0][1]
+        },
+    }
+
+
+HEADINGS = ("net", "method", "error of the mean", "error of the scale")
+
+
+def markdown(results: dict) -> str:
+    """The table, from the results as written to JSON."""
+    versions = results["environment"]
+    config = results["config"]
+    return (
+        f"{report.title(results)}:\n\n"
+        f"{report.markdown_table(HEADINGS, _rows(results))}\n"
+        "Error of the mean in true standard deviations, of the scale as the log of the "
+        "ratio to the true one; RMS over features, mean over layers and the second half "
+        "of training; mean ± standard deviation over seeds. The truth: "
+        f"{config['reference']} training images under the same weights. Networks are "
+        f"normalized by {USE}; window {config['window']} for all but batch. "
+        f"JAX {versions['jax']}, Flax {versions['flax']}, Python {versions['python']}, "
+        f"{versions['device']}, {versions['processor']}.\n"
+    )
+
+
+def _rows(results: dict) -> Iterator[tuple[str, ...]]:
+    for network, same in _by_network(results).items():
+        for method in next(iter(same[0]["errors"].values())):
+            late = ([_late(run, method, kind) for run in same] for kind in Errors._fields)
+            yield network, method, *(report.spread(values, 3) for values in late)
+
+
+def _by_network(results: dict) -> dict[str, list[dict]]:
+    names = dict.fromkeys(run["network"] for run in results["runs"])
+    return {name: [r for r in results["runs"] if r["network"] == name] for name in names}
+
+
+def _late(run: dict, method: str, kind: str) -> float:
+    """Mean over layers and the second half of the run."""
+    curves = np.array([layer[method][kind] for layer in run["errors"].values()])
+    return float(curves[:, curves.shape[1] // 2 :].mean())
+
+
+def figure(results: dict, path: Path) -> None:
+    """First and last layer of every network, means over the seeds."""
+    panels = {
+        f"{network} {layer}": [run["errors"][layer] for run in same]
+        for network, same in _by_network(results).items()
+        for layer in (list(same[0]["errors"])[i] for i in (0, -1))
+    }
+
+    def at(i, seeds):
+        return {
+            method: Errors(
+                *(np.mean([s[method][k][i] for s in seeds]) for k in Errors._fields)
+            )
+            for method in seeds[0]
+        }
+
+    steps = results["runs"][0]["steps"]
+    records = [
+        (step, {panel: at(i, seeds) for panel, seeds in panels.items()})
+        for i, step in enumerate(steps)
+    ]
+    draw(records, path, layers=list(panels))
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    config = tyro.cli(Config, args=arguments, description=__doc__, prog="statistics_error")
+    try:
+        main(config, Console())
+    except ValueError as error:
+        sys.exit(f"statistics_error: {error}")
+
+
+if __name__ == "__main__":
+    cli()

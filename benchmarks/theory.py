@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the streaming window unbiased, and how noisy? Prediction beside measurement.
+
+A layer with Gaussian inputs, whose true variance is known, has its weights turned by the
+same angle at every step. The variance that each method believes after six windows is
+compared with the truth over many independent runs; docs/streaming.md derives what it
+should be. Prints a table and draws a figure.
+
+Run it with ``python -m benchmarks.theory``.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cbn_jax
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import matplotlib.figure
+    import tyro
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.progress import track
+
+from . import report
+
+EPSILON = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the comparison."""
+
+    windows: tuple[int, ...] = (4, 16, 64)
+    """Effective window k of each method."""
+    turns: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0)
+    """Radians by which the weights turn in k steps."""
+    batch_size: int = 2
+    """Examples per step."""
+    inputs: int = 32
+    """Input features of the layer."""
+    runs: int = 4000
+    """Independent runs of each cell."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/theory")
+    """Folder for results.json, table.md and theory.png."""
+
+
+def main(config: Config, console: Console) -> dict:
+    """Measures every cell, writes and shows the results."""
+    results = {
+        "config": report.plain(config),
+        "environment": report.environment(),
+        "cells": [
+            cell
+            for window in track(config.windows, "simulating", console=console)
+            for cell in _cells(config, window)
+        ],
+    }
+    report.write_json(config.output / "results.json", results)
+    (config.output / "table.md").write_text(markdown(results))
+    figure(results, config.output / "theory.png")
+    console.print(Markdown(markdown(results)))
+    console.print(f"written to {config.output}/: results.json, table.md, theory.png")
+    return results
+
+
+def _cells(config: Config, window: int) -> Iterator[dict]:
+    """One window, every turn."""
+    methods = {
+        "streaming": cbn_jax.streaming_batch_norm(window, epsilon=EPSILON),
+        "taylor": cbn_jax.cross_iteration_batch_norm(window, epsilon=EPSILON),
+    }
+    simulators = {
+        name: simulator(estimator, config.batch_size, config.runs)
+        for name, estimator in methods.items()
+    }
+    for turn in config.turns:
+        weights = path(6 * window, turn / window, config.inputs)
+        believed = {name: simulate(weights) for name, simulate in simulators.items()}
+        yield {
+            "window": window,
+            "turn": turn,
+            "measured": {
+                name: {"bias": float(var.mean() - 1.0), "deviation": float(var.std())}
+                for name, var in believed.items()
+            },
+            "predicted": {
+                "streaming": {
+                    "bias": streaming_bias(weights, window, config.batch_size),
+                    "deviation": streaming_deviation(weights, window, config.batch_size),
+                },
+                "taylor": {"bias": taylor_bias(weights, window, config.batch_size)},
+            },
+        }
+
+
+def path(steps: int, angle: float, inputs: int) -> np.ndarray:
+    """Unit vectors ``[steps, inputs]`` that turn in a plane."""
+    weights = np.zeros((steps, inputs))
+    weights[:, 0] = np.cos(angle * np.arange(steps))
+    weights[:, 1] = np.sin(angle * np.arange(steps))
+    return weights
+
+
+def simulator(estimator, batch_size: int, runs: int):
+    """A function weights -> the variance believed after the last step, ``[runs]``."""
+
+    def step(state, pair):
+        kernel, key = pair
+        z = jax.random.normal(key, (batch_size, len(kernel)))
+        x, source = cbn_jax.run_layer(cbn_jax.dense, kernel, z)
+        statistics, state = estimator.train(state, x, source)
+        return state, statistics.inv_std[0]
+
+    @jax.jit
+    def last(kernels):
+        def one(key):
+            keys = jax.random.split(key, len(kernels))
+            state = estimator.init(1, kernels[0])
+            return jax.lax.scan(step, state, (kernels, keys))[1][-1]
+
+        return jax.vmap(one)(jax.random.split(jax.random.key(0), runs))
+
+    def simulate(weights: np.ndarray) -> np.ndarray:
+        inv_std = last(jnp.asarray(weights, jnp.float32)[..., None])
+        return 1.0 / np.square(np.float64(inv_std)) - EPSILON
+
+    return simulate
+
+
+def streaming_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
+    """The expected recursion: 1/N too little of the batches, 1/N too much of each step."""
+    share, values = 1.0 / window, batch_size * (2 * window - 1)
+    var, g = 1.0 - 1.0 / values, 2.0 * (1.0 - 1.0 / values) * weights[0]
+    for old, new in itertools.pairwise(weights):
+        step = new - old
+        var += g @ step + (1.0 + 1.0 / values) * step @ step
+        var += share * (1.0 - 1.0 / values - var)
+        g = g + 2.0 * (1.0 + 1.0 / values) * step
+        g += share * (2.0 * (1.0 - 1.0 / values) * new - g)
+    return float(var - 1.0)
+
+
+def streaming_deviation(weights: np.ndarray, window: int, batch_size: int) -> float:
+    """√(Σ (1 − a)²ʲ · 2 tr(M²) / n), the M of docs/streaming.md."""
+    share = 1.0 / window
+    keep = 1.0 - share
+    now, total = weights[-1], 0.0
+    for age in range(len(weights) - 1):
+        then = len(weights) - 1 - age
+        far, last = now - weights[then], weights[then] - weights[then - 1]
+        m = share * (np.outer(now, now) - np.outer(far, far))
+        m += keep * (np.outer(last, last) + np.outer(last, far) + np.outer(far, last))
+        total += keep ** (2 * age) * 2.0 * np.trace(m @ m)
+    return float(np.sqrt(total / batch_size))
+
+
+def taylor_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
+    """−⟨Δθ, Q Δθ⟩ averaged over the window, and that of its mean."""
+    far = weights[-1] - weights[-window:]
+    return float(-np.square(far).sum(axis=1).mean() - 1.0 / (batch_size * window))
+
+
+def markdown(results: dict) -> str:
+    """Bias and deviation of the believed variance, relative to the true one."""
+    config, versions = results["config"], results["environment"]
+    rows = []
+    for cell in results["cells"]:
+        streaming, taylor = (
+            (cell["measured"][name], cell["predicted"][name])
+            for name in ("streaming", "taylor")
+        )
+        rows.append(
+            (
+                str(cell["window"]),
+                f"{cell['turn']:g}",
+                *(f"{100 * side['bias']:+.1f}" for side in streaming),
+                *(f"{100 * side['deviation']:.1f}" for side in streaming),
+                *(f"{100 * side['bias']:+.1f}" for side in taylor),
+                f"{100 * taylor[0]['deviation']:.1f}",
+            )
+        )
+    headings = (
+        "k",
+        "radians in k steps",
+        "streaming bias, %",
+        "predicted",
+        "deviation, %",
+        "predicted",
+        "Taylor bias, %",
+        "predicted",
+        "deviation, %",
+    )
+    return (
+        f"Batch size {config['batch_size']}, {config['runs']} runs a cell:\n\n"
+        f"{report.markdown_table(headings, rows)}\n"
+        "Of the variance believed, relative to the true one. Taylor: the published "
+        "method, its prediction before the guard against negative variances. "
+        f"JAX {versions['jax']}, Python {versions['python']}, {versions['device']}.\n"
+    )
+
+
+def figure(results: dict, destination: Path) -> None:
+    """Bias and deviation over the turn; lines are predictions, dots measurements."""
+    made = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained", dpi=150)
+    left, right = made.subplots(1, 2)
+    for index, window in enumerate(results["config"]["windows"]):
+        cells = [cell for cell in results["cells"] if cell["window"] == window]
+        turns = [cell["turn"] for cell in cells]
+        for axis, method, what, style in (
+            (left, "streaming", "bias", "-"),
+            (left, "taylor", "bias", "--"),
+            (right, "streaming", "deviation", "-"),
+        ):
+            colour = report.COLOURS[index]
+            predicted = [100 * cell["predicted"][method][what] for cell in cells]
+            measured = [100 * cell["measured"][method][what] for cell in cells]
+            label = f"k = {window}, {method}"
+            axis.plot(turns, predicted, style, color=colour, lw=1.4, label=label)
+            axis.plot(turns, measured, "o", color=colour, ms=4)
+    left.set_ylabel("bias of the variance, %")
+    right.set_ylabel("its standard deviation, %")
+    left.set_ylim(-105, 10)
+    for axis in (left, right):
+        axis.set_xlabel("radians in k steps")
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
+    made.suptitle("lines: predicted, dots: measured", fontsize=10)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(destination)
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    main(tyro.cli(Config, args=arguments, description=__doc__, prog="theory"), Console())
+
+
+if __name__ == "__main__":
+    cli()

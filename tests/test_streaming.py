@@ -1,0 +1,470 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import LAYERS, drift, init, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads, check_vjp
+
+import cbn_jax as cbn
+
+layers = pytest.mark.parametrize("name", LAYERS)
+EPSILON = 1e-5
+
+
+def variance(statistics):
+    return 1 / np.square(np.float64(statistics.inv_std)) - EPSILON
+
+
+def start(layer, key, samples=None, **options):
+    """One compiled training call, and the state before the first."""
+    estimator = cbn.streaming_batch_norm(samples=samples, **options)
+    step = jax.jit(lambda state, params, z: train(estimator, state, layer, params, z))
+    return step, init(estimator, layer, layer.params(key))
+
+
+def path(layer, key, steps, size=0.3, examples=(2,)):
+    """(params, inputs) of a run with moving weights."""
+    params = layer.params(key)
+    for step in range(steps):
+        n = examples[step % len(examples)]
+        yield params, layer.data(jax.random.fold_in(key, step), examples=n)
+        params = drift(params, jax.random.fold_in(key, 100 + step), size)
+
+
+def at_step(state, step):
+    """The state as if after so many steps, which choose the positions looked at."""
+    steps = jnp.broadcast_to(step, state.running.steps.shape).astype(jnp.float32)
+    return state._replace(running=state.running._replace(steps=steps))
+
+
+# What is computed.
+
+
+@pytest.mark.parametrize(
+    ("name", "examples"), [*((name, (2, 3)) for name in LAYERS), ("dense", (1,))]
+)
+def test_equals_the_oracle(name, examples, key):
+    """Statistics and derivatives over twelve steps of moving weights and two sizes."""
+    layer = LAYERS[name]
+    step, state = start(layer, key, window=4, momentum=0.9)
+    oracle, groups = reference.Streaming(4), layer.groups
+    seen = []
+    for params, z in path(layer, key, 12, examples=examples):
+        _, statistics, state = step(state, params, z)
+        kernel = reference.layer_kernel(params["kernel"], groups)
+        bias = params.get("bias", np.zeros(layer.features))
+        mean, var = oracle.step(reference.layer_patches(name, z), kernel, bias)
+        seen.append((mean, var))
+        np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(variance(statistics), var, rtol=1e-4, atol=1e-5)
+    averages = reference.exponential_weights(12, 0.9) @ np.reshape(seen, (12, -1))
+    np.testing.assert_allclose(
+        np.concatenate(state.running[:2]), averages, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(state.window.mean, mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.window.var, var, rtol=1e-4)
+    np.testing.assert_allclose(state.window.size, oracle.size, rtol=1e-5)
+    d_mean = np.reshape(state.d_mean["kernel"], (-1, groups)).T.ravel()
+    np.testing.assert_allclose(d_mean, oracle.p[:-1], rtol=1e-4, atol=1e-5)
+    own = reference.layer_kernel(np.ones(layer.kernel), groups)  # each group has its rows
+    d_var = reference.layer_kernel(state.d_var["kernel"], groups)
+    np.testing.assert_allclose(d_var, own * oracle.d_var[:-1], rtol=1e-4, atol=1e-4)
+    if layer.bias:
+        np.testing.assert_allclose(state.d_mean["bias"], 1.0, rtol=1e-6)
+        np.testing.assert_allclose(state.d_var["bias"], 0.0, atol=1e-4)
+
+
+@layers
+def test_window_one_is_batch_norm(name, key):
+    layer = LAYERS[name]
+    estimator = cbn.streaming_batch_norm(window=1, momentum=0.9)
+    baseline = cbn.batch_norm(momentum=0.9)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(estimator, state, params, z):
+        def loss(params, z):
+            x, statistics, new = train(estimator, state, layer, params, z)
+            return jnp.sin(cbn.normalize(x, statistics)).sum(), (statistics, new)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, z)
+
+    state, other = init(estimator, layer, layer.params(key)), baseline.init(layer.features)
+    for params, z in path(layer, key, 4):
+        (mine, (statistics, state)), gradient = step(estimator, state, params, z)
+        (theirs, (expected, other)), right = step(baseline, other, params, z)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+            (mine, gradient, statistics, state.running),
+            (theirs, right, expected, other),
+        )
+
+
+@layers
+def test_frozen_weights_make_an_exponential_average(name, key):
+    """Of raw moments, batch s steps ago with weight (1 − 1/k)ˢ and its number of values."""
+    layer = LAYERS[name]
+    step, state = start(layer, key, window=3)
+    params, weights, raw = layer.params(key), np.zeros(0), []
+    for i, n in enumerate([5, 2, 2, 5, 5]):
+        z = layer.data(jax.random.fold_in(key, i), examples=n)
+        x, statistics, state = step(state, params, z)
+        x = np.float64(x).reshape(-1, layer.features)
+        raw.append([x.mean(0), np.square(x).mean(0)])
+        weights = np.append(weights * (1 - 1 / 3), len(x))
+        mean, square = np.average(raw, 0, weights)
+        np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(variance(statistics), square - mean**2, rtol=1e-4)
+
+
+@layers
+def test_means_are_exact_on_any_path(name, key):
+    """The mean is linear in the weights: recompute it for every past batch."""
+    layer = LAYERS[name]
+    step, state = start(layer, key, window=4)
+    seen = []
+    for params, z in path(layer, key, 9, size=1.0):
+        x, statistics, state = step(state, params, z)
+        seen.append(z)
+        today = np.float64(layer.fn(params, jnp.stack(seen).reshape(-1, *z.shape[1:])))
+        means = today.reshape(len(seen), -1, layer.features).mean(1)
+        weights = 0.75 ** np.arange(len(seen))[::-1]
+        expected = np.average(means, 0, weights)
+        np.testing.assert_allclose(statistics.mean, expected, rtol=1e-4, atol=2e-5)
+
+
+@layers
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0])
+def test_variances_are_exact_for_the_same_inputs(name, size, key):
+    """However far the weights went: the quadratic term is that of these inputs."""
+    layer = LAYERS[name]
+    step, state = start(layer, key, window=16)
+    params, z = layer.params(key), layer.data(key)
+    _, _, state = step(state, params, z)
+    x, statistics, state = step(state, drift(params, key, size), z)
+    exact = cbn.batch_moments(x)
+    np.testing.assert_allclose(statistics.mean, exact.mean, rtol=1e-4, atol=1e-4 * size)
+    np.testing.assert_allclose(variance(statistics), exact.var, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv-strided", "conv-grouped"])
+def test_the_transported_variance_is_unbiased(name, key):
+    """A population, then a batch of two of it: on average over the batches nothing is lost.
+
+    To first order alone ⟨Δ, QΔ⟩ is lost, whatever the batch.
+    """
+    layer = LAYERS[name]
+    old, population = layer.params(key), layer.data(key, examples=24)
+    new = drift(old, key, 0.2)
+    exact = cbn.batch_moments(layer.fn(new, population)).var
+
+    def transported(estimator, keep):
+        """Today's variance of the population as seen with each batch of two."""
+        state = init(estimator, layer, old)
+        _, _, state = train(estimator, state, layer, old, population)
+        pairs = population.reshape(12, 2, *population.shape[1:])
+        step = jax.vmap(lambda z: train(estimator, state, layer, new, z)[:2])
+        x, pooled = jax.tree.map(np.float64, step(pairs))
+        x = x.reshape(12, -1, layer.features)
+        a = 2 / (2 + keep * 24)
+        mean = (pooled.mean - a * x.mean(1)) / (1 - a)
+        between = a * (1 - a) * np.square(mean - x.mean(1))
+        return (variance(pooled) - a * x.var(1) - between) / (1 - a)
+
+    second = transported(cbn.streaming_batch_norm(window=4, samples=None), 3 / 4)
+    np.testing.assert_allclose(second.mean(0), exact, rtol=1e-4)
+    assert (second.std(0) > 1e-3 * exact).all()
+    first = transported(cbn.cross_iteration_batch_norm(window=2), 1.0)
+    delta = reference.layer_kernel(new["kernel"] - old["kernel"], layer.groups)
+    lost = (reference.layer_patches(name, population) @ delta).var(0)
+    np.testing.assert_allclose(exact - first.mean(0), lost, rtol=1e-2)
+    assert (lost > 0.01 * exact).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.floats(0.0, 30.0),
+    seed=st.integers(0, 1000),
+    name=st.sampled_from(sorted(LAYERS)),
+    examples=st.sampled_from([1, 2]),
+)
+def test_outputs_are_bounded(size, seed, name, examples):
+    """|y| ≤ √(Nk − 1), N values of k iterations: a value counts 1 / Nk or more itself.
+
+    With weight w and the rest at its best, all in one point, the distance to the mean is
+    1 − w and the variance w (1 − w).
+    """
+    layer, key = LAYERS[name], jax.random.key(seed)
+    step, state = compiled(name, 3)
+    for params, z in path(layer, key, 5, size=size, examples=(examples,)):
+        x, statistics, state = step(state, params, z)
+        y = cbn.normalize(x, statistics)
+        assert np.isfinite(y).all()
+        bound = (3 * x.size / layer.features - 1) ** 0.5
+        assert np.abs(y).max() <= 1.0001 * bound
+
+
+@functools.cache
+def compiled(name, window):
+    return start(LAYERS[name], jax.random.key(0), window=window)
+
+
+def test_a_batch_without_values_sees_the_window_at_todays_weights(key):
+    layer = LAYERS["dense"]
+    estimator = cbn.streaming_batch_norm(window=4)
+    step, state = start(layer, key, window=4)
+    (params, z), (moved, other) = path(layer, key, 2)
+    _, _, state = step(state, params, z)
+    nothing = jnp.zeros((1, 1), bool)
+    _, statistics, after = train(estimator, state, layer, moved, other, mask=nothing)
+    expected = cbn.batch_moments(layer.fn(moved, z)).mean
+    np.testing.assert_allclose(statistics.mean, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after.window.mean, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(after.window.size, state.window.size)
+    jax.tree.map(np.testing.assert_array_equal, after.running, state.running)
+
+
+# Gradients with respect to the parameters.
+
+
+@pytest.mark.parametrize("name", ["dense", "conv-strided", "conv-grouped"])
+@pytest.mark.parametrize("size", [0.0, 0.3])
+def test_gradient_holds_the_quadratic_term_constant(name, size, key, x64):
+    """Else that of the function computed, in float64; at standing weights no difference.
+
+    The constant is put into the state's variance, and patches equal to their mean add
+    nothing to it.
+    """
+    layer = LAYERS[name]
+    step, state = start(layer, key, window=3)
+    for params, z in path(layer, key, 3):
+        _, _, state = step(state, params, z)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    delta = jax.tree.map(jnp.subtract, drift(params, key, size), params)
+    params = jax.tree.map(jnp.add, params, delta)
+    z = layer.data(jax.random.fold_in(key, 7), jnp.float64, examples=2)
+    estimator = cbn.streaming_batch_norm(window=3, samples=None)
+
+    def f(params, state=state, patches=None):
+        x, source = cbn.run_layer(layer.layer, params, z)
+        source = source._replace(patches=patches or source.patches)
+        statistics, _ = estimator.train(state, x, source)
+        return cbn.normalize(x, statistics)
+
+    if size == 0.0:
+        check_grads(f, (params,), order=1, modes=["rev"], rtol=1e-6, atol=1e-7)
+
+    d_mean = np.reshape(state.d_mean["kernel"], (-1, layer.groups)).T.ravel()
+    P = reference.layer_patches(name, z) - d_mean
+    moved = P @ reference.layer_kernel(delta["kernel"], layer.groups)
+    var = state.window.var + np.square(moved).mean(0)
+    held = functools.partial(
+        f,
+        state=state._replace(window=state.window._replace(var=var)),
+        patches=lambda index: jax.tree.map(
+            lambda p: jnp.broadcast_to(p, (index.size, *p.shape)), state.d_mean
+        ),
+    )
+    vjp = functools.partial(jax.vjp, f)
+    check_vjp(held, vjp, (params,), rtol=1e-6, atol=1e-7, eps=1e-5)
+
+
+def test_gradient_goes_through_the_compensation(key):
+    """A bias of all batches shifts all means: nothing is left of it."""
+    layer = LAYERS["dense"]
+    step, state = start(layer, key, window=4)
+    for params, z in path(layer, key, 3):
+        _, _, state = step(state, params, z)
+
+    def loss(bias):
+        x, statistics, _ = step(state, {**params, "bias": bias}, z)
+        return jnp.sin(cbn.normalize(x, statistics)).sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(params["bias"]), 0.0, atol=1e-5)
+
+
+# Positions looked at.
+
+PIXELS = cbn.convolution()  # every position sees its own number alone
+NUMBERS = jnp.eye(64).reshape(2, 4, 8, 64)
+
+
+def chosen(steps, samples):
+    """Which of 2 · 32 positions are looked at, ``[steps, 2, 32]``."""
+    kernel = jnp.ones((1, 1, 64, 2))
+    estimator = cbn.streaming_batch_norm(window=4, samples=samples)
+    state = estimator.init(2, kernel)
+    x, source = cbn.run_layer(PIXELS, kernel, NUMBERS)
+
+    def look(step):
+        _, new = estimator.train(at_step(state, step), x, source)
+        return new.d_mean.reshape(2, 32)
+
+    share = np.asarray(jax.jit(jax.vmap(look))(steps))
+    found = np.count_nonzero(share[0])
+    np.testing.assert_allclose(share[share > 0], 1 / found, rtol=1e-5)
+    return share > 0
+
+
+@pytest.mark.parametrize(("samples", "each"), [(1, 1), (2, 1), (8, 4), (9, 4), (63, 31)])
+def test_positions_are_spread_evenly_and_at_random_within(samples, each):
+    """As many from each example, no more than allowed, one in each of equal parts."""
+    picked = chosen(jnp.arange(500), samples)
+    assert (picked.sum(2) == each).all()
+    if each == 4:
+        assert (picked.reshape(500, 2, 4, 8).sum(3) == 1).all()
+    assert (picked[0, 0] != picked[0, 1]).any()
+    rate = picked.mean((0, 1))
+    error = np.sqrt(each / 32 * (1 - each / 32) / 1000)
+    np.testing.assert_allclose(rate, each / 32, atol=4 * error)
+
+
+def test_the_same_step_looks_at_the_same_positions():
+    steps = jnp.array([3, 4, 3])
+    first, other, again = chosen(steps, 8)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    np.testing.assert_array_equal(chosen(steps[:1], 8)[0], first)
+
+
+@pytest.mark.parametrize("samples", [None, 64, 1000])
+def test_small_maps_are_looked_at_everywhere(samples):
+    assert chosen(jnp.arange(2), samples).all()
+
+
+@pytest.mark.parametrize("name", ["conv", "conv-grouped"])
+def test_a_sample_is_right_on_average(name, key):
+    """State and variance, linear in the sample, over many choices of positions."""
+    layer = LAYERS[name]
+    (old, z), (params, new) = path(layer, key, 2)
+    whole, state = start(layer, key, window=4)
+    _, _, state = whole(state, old, z)
+    expected = whole(state, params, new)[2]
+    estimator = cbn.streaming_batch_norm(window=4, samples=6)  # 3 of 25 positions
+
+    def draw(step):
+        return train(estimator, at_step(state, step), layer, params, new)[2]
+
+    draws = jax.jit(jax.vmap(draw))(jnp.arange(3000))
+    np.testing.assert_allclose(draws.window.mean[0], expected.window.mean, atol=1e-5)
+    for field in (lambda s: s.window.var, lambda s: s.d_mean, lambda s: s.d_var):
+        for leaf, right in zip(
+            jax.tree.leaves(field(draws)), jax.tree.leaves(field(expected)), strict=True
+        ):
+            error = np.std(leaf, axis=0) / 3000**0.5
+            assert (np.abs(np.mean(leaf, axis=0) - right) < 4.5 * error + 1e-5).all()
+
+
+# Costs.
+
+
+def test_state_is_two_arrays_of_the_size_of_the_weights():
+    kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
+
+    def size(window):
+        estimator = cbn.streaming_batch_norm(window)
+        leaves = jax.tree.leaves(jax.eval_shape(lambda k: estimator.init(64, k), kernel))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    assert 2.0 < size(2) / (kernel.size * 4) <= 2.2
+    assert size(64) == size(2)
+
+
+def residual_network(norm, z):
+    """Two basic blocks at each of four widths; ``norm(z, width, size, stride)``."""
+    z = jax.nn.relu(norm(z, 64, 3, 1))
+    for width in (64, 128, 256, 512):
+        for stride in (1 if width == 64 else 2, 1):
+            y = jax.nn.relu(norm(z, width, 3, stride))
+            y = norm(y, width, 3, 1)
+            z = jax.nn.relu(y + (z if z.shape == y.shape else norm(z, width, 1, stride)))
+    return z.mean()
+
+
+def flops(estimator, images):
+    """Of a training step on the residual network, by XLA's count; nothing is run."""
+    kernels, states = [], []
+
+    def plan(z, width, size, stride):
+        kernels.append(jax.ShapeDtypeStruct((size, size, z.shape[-1], width), z.dtype))
+        states.append(estimator.init(width, kernels[-1]))
+        return cbn.convolution(stride).apply(jnp.zeros(kernels[-1].shape), z)
+
+    jax.eval_shape(functools.partial(residual_network, plan), images)
+    states = jax.eval_shape(lambda: [estimator.init(k.shape[-1], k) for k in kernels])
+
+    def loss(kernels, states, images):
+        todo, new = iter(zip(kernels, states, strict=True)), []
+
+        def norm(z, width, size, stride):
+            kernel, state = next(todo)
+            x, source = cbn.run_layer(cbn.convolution(stride), kernel, z)
+            statistics, state = estimator.train(state, x, source)
+            new.append(state)
+            return cbn.normalize(x, statistics)
+
+        return residual_network(norm, images), new
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return step.lower(kernels, states, images).compile().cost_analysis()["flops"]
+
+
+def test_costs_little_more_than_batch_norm():
+    """On a residual network of eighteen layers, two images of 32 by 32."""
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    ratio = flops(cbn.streaming_batch_norm(), images) / flops(cbn.batch_norm(), images)
+    assert 1.0 < ratio <= 1.15
+
+
+# Wrong input: what came, what was expected, what to write.
+
+
+@pytest.mark.parametrize("option", ["window", "samples"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, True])
+def test_counts_must_be_whole_numbers(option, value):
+    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+        cbn.streaming_batch_norm(**{option: value})
+
+
+def test_a_source_with_patches_is_needed(key):
+    layer = LAYERS["conv"]
+    estimator = cbn.streaming_batch_norm()
+    params = layer.params(key)
+    state = init(estimator, layer, params)
+    x, source = cbn.run_layer(layer.fn, params, layer.data(key))
+    with pytest.raises(ValueError, match=r"without patches.*cbn_jax\.convolution\(\.\.\."):
+        estimator.train(state, x, source)
+    with pytest.raises(ValueError, match=r"source=None, .*run_layer\(layer, "):
+        estimator.train(state, x)
+
+
+def test_groups_must_be_those_of_the_state(key):
+    layer = LAYERS["conv-grouped"]
+    estimator = cbn.streaming_batch_norm()
+    params = layer.params(key)
+    state = estimator.init(layer.features, params)
+    with pytest.raises(ValueError, match=r"groups=2 and a state for groups=1.*groups=2\)"):
+        train(estimator, state, layer, params, layer.data(key))
+
+
+def test_a_mask_per_feature_is_refused(key):
+    layer = LAYERS["dense"]
+    estimator = cbn.streaming_batch_norm()
+    params = layer.params(key)
+    state = init(estimator, layer, params)
+    mask = jnp.ones((8, 4), bool)
+    with pytest.raises(ValueError, match=r"mask of shape \(8, 4\).*mask\[\.\.\., None\]"):
+        train(estimator, state, layer, params, layer.data(key), mask=mask)
+
+
+def test_one_value_per_feature_needs_a_window(key):
+    layer = LAYERS["dense"]
+    estimator = cbn.streaming_batch_norm(window=1)
+    params = layer.params(key)
+    state = init(estimator, layer, params)
+    with pytest.raises(ValueError, match="one value per feature"):
+        train(estimator, state, layer, params, layer.data(key, examples=1))
