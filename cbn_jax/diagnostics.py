@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far the statistics that methods believe are from the truth, in a model of yours.
 
-The truth of a layer is the moments of a large batch under the weights of today. ``watch``
-trains several methods on the same activations, ``reference`` measures the truth in one
-pass over a large batch, ``errors`` compares the two for each layer, ``draw`` draws them::
+Here the truth for a layer is what a large batch says under today's weights: its moments.
+``watch`` trains several methods on the same activations, ``reference`` measures the truth
+in one pass over the large batch, ``errors`` compares them layer by layer, ``draw`` draws::
 
     methods = {"batch": cbn_jax.batch_norm(), "streaming": cbn_jax.streaming_batch_norm()}
     model = Net(norm=functools.partial(Norm, watch(methods, use="streaming")))
@@ -15,6 +15,9 @@ pass over a large batch, ``errors`` compares the two for each layer, ``draw`` dr
     records.append((step, errors(measured["batch_stats"])))
 
     draw(records, "errors.png")
+
+In nnx the measurement is ``nnx.update(probe, nnx.state(model))``, ``probe(many_images)``,
+``errors(probe)``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -346,12 +349,11 @@ def _empty_figure(layers: Sequence[str]) -> tuple[Any, Any]:
 def _plot(axis: Any, records: Any, layer: str, kind: str) -> None:
     """One panel."""
     steps = [step for step, _ in records]
-    methods = list(records[0][1][layer])
-    for i, method in enumerate(methods):
+    for i, method in enumerate(records[0][1][layer]):
         values = [getattr(measured[layer][method], kind) for _, measured in records]
-        # From wide to narrow: lines that coincide all remain to be seen.
-        width = 1.0 + 0.5 * (len(methods) - 1 - i)
-        axis.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=method, lw=width)
+        # Ever narrower and sparser, so that lines which coincide all remain to be seen.
+        look = {"lw": max(2.8 - 0.35 * i, 0.7), "ls": (0, (4, i)) if i else "-"}
+        axis.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=method, **look)
     axis.set_yscale("log")
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)

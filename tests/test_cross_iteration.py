@@ -8,6 +8,7 @@ import reference
 from cases import LAYERS, drift, init, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 import cbn_jax as cbn
 
@@ -134,12 +135,16 @@ def test_means_are_exact_on_any_path(name, key):
 
 
 @pytest.mark.parametrize("name", ["dense", "conv-strided", "conv-grouped"])
-def test_variances_converge_at_second_order(name, key, x64):
-    """Half the step, a quarter of the error: the Taylor term is the derivative."""
+@pytest.mark.parametrize(("rho", "order"), [(1.0, 2.0), (0.5, 1.0), (0.0, 1.0)])
+def test_variances_converge_at_second_order(name, rho, order, key, x64):
+    """Half the step, a quarter of the error: the Taylor term is the derivative.
+
+    Without it, or with half of it, only half.
+    """
     layer = LAYERS[name]
     params, z = layer.params(key, jnp.float64), layer.data(key, jnp.float64)
     direction = layer.params(jax.random.fold_in(key, 1), jnp.float64)
-    estimator, state = start(layer, key, window=2)
+    estimator, state = start(layer, key, window=2, rho=rho)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state.history)
     state = state._replace(history=wide)  # else float32 rounding hides the slope
     _, _, state = train(estimator, state, layer, params, z)
@@ -150,7 +155,7 @@ def test_variances_converge_at_second_order(name, key, x64):
         return np.abs(variance(statistics) - cbn.batch_moments(x).var).max()
 
     slope = np.log2(error(2e-3) / error(1e-3))
-    assert slope == pytest.approx(2.0, abs=0.02)
+    assert slope == pytest.approx(order, abs=0.02)
 
 
 @settings(max_examples=25, deadline=None)
@@ -300,6 +305,128 @@ def test_costs_four_thirds_of_batch_norm():
         assert 4 / 3 - 0.02 < ratio <= 1.36
 
 
+# The published method's options.
+
+
+def compiled(estimator, layer):
+    return jax.jit(lambda state, params, z: train(estimator, state, layer, params, z))
+
+
+@pytest.mark.parametrize("name", ["dense", "conv-strided"])
+@pytest.mark.parametrize(
+    ("rho", "guard"), [(0.0, "max"), (0.4, "max"), (0.4, "drop"), (1.0, "drop")]
+)
+def test_compensation_and_guard_equal_the_oracle(name, rho, guard, key):
+    """With steps so large that some variances come out negative."""
+    layer = LAYERS[name]
+    estimator, state = start(layer, key, window=4, rho=rho, guard=guard)
+    step = compiled(estimator, layer)
+    oracle = reference.CrossIteration(4, rho=rho, drop=guard == "drop")
+    other = reference.CrossIteration(4, rho=rho, drop=guard == "max")
+    guarded = False
+    for params, z in path(layer, key, 8, size=1.0, examples=2):
+        _, statistics, state = step(state, params, z)
+        kernel = np.asarray(params["kernel"]).reshape(-1, layer.features)
+        mean, var = oracle.step(patches(layer, z), kernel, params["bias"])
+        np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(variance(statistics), var, rtol=1e-4, atol=1e-4)
+        _, unguarded = other.step(patches(layer, z), kernel, params["bias"])
+        guarded |= not np.allclose(var, unguarded, rtol=1e-2)
+    assert guarded == (rho > 0)
+
+
+def test_without_compensation_old_values_are_pooled_as_they_were(key):
+    layer = LAYERS["conv"]
+    estimator, state = start(layer, key, window=3, rho=0.0)
+    seen = []
+    for params, z in path(layer, key, 5, size=1.0):
+        z = z[: 2 + len(seen) % 3]
+        x, statistics, state = train(estimator, state, layer, params, z)
+        seen.append(np.float64(x).reshape(-1, layer.features))
+        values = np.concatenate(seen[-3:])
+        np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(variance(statistics), values.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv-strided", "conv-grouped"])
+@pytest.mark.parametrize("guard", ["max", "drop"])
+def test_gradient_of_the_whole_window(name, guard, key, x64):
+    """With respect to the parameters that of the function computed, in float64."""
+    layer = LAYERS[name]
+    options = {"window": 3, "guard": guard, "gradient": "window"}
+    estimator, state = start(layer, key, **options)
+    step = compiled(estimator, layer)
+    with jax.enable_x64(False):
+        for params, z in path(layer, key, 3, size=0.2, examples=3):
+            _, _, state = step(state, params, z)
+    params, z = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, z))
+
+    @jax.jit
+    def f(params, z):
+        x, statistics, _ = train(estimator, state, layer, params, z)
+        return cbn.normalize(x, statistics)
+
+    moved = drift(params, key, 0.2)
+    check_grads(f, (moved, z), order=1, modes=["rev"], rtol=1e-6, atol=1e-7)
+
+
+def test_ramp_lengthens_the_window_bit_by_bit(key):
+    """A third of the way, a third of the past: windows 1, 1, 2, 2, 3, 3 and then 4."""
+    layer = LAYERS["dense"]
+    run = list(path(layer, key, 9))
+
+    def statistics(**options):
+        estimator, state = start(layer, key, **options)
+        step = compiled(estimator, layer)
+        for params, z in run:
+            _, statistics, state = step(state, params, z)
+            yield statistics
+
+    fixed = [list(statistics(window=window)) for window in range(1, 5)]
+    ramped = statistics(window=4, burn_in=cbn.ramp(6))
+    for i, mine in enumerate(ramped):
+        expected = fixed[min(i // 2, 3)][i]
+        np.testing.assert_allclose(mine.mean, expected.mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mine.inv_std, expected.inv_std, rtol=1e-5)
+
+
+def test_epochs_to_steps():
+    def steps(epochs, examples=1000, batch_size=16):
+        return cbn.epochs_to_steps(epochs, examples=examples, batch_size=batch_size)
+
+    assert steps(8) == 8 * 62  # the last, incomplete batch is dropped
+    assert steps(0.5) == 31
+    assert steps(0) == 0
+    assert steps(3, examples=32) == 6
+    assert isinstance(steps(1.5), int)
+    for wrong in (-1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"epochs is .*from 0 on"):
+            steps(wrong)
+    with pytest.raises(ValueError, match=r"examples is 0, .*from 1"):
+        steps(1, examples=0)
+    with pytest.raises(ValueError, match=r"batch_size is 2\.0, .*from 1"):
+        steps(1, batch_size=2.0)
+
+
+@pytest.mark.parametrize("running", ["batch", "window"])
+def test_inference_averages_batches_or_windows(running, key):
+    layer = LAYERS["conv-strided"]
+    options = {"window": 3, "running": running, "momentum": 0.8}
+    estimator, state = start(layer, key, **options)
+    step = compiled(estimator, layer)
+    seen = []
+    for params, z in path(layer, key, 5, examples=2):
+        x, statistics, state = step(state, params, z)
+        values = np.float64(x).reshape(-1, layer.features)
+        batch = values.mean(0), values.var(0)
+        window = statistics.mean, variance(statistics)
+        seen.append(batch if running == "batch" else window)
+    expected = np.tensordot(reference.exponential_weights(5, 0.8), np.array(seen), 1)
+    inferred = estimator.infer(state, x)
+    np.testing.assert_allclose(inferred.mean, expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(variance(inferred), expected[1], rtol=1e-4)
+
+
 # Wrong input: what came, what was expected, what to write.
 
 
@@ -312,6 +439,18 @@ def test_window_must_be_a_whole_number(window):
 def test_burn_in_must_not_be_negative():
     with pytest.raises(ValueError, match=r"burn_in is -1, .*from 0 on"):
         cbn.cross_iteration_batch_norm(8, burn_in=-1)
+
+
+@pytest.mark.parametrize("option", ["guard", "gradient", "running"])
+def test_choices_are_a_few_words(option):
+    message = rf"{option} is 'other', expected '\w+' or '\w+'"
+    with pytest.raises(ValueError, match=message):
+        cbn.cross_iteration_batch_norm(**{option: "other"})
+
+
+def test_a_ramp_takes_steps():
+    with pytest.raises(ValueError, match=r"steps is 0, .*from 1"):
+        cbn.ramp(0)
 
 
 def test_a_source_is_needed(key):

@@ -103,6 +103,21 @@ def test_state_keeps_its_form_under_jit(layer, key):
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
 
 
+def test_state_takes_neither_gradient_nor_float64(key, x64):
+    layer = LAYERS["dense"]
+    params, z = layer.params(key, jnp.float64), layer.data(key, jnp.float64)
+    before = init(WATCHED, layer, params)
+
+    def total(params, estimator):
+        state = train(estimator, before, layer, params, z)[2]
+        return sum(leaf.sum() for leaf in jax.tree.leaves(state)), state
+
+    for estimator in (WATCHED, TWIN):
+        gradient, state = jax.grad(total, has_aux=True)(params, estimator)
+        assert_same(gradient, jax.tree.map(jnp.zeros_like, params))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+
+
 def test_what_is_not_finite_stays_out_of_the_state(key):
     layer = LAYERS["dense"]
     params, _, state = run(layer, key)

@@ -299,3 +299,57 @@ def test_flag_given_never_or_twice(given, came, key):
 def test_cross_iteration_without_a_layer(key):
     with pytest.raises(ValueError, match="params=None"):
         Norm(CBN, use_running_average=False).init(key, jnp.ones((2, 3)))
+
+
+CONVOLUTIONS = {
+    "plain": ({}, ()),
+    "strided": ({"strides": 2, "padding": "VALID"}, (2, "VALID")),
+    "padded": ({"padding": (1, (2, 0))}, (1, (1, (2, 0)))),
+    "dilated": ({"kernel_dilation": 2, "padding": 1}, (1, 1, 2)),
+    "grouped": ({"feature_group_count": 2}, (1, "SAME", 1, 2)),
+    "no window strides": ({"strides": None, "kernel_dilation": None}, ()),
+}
+
+
+@pytest.mark.parametrize("name", ["streaming_batch_norm", "replay_batch_norm"])
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_convolutions_know_their_patches(options, name, key):
+    """Two steps of the module equal two of the functional core."""
+    flax_options, ours = CONVOLUTIONS[options]
+    estimator, layer = FACTORIES[name](), cbn.convolution(*ours)
+    module = Norm(
+        estimator, nn.Conv(4, (3, 3), **flax_options), use_scale=False, use_bias=False
+    )
+    z = images(key)
+    variables = module.init(key, z, use_running_average=False)
+    params = variables["params"]["layer"]
+    state = estimator.init(4, params, layer.groups)
+    for batch in (z, z[::-1] + 1.0):
+        y, updates = module.apply(
+            variables, batch, use_running_average=False, mutable=["batch_stats"]
+        )
+        x, source = cbn.run_layer(layer, params, batch)
+        statistics, state = estimator.train(state, x, source)
+        assert_close(y, cbn.normalize(x, statistics))
+        assert_close(updates["batch_stats"]["state"], state)
+        variables = {**variables, **updates}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv(4, (3, 3), padding="CIRCULAR"),
+        nn.Conv(4, (3, 3), input_dilation=(2, 1), padding=1),
+        nn.ConvTranspose(4, (3, 3)),
+    ],
+)
+def test_other_layers_say_what_to_write(layer, key):
+    """And are good enough for the method that needs no patches."""
+    module = Norm(cbn.small_batch_norm(2), layer, use_running_average=False)
+    z = images(key)
+    variables = module.init(key, z)
+    with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
+        module.apply(variables, z, mutable=["batch_stats"])
+    module = Norm(CBN, layer, use_running_average=False)
+    y, _ = module.apply(module.init(key, z), z, mutable=["batch_stats"])
+    assert np.isfinite(y).all()

@@ -157,3 +157,27 @@ def test_number_of_features_must_be_known():
     )
     with pytest.raises(ValueError, match=r"from neither .*use_running_average=not train"):
         norm(jnp.ones((4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [({}, ()), ({"strides": 2, "padding": 1, "feature_group_count": 2}, (2, 1, 1, 2))],
+)
+def test_convolutions_know_their_patches(options, ours, key):
+    estimator, layer = FACTORIES["streaming_batch_norm"](), cbn.convolution(*ours)
+    conv = nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0), **options)
+    module = Norm(estimator, conv, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+    params = {"bias": conv.bias.get_value(), "kernel": conv.kernel.get_value()}
+    state = estimator.init(4, params, layer.groups)
+    for batch in (images(key), images(key) + 1.0):
+        x, source = cbn.run_layer(layer, params, batch)
+        statistics, state = estimator.train(state, x, source)
+        assert_close(module(batch), cbn.normalize(x, statistics))
+    assert_close(module.state.get_value(), state)
+
+
+def test_other_layers_say_what_to_write(key):
+    conv = nnx.Conv(2, 4, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))
+    module = Norm(cbn.small_batch_norm(2), conv, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
+        module(images(key))

@@ -8,14 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, LAYERS, SAMPLING, init, train
+from cases import FACTORIES, LAYERS, init, train
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
 
 DEVICES = 8
-estimators = pytest.mark.parametrize("name", sorted(set(FACTORIES) - SAMPLING))
+# One of each way to communicate.
+estimators = pytest.mark.parametrize(
+    "name",
+    [
+        "batch_norm",
+        "cross_iteration_batch_norm",
+        "cross_iteration_batch_norm-from_scratch",
+        "replay_batch_norm",
+        "streaming_batch_norm",
+    ],
+)
 layers = pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
 
 
@@ -207,3 +217,25 @@ def test_a_sharded_batch_needs_the_pivot_and_the_sums(layer, key):
     assert collectives(forward, x) == ["all-reduce"] * 2
     backward = jax.grad(lambda x: (forward(x) ** 3).sum())
     assert collectives(backward, x) == ["all-reduce"] * 3
+
+
+@pytest.mark.parametrize("name", ["small_batch_norm", "streaming_batch_norm"])
+def test_sampled_positions_stay_on_their_device(name, key):
+    """Under sharded ``jit`` the patches are cut where the examples are."""
+    layer = LAYERS["conv"]
+    estimator = FACTORIES[name]()
+    params = layer.params(key)
+    state = init(estimator, layer, params)
+    z = layer.data(key, examples=2 * DEVICES)
+    expected = train(estimator, state, layer, params, z)[1:]
+    sharded = jax.device_put(z, NamedSharding(mesh(), P("data")))
+
+    def step(z):
+        return train(estimator, state, layer, params, z)[1:]
+
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
+        jax.jit(step)(sharded),
+        expected,
+    )
+    assert set(collectives(step, sharded)) == {"all-reduce"}
