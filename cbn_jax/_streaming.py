@@ -74,8 +74,8 @@ def streaming_batch_norm(
         p ← p + a E[P − p]
 
     where a falls from 1 to 1/k while the window fills. The quadratic term makes the
-    transport exact in expectation: nothing is lost to first order, and no learning rate
-    makes the variance too small for long. The gradient with respect to θ goes through the
+    transport exact in expectation. Where the weights turn by more than a radian in k steps,
+    its noise would grow, and the window shortens itself to the steps of one radian. The gradient with respect to θ goes through the
     current batch and through ⟨p, Δ⟩ and ⟨G, Δ⟩, the derivatives averaged over the window,
     which are as strong as a large batch's and less noisy than the current one's.
 
@@ -173,7 +173,11 @@ def streaming_batch_norm(
         delta = jax.tree.map(jnp.subtract, params, old.params)
         moved = product(sample.patches, lax.stop_gradient(delta))  # ⟨P − p, Δ⟩
         spread = sum_over((sample.weight * jnp.square(moved)).sum(axis=0), axis_name)
-        past = _transported(old, delta, spread, keep)
+        spread = jnp.where(jnp.isfinite(spread), spread, 0.0)  # NaN now is not past
+        past = _transported(old, delta, spread)
+        past = past._replace(
+            size=_weight(keep * old.window.size, batch, past, spread, source.groups)
+        )
         pooled = pool_moments(jax.tree.map(lambda *pair: jnp.stack(pair), batch, past))
         if mask is not None:
             pooled = known_moments(pooled, old.running)
@@ -201,14 +205,26 @@ def _centered(sample: Sample, d_mean: Params) -> Sample:
     return sample._replace(patches=patches)
 
 
-def _transported(
-    old: StreamingState, delta: Params, spread: jax.Array, keep: float
-) -> Moments:
-    """The window's moments at today's parameters, a little lighter than yesterday's."""
+def _transported(old: StreamingState, delta: Params, spread: jax.Array) -> Moments:
+    """The window's moments at today's parameters."""
     (d_mean,) = product(jax.tree.map(lambda p: p[None], old.d_mean), delta)  # ⟨p, Δ⟩
-    spread = jnp.where(jnp.isfinite(spread), spread, 0.0)  # NaN in this batch is not past
     var = jnp.maximum(old.window.var + inner(old.d_var, delta) + spread, 0.0)
-    return Moments(old.window.mean + d_mean, var, keep * old.window.size)
+    return old.window._replace(mean=old.window.mean + d_mean, var=var)
+
+
+def _weight(
+    size: jax.Array, batch: Moments, past: Moments, spread: jax.Array, groups: int
+) -> jax.Array:
+    """The past's weight: at most as many batches as the weights take to turn a radian.
+
+    The same for all features of a group, as p is: else μ and p would not belong together.
+    """
+    var = lax.stop_gradient(past.var)
+    turn = jnp.minimum(spread / jnp.where(var > 0, var, 1.0), 1.0)  # squared, per step
+    turn = jnp.sqrt(turn.reshape(groups, -1).mean(axis=1, keepdims=True))
+    limit = batch.size.reshape(groups, -1) / jnp.where(turn > 0, turn, 1.0)
+    limit = jnp.where(turn > 0, limit, jnp.inf)
+    return jnp.minimum(size, limit.reshape(-1))
 
 
 def _derivatives(

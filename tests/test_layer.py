@@ -42,38 +42,41 @@ class Run(NamedTuple):
     there: jax.Array  # x in that order
 
 
-def run(layer, module, z, key):
+def normal(*shape):
+    return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
+
+
+def run(layer, module, params, z):
     """A layer and its patches beside the Flax module's output."""
 
     @jax.jit
-    def compute(z, key):
-        expected, variables = module.init_with_output(key, z)
-        params = variables["params"]
+    def compute(params, z):
         x, source = cbn.run_layer(layer, params, z)
         rows = x.reshape(len(x), -1, x.shape[-1])
         orders = np.tile(np.arange(rows.shape[1], dtype=np.int32), (len(x), 1))
         index = jnp.asarray(np.random.default_rng(0).permuted(orders, axis=1))
         there = jnp.take_along_axis(rows, index[..., None], 1).reshape(-1, x.shape[-1])
+        expected = module.apply({"params": params}, z)
         return Run(params, x, expected, source.patches(index), there)
 
-    return compute(z, key)
+    return compute(params, z)
 
 
 @functools.cache
 def convolve(name):
     size, options = CONVOLUTIONS[name]
-    key = jax.random.key(1)
+    groups = options.get("groups", 1)
     module = nn.Conv(
         features=8,
         kernel_size=size,
         strides=options.get("strides", 1),
         padding=options.get("padding", "SAME"),
         kernel_dilation=options.get("dilation", 1),
-        feature_group_count=options.get("groups", 1),
-        bias_init=nn.initializers.normal(),
+        feature_group_count=groups,
     )
-    z = jax.random.normal(key, (2, *(7, 6, 5)[: len(size)], 4))
-    return run(cbn.convolution(**options), module, z, key)
+    params = {"kernel": normal(*size, 4 // groups, 8), "bias": normal(8)}
+    z = normal(2, *(7, 6, 5)[: len(size)], 4)
+    return run(cbn.convolution(**options), module, params, z)
 
 
 @convolutions
@@ -94,12 +97,12 @@ def test_patches_of_a_convolution_make_its_output(name):
 
 
 @pytest.mark.parametrize("name", ["2d-strided", "2d-grouped"])
-def test_patches_are_the_derivative(name, key):
+def test_patches_are_the_derivative(name):
     """∂x/∂θ of every feature is the patch, for its own filter."""
     size, options = CONVOLUTIONS[name]
     layer = cbn.convolution(**options)
-    kernel = jax.random.normal(key, (*size, 4 // layer.groups, 8))
-    z = jax.random.normal(key, (2, 7, 6, 4))
+    kernel = jnp.asarray(normal(*size, 4 // layer.groups, 8))
+    z = jnp.asarray(normal(2, 7, 6, 4))
     source = cbn.run_layer(layer, kernel, z)[1]
     index = jnp.array([[3], [0]], jnp.int32)
     jacobian = jax.jacobian(lambda k: layer.apply(k, z).reshape(2, -1, 8))(kernel)
@@ -114,10 +117,10 @@ def test_patches_are_the_derivative(name, key):
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 5), (2, 3, 4, 5)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_dense_is_that_of_flax(shape, bias, key):
+def test_dense_is_that_of_flax(shape, bias):
     """With extra axes, as for tokens, every row is a position."""
-    module = nn.Dense(3, use_bias=bias, bias_init=nn.initializers.normal())
-    made = run(cbn.dense, module, jax.random.normal(key, shape), key)
+    params = {"kernel": normal(5, 3)} | ({"bias": normal(3)} if bias else {})
+    made = run(cbn.dense, nn.Dense(3, use_bias=bias), params, normal(*shape))
     np.testing.assert_allclose(made.x, made.expected, rtol=1e-5, atol=1e-6)
     rows = math.prod(shape[:-1])
     assert made.patches["kernel"].shape == (rows, 5, 1)
@@ -132,8 +135,8 @@ def test_dense_is_that_of_flax(shape, bias, key):
     ("layer", "size", "shape"),
     [(cbn.dense, (5, 3), (4, 5)), (cbn.convolution(), (3, 3, 5, 3), (2, 4, 4, 5))],
 )
-def test_parameters_may_be_the_kernel_alone(layer, size, shape, key):
-    kernel, z = jax.random.normal(key, size), jax.random.normal(key, shape)
+def test_parameters_may_be_the_kernel_alone(layer, size, shape):
+    kernel, z = jnp.asarray(normal(*size)), jnp.asarray(normal(*shape))
     x, source = cbn.run_layer(layer, kernel, z)
     same, with_name = cbn.run_layer(layer, {"kernel": kernel}, z)
     np.testing.assert_array_equal(x, same)
