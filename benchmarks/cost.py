@@ -11,6 +11,7 @@ Run it with ``python -m benchmarks.cost``.
 import dataclasses
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,14 +83,27 @@ def main(config: Config, console: Console) -> dict:
     return results
 
 
-def _cells(config: Config, network: str, size: int) -> list[dict]:
+def flops(network: str, size: int, names: Sequence[str]) -> dict[str, float]:
+    """FLOPs of a training step with each method, as ratios to batch norm's."""
     shape = SHAPES[network]
-    names = (BASELINE, *config.methods)
+    trainers = _trainers(network, size, (BASELINE, *names))
+    counts = {name: _count(t, shape, size)["flops"] for name, t in trainers.items()}
+    return {name: counts[name] / counts[BASELINE] for name in names}
+
+
+def _trainers(network: str, size: int, names: Sequence[str]) -> dict:
     trainers = {}
     for name in names:
         norm = methods.parse(name, size).norm(steps=1000)
         model = networks.NETWORKS[network](norm=norm, classes=10)
-        trainers[name] = training.make_trainer(model, shape, 0.01, 1000)
+        trainers[name] = training.make_trainer(model, SHAPES[network], 0.01, 1000)
+    return trainers
+
+
+def _cells(config: Config, network: str, size: int) -> list[dict]:
+    shape = SHAPES[network]
+    names = (BASELINE, *config.methods)
+    trainers = _trainers(network, size, names)
     counts = {name: _count(trainer, shape, size) for name, trainer in trainers.items()}
     times = _times(config, trainers, shape, size)
     return [

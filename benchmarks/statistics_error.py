@@ -10,6 +10,7 @@ Run it with ``python -m benchmarks.statistics_error``.
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,8 +53,8 @@ class Config:
     """One run each; a seed fixes the initial weights and the order of the examples."""
     epochs: int = 4
     """Passes over the training images."""
-    learning_rate: float = 0.1
-    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    learning_rates: tuple[float, ...] = (0.1, 0.8)
+    """Peak rates at batch size 32; scaled in proportion to the batch size."""
     window: int = 16
     """Iterations in the window of every method but batch norm."""
     every: int = 50
@@ -90,7 +91,8 @@ def main(config: Config, console: Console) -> dict:
     steps = training.count_steps(dataset, config.batch_size, config.epochs)
     if config.every > steps:
         raise ValueError(f"{steps} steps are fewer than --every {config.every}; lower it.")
-    with runs.Bar(console, steps * len(config.seeds) * len(config.networks)) as bar:
+    runs_in_all = len(config.seeds) * len(config.networks) * len(config.learning_rates)
+    with runs.Bar(console, steps * runs_in_all) as bar:
         results = {
             "config": report.plain(config),
             "environment": report.environment(),
@@ -107,17 +109,18 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _runs(config, dataset, bar) -> Iterator[dict]:
-    """Every network with every seed."""
-    for network in config.networks:
-        pair = _pair(config, network, dataset)
+    """Every network and rate with every seed."""
+    chosen = methods(config)
+    for network, rate in itertools.product(config.networks, config.learning_rates):
+        pair = make_pair(config, network, rate, chosen, dataset)
         for seed in config.seeds:
-            bar.advance(0, f"{network} seed {seed}")
-            records = list(_records(config, *pair, dataset, seed, bar))
-            columns = _columns(records, list(methods(config)))
-            yield {"network": network, "seed": seed, **columns}
+            bar.advance(0, f"{network} rate {rate:g} seed {seed}")
+            run = list(records(config, *pair, dataset, seed, bar))
+            columns = _columns(run, list(chosen))
+            yield {"network": network, "learning_rate": rate, "seed": seed, **columns}
 
 
-def _records(config, train, measure, dataset, seed, bar) -> Iterator[tuple[int, dict]]:
+def records(config, train, measure, dataset, seed, bar) -> Iterator[tuple[int, dict]]:
     """One run: (step, errors) at every measurement."""
     images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
     rows = training.batches(len(labels), config.batch_size, config.epochs, seed)
@@ -133,7 +136,9 @@ def _records(config, train, measure, dataset, seed, bar) -> Iterator[tuple[int, 
         bar.advance(1)
 
 
-def _pair(config, network, dataset) -> tuple[training.Trainer, Callable[..., Any]]:
+def make_pair(
+    config, network, rate, chosen, dataset
+) -> tuple[training.Trainer, Callable[..., Any]]:
     """The network that trains, and its twin that measures."""
 
     def model(estimator):
@@ -142,7 +147,7 @@ def _pair(config, network, dataset) -> tuple[training.Trainer, Callable[..., Any
 
         return networks.NETWORKS[network](norm=norm, classes=dataset.classes)
 
-    watched, twin = (model(make(methods(config), USE)) for make in (watch, reference))
+    watched, twin = (model(make(chosen, USE)) for make in (watch, reference))
 
     @jax.jit
     def measure(params, batch_stats, images):
@@ -151,7 +156,7 @@ def _pair(config, network, dataset) -> tuple[training.Trainer, Callable[..., Any
         return measured["batch_stats"]
 
     steps = training.count_steps(dataset, config.batch_size, config.epochs)
-    rate = config.learning_rate * config.batch_size / 32
+    rate = rate * config.batch_size / 32
     shape = dataset.train_images.shape[1:]
     return training.make_trainer(watched, shape, rate, steps), measure
 
@@ -175,7 +180,7 @@ def _columns(records: list, names: list[str]) -> dict:
     }
 
 
-HEADINGS = ("net", "method", "error of the mean", "error of the scale")
+HEADINGS = ("net", "rate", "method", "error of the mean", "error of the scale")
 
 
 def markdown(results: dict) -> str:
@@ -186,8 +191,8 @@ def markdown(results: dict) -> str:
         f"{report.title(results)}:\n\n"
         f"{report.markdown_table(HEADINGS, _rows(results))}\n"
         "Error of the mean in true standard deviations, of the scale as the log of the "
-        "ratio to the true one; RMS over features, mean over layers and the second half "
-        "of training; mean ± standard deviation over seeds. The truth: "
+        "ratio to the true one; RMS over features, mean over layers and measurements; mean "
+        "± standard deviation over seeds. The truth: "
         f"{config['reference']} training images under the same weights. Networks are "
         f"normalized by {USE}; window {config['window']} for all but batch. "
         f"JAX {versions['jax']}, Flax {versions['flax']}, Python {versions['python']}, "
@@ -196,29 +201,34 @@ def markdown(results: dict) -> str:
 
 
 def _rows(results: dict) -> Iterator[tuple[str, ...]]:
-    for network, same in _by_network(results).items():
+    for (network, rate), same in _cells(results).items():
         for method in next(iter(same[0]["errors"].values())):
-            late = ([_late(run, method, kind) for run in same] for kind in Errors._fields)
-            yield network, method, *(report.spread(values, 3) for values in late)
+            means = ([mean_error(r, method, kind) for r in same] for kind in Errors._fields)
+            cells = (report.spread(values, 3) for values in means)
+            yield network, f"{rate:g}", method, *cells
 
 
-def _by_network(results: dict) -> dict[str, list[dict]]:
-    names = dict.fromkeys(run["network"] for run in results["runs"])
-    return {name: [r for r in results["runs"] if r["network"] == name] for name in names}
+def _cells(results: dict) -> dict[tuple[str, float], list[dict]]:
+    """The runs of every network and rate."""
+    cells: dict[tuple[str, float], list[dict]] = {}
+    for run in results["runs"]:
+        cells.setdefault((run["network"], run["learning_rate"]), []).append(run)
+    return cells
 
 
-def _late(run: dict, method: str, kind: str) -> float:
-    """Mean over layers and the second half of the run."""
-    curves = np.array([layer[method][kind] for layer in run["errors"].values()])
-    return float(curves[:, curves.shape[1] // 2 :].mean())
+def mean_error(run: dict, method: str, kind: str) -> float:
+    """Mean over layers and measurements."""
+    return float(np.mean([layer[method][kind] for layer in run["errors"].values()]))
 
 
 def figure(results: dict, path: Path) -> None:
-    """First and last layer of every network, means over the seeds."""
+    """First and last layer of every network at the highest rate, means over the seeds."""
+    highest = max(results["config"]["learning_rates"])
     panels = {
-        f"{network} {layer}": [run["errors"][layer] for run in same]
-        for network, same in _by_network(results).items()
+        f"{network} {layer}, rate {rate:g}": [run["errors"][layer] for run in same]
+        for (network, rate), same in _cells(results).items()
         for layer in (list(same[0]["errors"])[i] for i in (0, -1))
+        if rate == highest
     }
 
     def at(i, seeds):
@@ -230,11 +240,11 @@ def figure(results: dict, path: Path) -> None:
         }
 
     steps = results["runs"][0]["steps"]
-    records = [
+    measured = [
         (step, {panel: at(i, seeds) for panel, seeds in panels.items()})
         for i, step in enumerate(steps)
     ]
-    draw(records, path, layers=list(panels))
+    draw(measured, path, layers=list(panels))
 
 
 def cli(arguments: list[str] | None = None) -> None:

@@ -231,7 +231,8 @@ def cross_iteration_batch_norm(
         if gradient == "current":
             params = lax.stop_gradient(params)
         past = _GUARDS[guard](transport(state.history, params, rho, moments.mean.dtype))
-        reach = jnp.floor(slots * share_of_past(state.running.steps))[None]
+        # A share a rounding error below a whole slot is that slot.
+        reach = jnp.floor(slots * share_of_past(state.running.steps) + 1e-3)[None]
         in_use = _age(state.slot, slots) < reach
         past = past._replace(size=jnp.where(in_use & (window > 1), past.size, 0.0))
         pooled = pool_moments(prepend(moments, past))

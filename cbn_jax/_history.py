@@ -112,8 +112,8 @@ def push(history: History, entry: History, slot: jax.Array) -> History:
     usable &= jnp.isfinite(entry.mean_at) & jnp.isfinite(entry.var_at)
 
     def overwrite(ring, new):
-        # A mean patch belongs to all features of its group, so it is judged by itself.
-        fits = usable[0] if new.shape[-1] == usable.shape[-1] else jnp.isfinite(new)
+        # A mean patch belongs to all features of its group.
+        fits = usable.reshape(new.shape[-1], -1).any(axis=1)
         new = jnp.where(align(fits, new), new, 0.0).astype(ring.dtype)
         return lax.dynamic_update_slice_in_dim(ring, new, slot.astype(int), axis=0)
 

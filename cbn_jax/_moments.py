@@ -56,9 +56,9 @@ def pool_moments(moments: Moments) -> Moments:
     total = count.sum(axis=0)
     share = count / jnp.where(total > 0, total, 1.0)[None]
     # Differences to one of the means keep the digits that a sum of large means would lose.
-    offset = mean - mean[:1]
+    offset = jnp.where(count > 0, mean - mean[:1], 0.0)
     center = (share * offset).sum(axis=0)
-    spread = var + jnp.square(offset - center[None])
+    spread = jnp.where(count > 0, var + jnp.square(offset - center[None]), 0.0)
     return Moments(mean[0] + center, (share * spread).sum(axis=0), total)
 
 

@@ -30,6 +30,7 @@ from ._running import (
     init_running,
     known_moments,
     update_running,
+    usable_moments,
 )
 from ._statistics import statistics_of
 
@@ -211,6 +212,7 @@ def _rows_of(sample: Sample, batch: Moments, samples: int, axis_name: AxisName) 
         for p in jax.tree.leaves(sample.patches)
     ]
     usable = functools.reduce(jnp.logical_and, finite, size > 0)
+    usable &= usable_moments(batch).any()  # else one overflow would stay for a window
     rows = Memory(sample.patches, size)
     rows = jax.tree.map(lambda leaf: jnp.where(per_row(usable, leaf), leaf, 0.0), rows)
     if axis_name is not None:

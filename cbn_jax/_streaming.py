@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming batch normalization: an exponential window that moves with the weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,15 +69,17 @@ def streaming_batch_norm(
 
         μ'  = μ + ⟨p, Δ⟩
         σ²' = σ² + ⟨G, Δ⟩ + E[⟨P − p, Δ⟩²]
-        (μ, σ²) ← (1 − a) · (μ', σ²')  pooled with  a · (E[x], Var[x])
+        (μ, σ²) ← (1 − a) · (μ', max(σ²', 0))  pooled with  a · (E[x], Var[x])
         G ← (1 − a) G + 2 E[(a (x − μ) + (1 − a) ⟨P − p, Δ⟩) (P − p)]
         p ← p + a E[P − p]
 
     where a falls from 1 to 1/k while the window fills. The quadratic term makes the
-    transport exact in expectation. Where the weights turn by more than a radian in k steps,
-    its noise would grow, and the window shortens itself to the steps of one radian. The gradient with respect to θ goes through the
-    current batch and through ⟨p, Δ⟩ and ⟨G, Δ⟩, the derivatives averaged over the window,
-    which are as strong as a large batch's and less noisy than the current one's.
+    transport exact in expectation. Where the weights turn by more than a radian in k steps
+    its noise would grow: the window then shortens itself to the steps of one radian.
+
+    The gradient with respect to θ goes through the current batch and through ⟨p, Δ⟩ and
+    ⟨G, Δ⟩, the derivatives averaged over the window, which are as strong as a large batch's
+    and less noisy than the current one's.
 
     Prefer it with 1 to 8 examples per step; ``small_batch_norm(batch_size)`` chooses the
     window. Its state is two arrays of the size of θ, whatever the window.
@@ -183,14 +185,12 @@ def streaming_batch_norm(
             pooled = known_moments(pooled, old.running)
         batch, past, params, believed = lax.stop_gradient((batch, past, params, pooled))
         seen = believed._replace(size=batch.size)
-        kept = past._replace(size=old.window.size)
-        new = StreamingState(
-            update_running(state.running, seen, average),
-            _where_usable(seen, believed, kept),
-            *_derivatives(old, batch, believed, sample, moved, axis_name),
-            params,
-        )
-        return statistics_of(pooled, epsilon), jax.tree.map(_finite, new, state)
+        kept = past._replace(size=old.window.size), old.d_mean, old.d_var
+        new = believed, *_derivatives(old, batch, believed, sample, moved, axis_name)
+        moments, d_mean, d_var = _where(usable_moments(seen), new, kept)
+        running = update_running(state.running, seen, average)
+        after = StreamingState(running, moments, d_mean, d_var, params)
+        return statistics_of(pooled, epsilon), jax.tree.map(_finite, after, state)
 
     def infer(state, x):
         check(state, x)
@@ -252,12 +252,17 @@ def _derivatives(
     )
 
 
-def _where_usable(seen: Moments, new: Moments, kept: Moments) -> Moments:
-    usable = usable_moments(seen)
-    return jax.tree.map(lambda n, k: jnp.where(usable, n, k), new, kept)
+def _where(usable: jax.Array, new: Any, old: Any) -> Any:
+    """The new of what is usable, for leaves with features or groups last."""
+
+    def choose(n, o):
+        any_of_group = usable.reshape(n.shape[-1], -1).any(axis=1)
+        return jnp.where(align(any_of_group, n), n, o)
+
+    return jax.tree.map(choose, new, old)
 
 
 def _finite(new: jax.Array, old: jax.Array) -> jax.Array:
-    """What is not finite leaves the state as it was."""
+    """Parameters that are not finite leave the state as it was."""
     new = new.astype(old.dtype)
     return jnp.where(jnp.isfinite(new), new, old)

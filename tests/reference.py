@@ -116,18 +116,19 @@ class Streaming:
 
         μ' = μ + pΔ        ν' = max(ν + HΔ + ΔᵀQΔ, μ'²)        H' = H + 2QΔ
 
-    and then all four are averaged with those of the batch, by number of values.
+    and then all four are averaged with those of the batch, by number of values: at most as
+    many batches as the weights of a group take to turn a radian.
     """
 
-    def __init__(self, window):
-        self.keep, self.size = 1 - 1 / window, 0.0
+    def __init__(self, window, groups=1):
+        self.keep, self.size = 1 - 1 / window, np.zeros(groups)
         self.mu = self.nu = self.p = self.H = self.theta = 0.0
 
     def step(self, patches, kernel, bias):
         P = np.c_[np.float64(patches), np.ones(len(patches))]
         theta = np.r_[np.float64(kernel), np.float64(bias)[None]]
         x, n = P @ theta, len(P)
-        if not self.size:
+        if not self.size.any():
             self.p, self.H = np.zeros(len(theta)), np.zeros_like(theta)
         delta = theta - self.theta
         Q = (P - self.p).T @ (P - self.p) / n + np.outer(self.p, self.p)
@@ -135,10 +136,16 @@ class Streaming:
         nu = self.nu + (self.H * delta).sum(0) + (delta * (Q @ delta)).sum(0)
         old = np.maximum(nu, mu**2), mu, self.p, self.H + 2 * Q @ delta
         new = (x**2).mean(0), x.mean(0), P.mean(0), 2 * P.T @ x / n
-        self.size = self.keep * self.size + n
-        a = n / self.size
+        spread = (delta * ((Q - np.outer(self.p, self.p)) @ delta)).sum(0)
+        var = old[0] - mu**2
+        turn = np.divide(spread, var, where=var > 0, out=spread.copy())
+        turn = np.minimum(turn, 1).reshape(len(self.size), -1).mean(1) ** 0.5
+        self.size = np.minimum(self.keep * self.size, n / np.maximum(turn, 1e-99)) + n
+        a = np.repeat(n / self.size, x.shape[1] // len(self.size))
+        rows = np.repeat(n / self.size, (len(theta) - 1) // len(self.size))
+        shares = a, a, np.r_[rows, n / self.size[:1]], a
         self.nu, self.mu, self.p, self.H = (
-            (1 - a) * o + a * b for o, b in zip(old, new, strict=True)
+            (1 - s) * o + s * b for s, o, b in zip(shares, old, new, strict=True)
         )
         self.theta = theta
         return self.mu, self.nu - self.mu**2

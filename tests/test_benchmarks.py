@@ -19,6 +19,7 @@ from benchmarks import (
     report,
     robustness,
     runs,
+    samples,
     small_batch,
     theory,
 )
@@ -194,6 +195,26 @@ def test_predictions_of_the_theory_hold(tmp_path):
     taylor = [cell["measured"]["taylor"]["bias"] for cell in results["cells"]]
     assert taylor[2] < -0.1 < taylor[0] < 0
     assert (tmp_path / "theory.png").stat().st_size > 10_000
+
+
+def test_the_study_of_samples(tmp_path, data_dir):
+    config = samples.Config(
+        methods=("streaming_4", "replay_4"),
+        network="mlp",
+        counted="mlp",
+        seeds=(0,),
+        epochs=2,
+        examples=64,
+        output=tmp_path,
+        data_dir=data_dir,
+    )
+    results = samples.main(config, Console(width=100))
+    for cell in results["cells"]:
+        assert cell["flops"] > 1.0
+        assert 0.0 < cell["scale"][0] < 1.0
+        assert 0.0 <= cell["accuracy"][0] <= 1.0
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+    assert "| replay_4 |" in (tmp_path / "table.md").read_text()
 
 
 def test_costs_are_counted_and_timed(tmp_path):

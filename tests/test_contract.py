@@ -280,6 +280,22 @@ def test_what_is_not_finite_stays_out_of_the_state(name, poison, key):
 
 
 @estimators
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_overflow_is_forgotten(name, dtype, key):
+    """Finite values whose squares are not: the next step is as if they had not been."""
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    z = layer.data(key, dtype)
+    _, _, after = train(estimator, state, layer, params, z.at[3, 2].set(1e25))
+    x, statistics, _ = train(estimator, after, layer, params, z)
+    assert_same(estimator.infer(after, x), estimator.infer(state, x))
+    assert np.isfinite(jnp.concatenate(statistics)).all()
+    assert np.abs(statistics.mean).max() < 10
+    assert (statistics.inv_std > 0.05).all()
+
+
+@estimators
 def test_constant_channels_give_zero(name, key):
     layer = LAYERS["dense"]
     estimator = FACTORIES[name]()

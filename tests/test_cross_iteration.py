@@ -390,6 +390,21 @@ def test_ramp_lengthens_the_window_bit_by_bit(key):
         np.testing.assert_allclose(mine.inv_std, expected.inv_std, rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [41, 47, 82])
+def test_a_ramp_ends_in_time(steps, key):
+    """Under ``jit`` steps/steps may be a rounding error below one."""
+    layer = LAYERS["dense"]
+    estimator, state = start(layer, key, window=2, burn_in=cbn.ramp(steps))
+    whole, _ = start(layer, key, window=2)
+    (old, z0), (params, z) = path(layer, key, 2)
+    _, _, state = train(whole, state, layer, old, z0)
+    seen = jnp.full(layer.features, steps, jnp.float32)
+    state = state._replace(running=state.running._replace(steps=seen))
+    _, statistics, _ = jax.jit(lambda s: train(estimator, s, layer, params, z))(state)
+    _, expected, _ = train(whole, state, layer, params, z)
+    np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-5)
+
+
 def test_epochs_to_steps():
     def steps(epochs, examples=1000, batch_size=16):
         return cbn.epochs_to_steps(epochs, examples=examples, batch_size=batch_size)

@@ -264,6 +264,7 @@ def test_the_study_writes_its_files(tmp_path):
 
     config = statistics_error.Config(
         networks=("mlp",),
+        learning_rates=(0.1,),
         seeds=(0, 1),
         epochs=1,
         every=8,

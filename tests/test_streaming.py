@@ -56,7 +56,7 @@ def test_equals_the_oracle(name, examples, key):
     """Statistics and derivatives over twelve steps of moving weights and two sizes."""
     layer = LAYERS[name]
     step, state = start(name)
-    oracle, groups = reference.Streaming(4), layer.groups
+    oracle, groups = reference.Streaming(4, layer.groups), layer.groups
     seen = []
     for params, z in path(layer, key, 12, examples=examples):
         _, statistics, state = step(state, params, z)
@@ -72,7 +72,8 @@ def test_equals_the_oracle(name, examples, key):
     )
     np.testing.assert_allclose(state.window.mean, mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.window.var, var, rtol=1e-4)
-    np.testing.assert_allclose(state.window.size, oracle.size, rtol=1e-5)
+    size = np.repeat(oracle.size, layer.features // groups)
+    np.testing.assert_allclose(state.window.size, size, rtol=1e-4)
     d_mean = np.reshape(state.d_mean["kernel"], (-1, groups)).T.ravel()
     np.testing.assert_allclose(d_mean, oracle.p[:-1], rtol=1e-4, atol=1e-5)
     own = reference.layer_kernel(np.ones(layer.kernel), groups)  # each group has its rows
@@ -130,13 +131,16 @@ def test_means_are_exact_on_any_path(name, key):
     """The mean is linear in the weights: recompute it for every past batch."""
     layer = LAYERS[name]
     step, state = start(name)
-    seen = []
+    seen, kept = [], []
     for params, z in path(layer, key, 9, size=1.0):
-        _, statistics, state = step(state, params, z)
+        before = state.window.size
+        x, statistics, state = step(state, params, z)
         seen.append(z)
+        kept.append((state.window.size - x.size / layer.features) / (before + 1e-9))
     today = np.float64(layer.fn(params, jnp.concatenate(seen)))
     means = today.reshape(len(seen), -1, layer.features).mean(1)
-    expected = np.average(means, 0, 0.75 ** np.arange(9)[::-1])
+    weights = np.cumprod([np.ones(layer.features), *kept[:0:-1]], 0)[::-1]
+    expected = (weights * means).sum(0) / weights.sum(0)
     np.testing.assert_allclose(statistics.mean, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -166,26 +170,26 @@ def test_the_transported_variance_is_unbiased(name, key):
     before, today = layer.fn(old, population), layer.fn(new, population)
     exact = cbn.batch_moments(today).var
 
-    def transported(estimator, keep):
+    def transported(estimator):
         """Today's variance of the population as seen with each batch of two."""
         pairs = population.reshape(12, 2, *population.shape[1:])
 
         @jax.jit
         def run(state):
             _, _, state = train(estimator, state, layer, old, population)
-            return jax.vmap(lambda z: train(estimator, state, layer, new, z)[:2])(pairs)
+            return jax.vmap(lambda z: train(estimator, state, layer, new, z))(pairs)
 
-        x, pooled = jax.tree.map(np.float64, run(init(estimator, layer, old)))
+        x, pooled, after = jax.tree.map(np.float64, run(init(estimator, layer, old)))
         x = x.reshape(12, -1, layer.features)
-        a = 2 / (2 + keep * 24)
+        a = x.shape[1] / after.window.size if hasattr(after, "window") else 2 / 26
         mean = (pooled.mean - a * x.mean(1)) / (1 - a)
         between = a * (1 - a) * np.square(mean - x.mean(1))
         return (variance(pooled) - a * x.var(1) - between) / (1 - a)
 
-    second = transported(cbn.streaming_batch_norm(window=4, samples=None), 3 / 4)
+    second = transported(cbn.streaming_batch_norm(window=4, samples=None))
     np.testing.assert_allclose(second.mean(0), exact, rtol=1e-4)
     assert (second.std(0) > 1e-3 * exact).all()
-    first = transported(cbn.cross_iteration_batch_norm(window=2), 1.0)
+    first = transported(cbn.cross_iteration_batch_norm(window=2))
     lost = np.square(today - before).mean(tuple(range(today.ndim - 1)))
     np.testing.assert_allclose(exact - first.mean(0), lost, rtol=1e-3)
     assert (lost > 0.01 * exact).all()
@@ -237,7 +241,8 @@ def test_a_batch_without_values_sees_the_window_at_todays_weights(key):
 def test_gradient_holds_the_quadratic_term_constant(name, size, key, x64):
     """Else it is that of the function computed; where the weights stand still, altogether.
 
-    The constant is put into the state's variance, and patches like their mean add nothing.
+    The constant is put into the state's variance, the weight that depends on it into its
+    size, and patches like their mean add nothing.
     """
     layer = LAYERS[name]
     step, state = start(name)
@@ -269,7 +274,9 @@ def test_gradient_holds_the_quadratic_term_constant(name, size, key, x64):
     )
     moved = layer.fn(delta, z).reshape(-1, layer.features) - sum(each.values())[None]
     var = var + jnp.square(moved).mean(0)
-    held = state._replace(window=state.window._replace(var=var))
+    _, _, after = train(estimator, state, layer, params, z)
+    weight = (after.window.size - len(moved)) / (3 / 4)
+    held = state._replace(window=state.window._replace(var=var, size=weight))
     check_vjp(
         (lambda params: f(params, held, average)) if size else (lambda p: f(p, state)),
         functools.partial(jax.vjp, lambda params: f(params, state)),
