@@ -126,6 +126,30 @@ def _groups(results: dict):
         )
 
 
+def verdict(results: dict) -> str:
+    """How often the judged method is ahead of each other one, and how far at worst."""
+    judged, *others = results["config"]["methods"]
+    sentences = []
+    for label in others:
+        pairs = [
+            pair
+            for _, _, by_label in _groups(results)
+            for pair in zip(by_label[judged], by_label[label], strict=True)
+        ]
+        ahead = sum(np.mean(a["accuracy"]) >= np.mean(b["accuracy"]) for a, b in pairs)
+        worst = min(pairs, key=lambda pair: _difference(*pair)[0])
+        below = sum(_distance(*pair).startswith("**") for pair in pairs)
+        sentences.append(
+            f"The mean accuracy of {judged} is at least that of {label} in {ahead} of "
+            f"{len(pairs)} cells; the worst difference is {_distance(*worst).strip('*')} "
+            f"points, and {below} are negative by more than two standard errors."
+        )
+    lost = sum(cell["lost"] for cell in results["cells"])
+    count = sum(len(cell["accuracy"]) for cell in results["cells"])
+    sentences.append(f"{lost} of {count} runs ended with a loss that is not finite.")
+    return "\n".join(sentences)
+
+
 def markdown(results: dict) -> str:
     """Accuracies, and the judged method's distance from each other one."""
     config, versions = results["config"], results["environment"]
@@ -141,14 +165,11 @@ def markdown(results: dict) -> str:
             ]
             rows.append((network, str(size), f"*minus {label}*", *distances))
     headings = ("net", "batch", "test accuracy, % at rate", *rates)
-    lost = sum(cell["lost"] for cell in results["cells"])
-    count = sum(len(cell["accuracy"]) for cell in results["cells"])
     return (
         f"{config['dataset']}, {config['epochs']} epochs, {len(config['seeds'])} seeds:\n\n"
-        f"{report.markdown_table(headings, rows)}\n"
+        f"{report.markdown_table(headings, rows)}\n{verdict(results)}\n\n"
         "Mean ± standard deviation over seeds; differences of the means ± their standard "
-        f"error, bold where negative by more than two. {lost} of {count} runs "
-        f"ended with a loss that is not finite. JAX {versions['jax']}, Flax "
+        f"error, bold where negative by more than two. JAX {versions['jax']}, Flax "
         f"{versions['flax']}, Python {versions['python']}, {versions['device']}, "
         f"{versions['processor']}.\n"
     )
@@ -159,10 +180,15 @@ def _accuracy(cell: dict) -> str:
     return f"{text} ({cell['lost']} lost)" if cell["lost"] else text
 
 
-def _distance(judged: dict, other: dict) -> str:
+def _difference(judged: dict, other: dict) -> tuple[float, float]:
+    """Of the means, in points, and its standard error."""
     pair = [100 * np.array(cell["accuracy"]) for cell in (judged, other)]
-    difference = pair[0].mean() - pair[1].mean()
     error = np.sqrt(sum(a.var(ddof=min(1, len(a) - 1)) / len(a) for a in pair))
+    return pair[0].mean() - pair[1].mean(), error
+
+
+def _distance(judged: dict, other: dict) -> str:
+    difference, error = _difference(judged, other)
     text = f"{difference:+.1f} ± {error:.1f}"
     return f"**{text}**" if difference < -2 * error else text
 

@@ -107,33 +107,37 @@ def conv_patches(
                 f"a convolution got inputs of shape {inputs.shape}, expected [N, *space, "
                 "channels] where its patches are needed; a single example is inputs[None]."
             )
-        steps, spread = _per_dimension(strides, rank), _per_dimension(dilation, rank)
         space = inputs.shape[-1 - rank : -1]
-        extent = [(k - 1) * d + 1 for k, d in zip(window, spread, strict=True)]
+        stride, spread = _per_dimension(strides, rank), _per_dimension(dilation, rank)
         pads = _pads(padding, rank)
         if isinstance(pads, str):
-            pads = lax.padtype_to_pads(space, extent, steps, pads)
-
-        shape = (math.prod(grid[:-rank]), *grid[-rank:])
-        other, *corner = (
-            jnp.expand_dims(at, range(index.ndim, index.ndim + rank))
-            for at in jnp.unravel_index(index, shape)
-        )
-        flat, inside = other, other >= 0
+            extent = [(k - 1) * d + 1 for k, d in zip(window, spread, strict=True)]
+            pads = lax.padtype_to_pads(space, extent, stride, pads)
+        # Further batch axes of the inputs come first in the grid.
+        other, *corner = jnp.unravel_index(index, (math.prod(grid[:-rank]), *grid[-rank:]))
+        at, inside = _ahead(other, rank), jnp.array(True)
         for axis, size in enumerate(space):
+            start = corner[axis] * stride[axis] - pads[axis][0]
             reach = jnp.arange(window[axis], dtype=index.dtype) * spread[axis]
-            reach = reach.reshape((-1,) + (1,) * (rank - 1 - axis))
-            at = corner[axis] * steps[axis] - pads[axis][0]
-            at = at + jnp.expand_dims(reach, range(at.ndim - reach.ndim))
-            inside = inside & (at >= 0) & (at < size)
-            flat = flat * size + jnp.clip(at, 0, size - 1)
+            reach = reach.reshape(
+                [1] * (index.ndim + axis) + [-1] + [1] * (rank - 1 - axis)
+            )
+            along = _ahead(start, rank) + reach
+            at = at * size + jnp.clip(along, 0, size - 1)
+            inside = inside & (along >= 0) & (along < size)
         rows = inputs.reshape(index.shape[0], -1, inputs.shape[-1])
-        cut = jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(rows, flat)
-        cut = jnp.where(inside[..., None], cut, 0)
+        # Mapped over the examples, so that a batch spread over devices stays there.
+        cut = jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(rows, at)
+        cut = jnp.where(jnp.expand_dims(inside, -1), cut, 0)
         cut = cut.reshape(index.size, *window, groups, -1)
         return _like(params, jnp.swapaxes(cut, -1, -2))
 
     return patches
+
+
+def _ahead(index: jax.Array, rank: int) -> jax.Array:
+    """Axes of size 1 for the window behind those of the index."""
+    return index.reshape(*index.shape, *(1,) * rank)
 
 
 def _dense(params: Params, inputs: jax.Array) -> jax.Array:

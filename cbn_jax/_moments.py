@@ -62,6 +62,11 @@ def pool_moments(moments: Moments) -> Moments:
     return Moments(mean[0] + center, (share * spread).sum(axis=0), total)
 
 
+def pool_two(current: Moments, past: Moments) -> Moments:
+    """``pool_moments`` of two, every field ``[C]``."""
+    return pool_moments(jax.tree.map(lambda *pair: jnp.stack(pair), current, past))
+
+
 def batch_moments(
     x: jax.Array, *, axis_name: AxisName = None, mask: jax.Array | None = None
 ) -> Moments:

@@ -58,14 +58,13 @@ def take_sample(
     patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
     values = at_index(x).astype(dtype)
     if mask is None:
-        counts = jnp.ones((index.size, 1), dtype)
-    else:
-        keep = at_index(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool))
-        values = jnp.where(keep, values, 0.0)
-        patches = jax.tree.map(lambda p: jnp.where(per_row(keep, p), p, 0.0), patches)
-        counts = keep.astype(dtype)
-    total = jnp.maximum(sum_over(counts.sum(), axis_name), 1.0)
-    return Sample(patches, values, counts / total)
+        total = index.size * device_count(axis_name)
+        return Sample(patches, values, jnp.full((index.size, 1), 1.0 / total, dtype))
+    counts = at_index(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool))
+    values = jnp.where(counts, values, 0.0)
+    patches = jax.tree.map(lambda p: jnp.where(per_row(counts, p), p, 0.0), patches)
+    total = jnp.maximum(sum_over(counts.sum(dtype=dtype), axis_name), 1.0)
+    return Sample(patches, values, counts.astype(dtype) / total)
 
 
 def per_example(
@@ -74,8 +73,12 @@ def per_example(
     """How many positions of each example make about ``samples`` on all devices."""
     if samples is None:
         return positions
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return min(positions, max(1, samples // (examples * devices)))
+    return min(positions, max(1, samples // (examples * device_count(axis_name))))
+
+
+def device_count(axis_name: AxisName) -> int:
+    """Over how many devices the batch is spread."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def _strata(examples: int, positions: int, n: int, step: jax.Array) -> jax.Array:

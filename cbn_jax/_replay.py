@@ -21,7 +21,7 @@ from ._checks import (
 )
 from ._estimator import Estimator
 from ._layer import Params
-from ._moments import AxisName, Moments, batch_moments, gather, pool_moments
+from ._moments import AxisName, Moments, batch_moments, gather, pool_two
 from ._patches import Sample, per_row, product, take_sample
 from ._running import (
     Averaging,
@@ -168,7 +168,7 @@ def replay_batch_norm(
         state = lax.stop_gradient(state)
         batch = batch_moments(x, axis_name=axis_name, mask=mask)
         past = _replayed(state.memory, source.params, batch.mean.dtype)
-        pooled = pool_moments(jax.tree.map(lambda *pair: jnp.stack(pair), batch, past))
+        pooled = pool_two(batch, past)
         if mask is not None:
             pooled = known_moments(pooled, state.running)
         seen = pooled._replace(size=batch.size)

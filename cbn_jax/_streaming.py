@@ -20,7 +20,7 @@ from ._checks import (
 )
 from ._estimator import Estimator
 from ._layer import Params
-from ._moments import AxisName, Moments, align, batch_moments, pool_moments
+from ._moments import AxisName, Moments, align, batch_moments, pool_two
 from ._patches import Sample, inner, mean_patch, product, pull, sum_over, take_sample
 from ._running import (
     Averaging,
@@ -180,7 +180,7 @@ def streaming_batch_norm(
         past = past._replace(
             size=_weight(keep * old.window.size, batch, past, spread, source.groups)
         )
-        pooled = pool_moments(jax.tree.map(lambda *pair: jnp.stack(pair), batch, past))
+        pooled = pool_two(batch, past)
         if mask is not None:
             pooled = known_moments(pooled, old.running)
         batch, past, params, believed = lax.stop_gradient((batch, past, params, pooled))

@@ -33,14 +33,8 @@ FACTORIES = {
     "streaming_batch_norm": functools.partial(
         cbn.streaming_batch_norm, window=3, samples=None
     ),
-    "streaming_batch_norm-window_1": functools.partial(
-        cbn.streaming_batch_norm, window=1, samples=None, momentum=0.9
-    ),
     "replay_batch_norm": functools.partial(
         cbn.replay_batch_norm, window=3, samples=ALL, momentum=0.9
-    ),
-    "replay_batch_norm-window_1": functools.partial(
-        cbn.replay_batch_norm, window=1, samples=ALL
     ),
     "small_batch_norm": functools.partial(cbn.small_batch_norm, batch_size=8),
 }

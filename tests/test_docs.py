@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import json
 import pkgutil
 import re
 from importlib import import_module
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import cbn_jax
+from benchmarks import cost, report, robustness, samples, statistics_error, theory
 
 ROOT = Path(__file__).parent.parent
+DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
 MODULES = [f"cbn_jax.{info.name}" for info in pkgutil.iter_modules(cbn_jax.__path__)]
 PUBLIC = sorted(name for name in vars(cbn_jax) if not name.startswith("_"))
 
@@ -45,7 +48,15 @@ def test_public_names_are_documented(name):
             assert parameter in doc, f"{name} does not document {parameter}"
 
 
-@pytest.mark.parametrize("factory", ["batch_norm", "cross_iteration_batch_norm"])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        "batch_norm",
+        "cross_iteration_batch_norm",
+        "streaming_batch_norm",
+        "replay_batch_norm",
+    ],
+)
 def test_methods_name_their_paper(factory):
     doc = inspect.getdoc(getattr(cbn_jax, factory))
     for section in ("Args:", "Returns:", "Raises:", "Example:", "Reference:"):
@@ -54,20 +65,50 @@ def test_methods_name_their_paper(factory):
     assert "Differs from" in doc
 
 
-def test_the_readme_table_is_the_measured_one():
-    """Figures in the README come from the committed results, digit for digit."""
-    results = (ROOT / "benchmarks/results/small_batch/table.md").read_text()
-    assert results in (ROOT / "README.md").read_text()
+STUDIES = {
+    "small_batch": report.markdown,
+    "robustness": robustness.markdown,
+    "statistics_error": statistics_error.markdown,
+    "theory": theory.markdown,
+    "cost": cost.markdown,
+    "samples": samples.markdown,
+}
 
 
-def test_the_committed_table_is_made_from_the_committed_results():
-    import json
+def results(study, name="results.json"):
+    return (ROOT / "benchmarks/results" / study / name).read_text()
 
-    from benchmarks import report
 
-    folder = ROOT / "benchmarks/results/small_batch"
-    results = json.loads((folder / "results.json").read_text())
-    assert report.markdown(results) == (folder / "table.md").read_text()
+@pytest.mark.parametrize("study", STUDIES)
+def test_committed_tables_are_made_from_the_committed_results(study):
+    assert STUDIES[study](json.loads(results(study))) == results(study, "table.md")
+
+
+@pytest.mark.parametrize(
+    ("document", "study"),
+    [
+        ("README.md", "small_batch"),
+        ("README.md", "cost"),
+        ("docs/streaming.md", "theory"),
+        ("docs/streaming.md", "samples"),
+        ("docs/streaming.md", "statistics_error"),
+    ],
+)
+def test_tables_in_documents_are_the_measured_ones(document, study):
+    """Digit for digit."""
+    assert results(study, "table.md") in (ROOT / document).read_text()
+
+
+def test_the_verdict_in_the_readme_is_the_measured_one():
+    verdict = robustness.verdict(json.loads(results("robustness")))
+    assert verdict in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", *sorted(map(str, DOCS))])
+def test_links_and_pictures_exist(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert "://" in target or (path.parent / target).exists(), target
 
 
 def test_changelog_knows_the_version():
