@@ -194,7 +194,7 @@ def _distance(judged: dict, other: dict) -> str:
 
 
 def figure(results: dict, path: Path) -> None:
-    """One panel a network and batch size: accuracy over the learning rate."""
+    """One panel a network and batch size: test error over the learning rate."""
     config = results["config"]
     shape = len(config["networks"]), len(config["batch_sizes"])
     made = matplotlib.figure.Figure(
@@ -203,28 +203,28 @@ def figure(results: dict, path: Path) -> None:
     axes = made.subplots(*shape, sharex=True, sharey=True, squeeze=False)
     for axis, (network, size, by_label) in zip(axes.flat, _groups(results), strict=True):
         for index, (label, cells) in enumerate(by_label.items()):
-            mean = [100 * np.mean(cell["accuracy"]) for cell in cells]
-            error = [100 * np.std(cell["accuracy"]) for cell in cells]
+            error = 100 - 100 * np.array([cell["accuracy"] for cell in cells])
             rates = [cell["learning_rate"] for cell in cells]
             style = "--" if "@" in label else "-"
             axis.errorbar(
                 rates,
-                mean,
-                error,
+                error.mean(axis=1),
+                error.std(axis=1),
                 linestyle=style,
                 color=report.COLOURS[index],
                 label=label,
                 lw=1.6,
                 capsize=2,
             )
-        axis.set(title=f"{network.upper()}, batch size {size}", xscale="log")
+        axis.set(title=f"{network.upper()}, batch size {size}", xscale="log", yscale="log")
         axis.set_xticks(config["learning_rates"], config["learning_rates"])
+        axis.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axis.minorticks_off()
         axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     made.supxlabel("peak learning rate, per 32 examples", fontsize=10)
-    made.supylabel("test accuracy, %", fontsize=10)
-    axes[-1, 0].legend(fontsize=8, frameon=False, loc="lower left")
+    made.supylabel("test error, %", fontsize=10)
+    axes[-1, 0].legend(fontsize=8, frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
 
