@@ -16,12 +16,6 @@ FACTORIES = {
     "cross_iteration_batch_norm": functools.partial(
         cbn.cross_iteration_batch_norm, window=3, momentum=0.9
     ),
-    "cross_iteration_batch_norm-burn_in": functools.partial(
-        cbn.cross_iteration_batch_norm, window=3, burn_in=2
-    ),
-    "cross_iteration_batch_norm-window_1": functools.partial(
-        cbn.cross_iteration_batch_norm, window=1
-    ),
     "cross_iteration_batch_norm-from_scratch": functools.partial(
         cbn.cross_iteration_batch_norm,
         window=3,
