@@ -234,7 +234,7 @@ def figure(results: dict, path: Path) -> None:
     def at(i, seeds):
         return {
             method: Errors(
-                *(np.mean([s[method][k][i] for s in seeds]) for k in Errors._fields)
+                *(float(np.mean([s[method][k][i] for s in seeds])) for k in Errors._fields)
             )
             for method in seeds[0]
         }
