@@ -88,7 +88,7 @@ def test_committed_tables_are_made_from_the_committed_results(study):
     ("document", "study"),
     [
         ("README.md", "small_batch"),
-        ("README.md", "cost"),
+        ("docs/design.md", "cost"),
         ("docs/streaming.md", "theory"),
         ("docs/streaming.md", "samples"),
         ("docs/streaming.md", "statistics_error"),
