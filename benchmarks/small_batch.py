@@ -2,9 +2,9 @@
 """What small batches do: the same small networks with different normalizers.
 
 Trains an MLP and a residual CNN on real images at batch size 2 with batch norm, group
-norm and cross-iteration batch norm, with batch norm at 32 as the mark to reach; prints a
-table and draws the learning curves. Finished runs are kept in the output folder and taken
-up again by the next call with the same options and code.
+norm, cross-iteration batch norm and the recommended method, with batch norm at 32 as the
+mark to reach; prints a table and draws the learning curves. Finished runs are kept in the
+output folder and taken up again by the next call with the same options and code.
 
 Run it with ``python -m benchmarks.small_batch``.
 """
