@@ -4,9 +4,9 @@
 A method is an ``Estimator``: pure functions ``init``, ``train`` and ``infer`` that say
 which statistics to believe. Three more functions do the rest::
 
-    estimator = cross_iteration_batch_norm(window=8)
+    estimator = small_batch_norm(batch_size=2)
     state = estimator.init(features, params)
-    x, source = run_layer(layer_fn, params, inputs)
+    x, source = run_layer(layer, params, inputs)
     statistics, state = estimator.train(state, x, source)
     y = normalize(x, statistics, scale, bias)
 

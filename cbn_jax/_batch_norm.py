@@ -22,7 +22,7 @@ def batch_norm(momentum: float | Averaging = 0.99, *, epsilon: float = 1e-5) -> 
     running averages. The state is a ``RunningMoments``.
 
     Prefer it from some 16 values per feature and example group on; below that, see
-    ``cross_iteration_batch_norm``.
+    ``small_batch_norm``.
 
     Args:
       momentum: decay of the running averages in [0, 1), the fraction kept at each step

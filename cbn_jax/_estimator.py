@@ -42,7 +42,7 @@ class Estimator(NamedTuple):
     ::
 
         state = estimator.init(features, params)
-        x, source = run_layer(layer_fn, params, inputs)
+        x, source = run_layer(layer, params, inputs)
         statistics, state = estimator.train(state, x, source)   # or:
         statistics = estimator.infer(state, x)
         y = normalize(x, statistics, scale, bias)
@@ -50,8 +50,8 @@ class Estimator(NamedTuple):
     Attributes:
       init: ``(features, params=None, groups=1) -> state``. ``params`` are those of the
         layer before the normalizer and ``groups`` its feature groups, for methods that
-        look at them; shapes suffice, so abstract arrays do. Every leaf of
-        the state is a float32 array whose shape never changes.
+        look at them; shapes suffice, so abstract arrays do. Every leaf of the state is a
+        float32 array whose shape never changes.
       train: ``(state, x, source=None, *, axis_name=None, mask=None) -> (statistics,
         state)``. Statistics to train with, and the state that has seen this batch.
         Gradients flow through ``statistics``, never through the state.

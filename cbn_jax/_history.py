@@ -123,7 +123,7 @@ def push(history: History, entry: History, slot: jax.Array) -> History:
 def _inner(derivative: Params, params: Params) -> jax.Array:
     """``inner`` for every slot, ``[S, C]``."""
     slots = len(jax.tree.leaves(derivative)[0])
-    # One reduction over all slots at once is several times slower on a CPU, and so is a
-    # scan in the backward pass, which would copy the history.
+    # One reduction over all slots at once is slow on XLA's CPU backend, and so is a scan in
+    # the backward pass, which would copy the history.
     each = [inner(jax.tree.map(lambda d: d[s], derivative), params) for s in range(slots)]  # noqa: B023
     return jnp.stack(each)
