@@ -132,7 +132,8 @@ def check_patches(method: str, source: _Source) -> None:
             f"{method} got a source without patches, expected a layer that knows them; "
             "write run_layer(cbn_jax.dense, ...) or run_layer(cbn_jax.convolution(...), "
             "...), take a Flax Dense or Conv (padding SAME, VALID or numbers; no input "
-            "dilation, no kernel mask), or use cross_iteration_batch_norm, which needs none."
+            "dilation, no kernel mask), or use cross_iteration_batch_norm, which asks for "
+            "none."
         )
 
 
