@@ -8,18 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._estimator import Estimator
 from ._layer import Patches, conv_patches
 
 
 @contextlib.contextmanager
-def require_flax(module: str) -> Iterator[None]:
-    """Says what to install where Flax is missing."""
+def require(package: str, module: str) -> Iterator[None]:
+    """Says what to install where an optional package is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{module} needs Flax; install it with: pip install 'cbn_jax[flax]'"
+            f"{module} needs {package}; install it with: "
+            f"pip install 'cbn_jax[{package.lower()}]'"
         ) from error
+
+
+def estimator_of(
+    estimator: Estimator | Callable[[jax.Array], Estimator],
+    mix: Callable[[], Any],
+) -> Estimator:
+    """An estimator as it is; a function of a weight is given the sigmoid of ``mix``."""
+    if isinstance(estimator, Estimator):
+        return estimator
+    return estimator(jax.nn.sigmoid(mix()))
 
 
 def flag_of(constructor: bool | None, call: bool | None) -> bool:

@@ -42,17 +42,22 @@ def check_state(
     method: str, state: Any, expected: type, mean: Callable[[Any], jax.Array], x: Any
 ) -> None:
     """The state is this method's own and has as many features as ``x``."""
-    if not isinstance(state, expected):
-        raise TypeError(
-            f"{method} got a state of type {type(state).__name__}, expected "
-            f"{expected.__name__}; make it with estimator.init(features, params), and "
-            "give that as the template when you restore a checkpoint."
-        )
+    check_state_type(method, state, expected)
     features = mean(state).shape[-1]
     if x.shape[-1] != features:
         raise ValueError(
             f"{method} got x of shape {x.shape}, expected {features} features last as in "
             f"its state; write estimator.init({x.shape[-1]}, ...) or transpose x."
+        )
+
+
+def check_state_type(method: str, state: Any, expected: type) -> None:
+    """The state is this method's own."""
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"{method} got a state of type {type(state).__name__}, expected "
+            f"{expected.__name__}; make it with estimator.init(features, params), and "
+            "give that as the template when you restore a checkpoint."
         )
 
 
@@ -147,6 +152,12 @@ def check_mask(method: str, x: jax.Array, mask: Any) -> None:
         )
 
 
+def check_traits(wrapper: str, traits: frozenset[str], refused: dict[str, str]) -> None:
+    """A wrapper makes sense for this method; ``refused`` gives the reason, by trait."""
+    for trait in sorted(traits & refused.keys()):
+        raise ValueError(f"{wrapper} {refused[trait]}")
+
+
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """One of a few words."""
     if value not in choices:
@@ -161,6 +172,12 @@ def check_fraction(name: str, value: float) -> None:
             f"{name} is {value!r}, expected a decay in [0, 1), the fraction kept at each "
             "step; PyTorch's momentum=0.1 is 0.9 here."
         )
+
+
+def check_unit(name: str, value: Any, meaning: str) -> None:
+    """A plain number lies in [0, 1]; an array may be traced and is not looked at."""
+    if isinstance(value, int | float) and not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value!r}, expected {meaning} in [0, 1].")
 
 
 def check_epsilon(value: float) -> None:

@@ -57,8 +57,11 @@ class Estimator(NamedTuple):
         Gradients flow through ``statistics``, never through the state.
       infer: ``(state, x) -> statistics``. It returns no state, so that evaluation cannot
         change one.
+      traits: what wrappers must know about the method, such as ``"per_example"``; they
+        refuse what makes no sense.
     """
 
     init: Init
     train: Train
     infer: Infer
+    traits: frozenset[str] = frozenset()

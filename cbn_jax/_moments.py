@@ -115,6 +115,29 @@ def batch_moments(
     return moments._replace(mean=pivot + moments.mean)
 
 
+def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
+    """Moments of each feature of each example, over the example's positions.
+
+    Every field is ``[N, 1, …, 1, C]``. A matrix ``[N, C]`` has one position an example:
+    its variances are 0.
+    """
+    positions = x[:, None] if x.ndim == 2 else x
+    if mask is None:
+        moments = jax.vmap(batch_moments)(positions)
+    else:
+        mask = jnp.broadcast_to(mask, x.shape).reshape(positions.shape)
+        moments = jax.vmap(lambda x, mask: batch_moments(x, mask=mask))(positions, mask)
+    rows = tuple(range(1, x.ndim - 1))
+    return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, rows), moments)
+
+
+def pool_examples(instance: Moments, axis_name: AxisName = None) -> Moments:
+    """Batch moments, every field ``[C]``, from those of all examples on all devices."""
+    each = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), instance)
+    moments = pool_moments(each)
+    return moments if axis_name is None else pool_moments(gather(moments, axis_name))
+
+
 def _about_pivot(x: jax.Array) -> tuple[jax.Array, Moments]:
     """A pivot per feature, and the moments of ``x − pivot``."""
     pivot, offset, var = _offset_and_var(x)

@@ -73,9 +73,60 @@ def cumulative(m: jax.Array) -> jax.Array:
     return 1.0 / m
 
 
+def diminishing(power: float = 1.0) -> Averaging:
+    """Weights that shrink as a power: α_m = 1 / mᵖ.
+
+    With p = 1 all batches count alike (``cumulative``); with p > 1 early ones count more,
+    and with p = 2 the first keeps half of all weight for ever; with p < 1 late ones do.
+
+    Args:
+      power: p, not negative; 0 keeps the last batch only.
+
+    Returns:
+      The rule m ↦ α_m.
+
+    Raises:
+      ValueError: a negative ``power``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> cbn.diminishing(2.0)(jnp.array([1.0, 4.0]))
+      Array([1.    , 0.0625], dtype=float32)
+    """
+    if not power >= 0.0:
+        raise ValueError(f"power is {power!r}, expected p from 0 on in α_m = 1 / m**p.")
+    return lambda m: m**-power
+
+
 def averaging(momentum: float | Averaging) -> Averaging:
     """A rule as it is, a number as the decay of an exponential average."""
     return momentum if callable(momentum) else exponential(momentum)
+
+
+LONG = 1e6  # batches behind an average from elsewhere: weights no longer change
+
+
+def running_moments(mean: jax.Array, var: jax.Array) -> RunningMoments:
+    """Running moments from elsewhere, such as the ``batch_stats`` of a trained Flax layer.
+
+    Args:
+      mean: ``[C]``.
+      var: ``[C]``, biased (Flax's is; PyTorch's times (n − 1)/n, n values per feature).
+
+    Returns:
+      A state for ``batch_norm`` and what is put around it. It counts as very many batches:
+      training on, an exponential average goes on at its own pace.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> batch_stats = {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}
+      >>> cbn.running_moments(**batch_stats).var
+      Array([4.], dtype=float32)
+    """
+    mean, var = jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32)
+    return RunningMoments(mean, var, jnp.full_like(mean, LONG))
 
 
 def init_running(features: int) -> RunningMoments:

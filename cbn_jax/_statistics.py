@@ -4,6 +4,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ._moments import Moments, align, wide
 
@@ -28,6 +29,35 @@ class Statistics(NamedTuple):
 def statistics_of(moments: Moments, epsilon: float) -> Statistics:
     """Mean and 1 / √(variance + ε) of the given moments."""
     return Statistics(moments.mean, jax.lax.rsqrt(moments.var + epsilon))
+
+
+def std_of(var: jax.Array) -> jax.Array:
+    """√var; where nothing varies 0, with gradient 0."""
+    varies = var > 0
+    return jnp.where(varies, jnp.sqrt(jnp.where(varies, var, 1.0)), 0.0)
+
+
+def identity_where(condition: jax.Array, statistics: Statistics) -> Statistics:
+    """Mean 0 and scale 1, which leave ``x`` exactly as it is, where the condition holds."""
+    return Statistics(
+        jnp.where(condition, 0.0, statistics.mean),
+        jnp.where(condition, 1.0, statistics.inv_std),
+    )
+
+
+def compose(first: Statistics, then: Statistics) -> Statistics:
+    """Normalizing by ``first``, and what comes out by ``then``, in one step."""
+    # A scale of 0 (the variance overflowed) makes everything 0, whatever the means.
+    scale = jnp.where(first.inv_std > 0, first.inv_std, 1.0)
+    return Statistics(first.mean + then.mean / scale, first.inv_std * then.inv_std)
+
+
+def blend(weight: jax.Array, one: Statistics, other: Statistics) -> Statistics:
+    """``weight`` of what ``one`` makes of ``x``, the rest of what ``other`` makes of it."""
+    share = weight * one.inv_std
+    inv_std = share + (1.0 - weight) * other.inv_std
+    share = share / jnp.where(inv_std > 0, inv_std, 1.0)
+    return Statistics(other.mean + share * (one.mean - other.mean), inv_std)
 
 
 def normalize(

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flax linen: one module for every method, a drop-in for ``nn.BatchNorm``."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._adapter import flag_of, patches_of, require_flax, to_last
+from ._adapter import estimator_of, flag_of, patches_of, require, to_last
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
+from ._running import running_moments
 from ._source import run_layer
 from ._statistics import normalize
 
-with require_flax("cbn_jax.linen"):
+with require("Flax", "cbn_jax.linen"):
     from flax import linen as nn
 
 
@@ -33,7 +35,9 @@ class Norm(nn.Module):
 
     Attributes:
       estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
-        its arguments.
+        its arguments. Or a function of a weight in [0, 1] that gives one, such as
+        ``cbn_jax.group_batch_norm``; the module then learns the weight, as the sigmoid of
+        a parameter ``mix``.
       layer: a module that is linear in its parameters (``nn.Conv``, ``nn.Dense``, …), run
         before normalizing.
       use_running_average: True for inference, False for training; give it here or in the
@@ -45,6 +49,7 @@ class Norm(nn.Module):
       use_scale: whether to multiply by a learned ``scale``.
       bias_init: initializer of ``bias``.
       scale_init: initializer of ``scale``.
+      mix_init: initializer of ``mix``, a scalar.
       axis_name: axis of ``shard_map``, ``pmap`` or ``vmap`` over which the batch is
         spread; None under ``jit``, also with a sharded batch.
 
@@ -61,7 +66,7 @@ class Norm(nn.Module):
       (2, 4)
     """
 
-    estimator: Estimator
+    estimator: Estimator | Callable[[jax.Array], Estimator]
     layer: nn.Module | None = None
     use_running_average: bool | None = None
     axis: int = -1
@@ -71,6 +76,7 @@ class Norm(nn.Module):
     use_scale: bool = True
     bias_init: Callable[..., jax.Array] = nn.initializers.zeros
     scale_init: Callable[..., jax.Array] = nn.initializers.ones
+    mix_init: Callable[..., jax.Array] = nn.initializers.ones
     axis_name: AxisName = None
 
     @nn.compact
@@ -94,17 +100,20 @@ class Norm(nn.Module):
           Normalized activations.
         """
         running = flag_of(self.use_running_average, use_running_average)
+        estimator = estimator_of(
+            self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
+        )
         x, source = self._run_layer(inputs)
         x, mask, back = to_last(x, mask, self.axis)
         features = x.shape[-1]
         params, groups = (None, 1) if source is None else (source.params, source.groups)
         state = self.variable(
-            "batch_stats", "state", lambda: self.estimator.init(features, params, groups)
+            "batch_stats", "state", lambda: estimator.init(features, params, groups)
         )
         if running or self.is_initializing():
-            statistics = self.estimator.infer(state.value, x)
+            statistics = estimator.infer(state.value, x)
         else:
-            statistics, state.value = self.estimator.train(
+            statistics, state.value = estimator.train(
                 state.value, x, source, axis_name=self.axis_name, mask=mask
             )
         scale, bias = self._affine(features)
@@ -127,6 +136,61 @@ class Norm(nn.Module):
             param(self.use_scale, "scale", self.scale_init),
             param(self.use_bias, "bias", self.bias_init),
         )
+
+
+def from_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a model with ``nn.BatchNorm``, for the same model with ``Norm``.
+
+    Parameters stay as they are; in ``batch_stats``, mean and variance become a
+    ``RunningMoments``. Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``; give
+    the estimator the ε that the model was trained with.
+
+    Args:
+      variables: what ``init`` and training gave, with ``params`` and ``batch_stats``.
+
+    Returns:
+      The variables for ``Norm(batch_norm(...))``, also inside ``corrected_inference``.
+
+    Raises:
+      ValueError: no ``nn.BatchNorm`` in them; a ``Norm_0`` beside a ``BatchNorm_0``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import cbn_jax
+      >>> from cbn_jax.linen import Norm, from_batch_norm
+      >>> trained = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+      >>> variables = trained.init(jax.random.key(0), jnp.ones((2, 3)))
+      >>> estimator = cbn_jax.corrected_inference(cbn_jax.batch_norm(), batch_size=2)
+      >>> model = nn.Sequential([nn.Dense(4), Norm(estimator, use_running_average=True)])
+      >>> model.apply(from_batch_norm(variables), jnp.ones((2, 3))).shape
+      (2, 4)
+    """
+    found = []
+
+    def converted(tree):
+        if not isinstance(tree, Mapping):
+            return tree
+        if set(tree) == {"mean", "var"}:
+            found.append(tree)
+            return {"state": running_moments(tree["mean"], tree["var"])}
+        names = {name: _BATCH_NORM.sub("Norm_", name) for name in tree}
+        if len(set(names.values())) < len(names):
+            raise ValueError(
+                f"from_batch_norm got modules {sorted(tree)}, of which two would have one "
+                "name; give them names of their own."
+            )
+        return {names[name]: converted(value) for name, value in tree.items()}
+
+    made = converted(variables)
+    if not found:
+        raise ValueError(
+            f"from_batch_norm got collections {sorted(variables)} without mean and var, "
+            "expected the batch_stats of a model with nn.BatchNorm; pass all variables."
+        )
+    return made
+
+
+_BATCH_NORM = re.compile(r"^BatchNorm_(?=\d+$)")
 
 
 def _as_layer(layer: nn.Module) -> tuple[Layer, Any]:

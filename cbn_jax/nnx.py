@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import flag_of, patches_of, require_flax, to_last
+from ._adapter import estimator_of, flag_of, patches_of, require, to_last
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
+from ._running import RunningMoments, running_moments
 from ._source import run_layer
 from ._statistics import normalize
 
-with require_flax("cbn_jax.nnx"):
+with require("Flax", "cbn_jax.nnx"):
     from flax import nnx
 
 
@@ -31,7 +32,9 @@ class Norm(nnx.Module):
 
     Args:
       estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
-        its arguments.
+        its arguments. Or a function of a weight in [0, 1] that gives one, such as
+        ``cbn_jax.group_batch_norm``; the module then learns the weight, as the sigmoid of
+        a parameter ``mix``.
       layer: a module that is linear in its parameters (``nnx.Conv``, ``nnx.Linear``, …),
         run before normalizing.
       num_features: size of the feature axis; not needed where the layer tells it.
@@ -43,6 +46,7 @@ class Norm(nnx.Module):
       use_scale: whether to multiply by a learned ``scale``.
       bias_init: initializer of ``bias``.
       scale_init: initializer of ``scale``.
+      mix_init: initializer of ``mix``, a scalar.
       axis_name: axis of ``shard_map``, ``pmap`` or ``vmap`` over which the batch is
         spread; None under ``jit``, also with a sharded batch.
       rngs: random number generators for the initializers.
@@ -61,7 +65,7 @@ class Norm(nnx.Module):
 
     def __init__(
         self,
-        estimator: Estimator,
+        estimator: Estimator | Callable[[jax.Array], Estimator],
         layer: nnx.Module | None = None,
         *,
         num_features: int | None = None,
@@ -73,6 +77,7 @@ class Norm(nnx.Module):
         use_scale: bool = True,
         bias_init: Callable[..., jax.Array] = nnx.initializers.zeros,
         scale_init: Callable[..., jax.Array] = nnx.initializers.ones,
+        mix_init: Callable[..., jax.Array] = nnx.initializers.ones,
         axis_name: AxisName = None,
         rngs: nnx.Rngs,
     ):
@@ -84,15 +89,16 @@ class Norm(nnx.Module):
         self.axis = axis
         self.dtype = dtype
         self.axis_name = axis_name
-        self.state = nnx.BatchStat(
-            estimator.init(features, params, spec.groups if spec else 1)
-        )
 
-        def param(use, init):
-            return nnx.Param(init(rngs.params(), (features,), param_dtype)) if use else None
+        def param(use, init, shape=(features,)):
+            return nnx.Param(init(rngs.params(), shape, param_dtype)) if use else None
 
         self.scale = nnx.data(param(use_scale, scale_init))
         self.bias = nnx.data(param(use_bias, bias_init))
+        self.mix = nnx.data(param(not isinstance(estimator, Estimator), mix_init, ()))
+        self.state = nnx.BatchStat(
+            self._estimator().init(features, params, spec.groups if spec else 1)
+        )
 
     def __call__(
         self,
@@ -116,13 +122,14 @@ class Norm(nnx.Module):
             running = flag_of(self.use_running_average, None)
         else:
             running = use_running_average
+        estimator = self._estimator()
         x, source = self._run_layer(inputs)
         x, mask, back = to_last(x, mask, self.axis)
         state = self.state.get_value()
         if running:
-            statistics = self.estimator.infer(state, x)
+            statistics = estimator.infer(state, x)
         else:
-            statistics, state = self.estimator.train(
+            statistics, state = estimator.train(
                 state, x, source, axis_name=self.axis_name, mask=mask
             )
             self.state.set_value(state)
@@ -134,11 +141,75 @@ class Norm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
+    def _estimator(self):
+        return estimator_of(self.estimator, lambda: _value(self.mix))
+
     def _run_layer(self, inputs):
         if self.layer is None:
             return inputs, None
         layer, params = _as_layer(self.layer)
         return run_layer(layer, params, inputs, axis_name=self.axis_name)
+
+
+def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
+    """A ``Norm`` that goes on where a trained ``nnx.BatchNorm`` stands.
+
+    Args:
+      module: the trained module; assign the result where it was.
+      estimator: ``batch_norm`` with the module's ε, also inside ``corrected_inference`` and
+        other wrappers.
+
+    Returns:
+      A ``Norm`` with the module's parameters, running statistics, mode and axes.
+
+    Raises:
+      ValueError: an estimator that does not start from running moments alone.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import cbn_jax
+      >>> from cbn_jax.nnx import from_batch_norm
+      >>> trained = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+      >>> estimator = cbn_jax.corrected_inference(cbn_jax.batch_norm(), batch_size=2)
+      >>> norm = from_batch_norm(trained, estimator)
+      >>> norm(jnp.ones((2, 4)), use_running_average=True).shape
+      (2, 4)
+    """
+    norm = Norm(
+        estimator,
+        num_features=module.num_features,
+        use_running_average=module.use_running_average,
+        axis=module.axis,
+        dtype=module.dtype,
+        use_bias=module.bias is not None,
+        use_scale=module.scale is not None,
+        axis_name=module.axis_name,
+        rngs=nnx.Rngs(0),
+    )
+    for mine, theirs in ((norm.scale, module.scale), (norm.bias, module.bias)):
+        if mine is not None:
+            mine.set_value(theirs.get_value())
+    moments = running_moments(module.mean.get_value(), module.var.get_value())
+    norm.state.set_value(_with_running(norm.state.get_value(), moments))
+    return norm
+
+
+def _with_running(state: Any, moments: RunningMoments) -> Any:
+    """The state with the moments in their place; everything else must be fresh."""
+    found = []
+
+    def put(node):
+        found.append(isinstance(node, RunningMoments))
+        return moments if found[-1] else node
+
+    state = jax.tree.map(put, state, is_leaf=lambda n: isinstance(n, RunningMoments))
+    if not any(found):
+        raise ValueError(
+            "from_batch_norm got an estimator without running moments, expected "
+            "batch_norm(...) or a wrapper around it."
+        )
+    return state
 
 
 def _as_layer(layer: nnx.Module) -> tuple[Layer, Any]:

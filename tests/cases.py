@@ -30,10 +30,27 @@ FACTORIES = {
     "replay_batch_norm": functools.partial(
         cbn.replay_batch_norm, window=3, samples=ALL, momentum=0.9
     ),
+    "diminishing_batch_norm": cbn.diminishing_batch_norm,
+    "diminishing_batch_norm-all_alike": functools.partial(
+        cbn.diminishing_batch_norm, cbn.diminishing(1.0)
+    ),
+    "group_batch_norm": functools.partial(
+        cbn.group_batch_norm, 0.7, num_groups=2, momentum=0.9
+    ),
+    "group_norm_plus": functools.partial(cbn.group_norm_plus, 0.7, num_groups=2),
+    "corrected_inference": lambda **kwargs: cbn.corrected_inference(
+        cbn.batch_norm(**kwargs), batch_size=8
+    ),
+    "fitted_inference": lambda **kwargs: cbn.fitted_inference(cbn.batch_norm(**kwargs)),
+    "adaptive_batch_norm": lambda **kwargs: cbn.adaptive_batch_norm(
+        cbn.batch_norm(**kwargs)
+    ),
     "small_batch_norm": functools.partial(cbn.small_batch_norm, batch_size=8),
 }
 
 SAMPLING = {"small_batch_norm"}  # looks at some positions of a batch only
+GROUPS = {"group_batch_norm", "group_norm_plus"}  # see every example by itself
+CORRECTED = {"corrected_inference", "fitted_inference"}  # do so in inference
 
 
 class Layer(NamedTuple):

@@ -23,7 +23,8 @@ FOUNDATION = {
     "_patches",
 }
 PRESETS = {"_small_batch"}  # a method with arguments filled in
-TOOLS = {"diagnostics"}
+WRAPPERS = {"_adaptive", "_corrected"}  # around any method
+TOOLS = {"assessment", "diagnostics", "landscape", "optax"}
 ADAPTERS = {"_adapter", "linen", "nnx"}
 METHODS = (
     {path.stem for path in PACKAGE.glob("*.py")}
@@ -31,6 +32,7 @@ METHODS = (
     - ADAPTERS
     - PRESETS
     - TOOLS
+    - WRAPPERS
     - {"__init__"}
 )
 
@@ -53,8 +55,15 @@ def packages(path):
 
 
 def test_methods_rest_on_the_foundation_alone():
-    assert {"_batch_norm", "_cross_iteration", "_replay", "_streaming"} == METHODS
-    for name in METHODS | FOUNDATION:
+    assert {
+        "_batch_norm",
+        "_cross_iteration",
+        "_diminishing",
+        "_group_batch",
+        "_replay",
+        "_streaming",
+    } == METHODS
+    for name in METHODS | WRAPPERS | FOUNDATION:
         assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION, name
     for name in PRESETS:
         assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION | METHODS, name

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How smooth training is with a method, and how it bears noise.
+
+The analysis of "Understanding and Improving Group Normalization", after "How Does Batch
+Normalization Help Optimization?": the same training at several learning rates, and at each
+step the band between the least and the greatest loss, and between the least and the
+greatest change of the gradient. Narrow and low is good. ::
+
+    bands = {
+        name: fan(step, lambda: train_state(estimator), batches, (1e-4, 2e-4, 5e-4))
+        for name, estimator in methods.items()
+    }
+    draw(bands, "landscape.png")
+
+``perturb`` puts noise behind the normalizers of any of these trainings.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._checks import check_activations, check_count, check_state_type
+from ._estimator import Estimator, State
+from ._moments import align
+from ._statistics import Statistics
+
+# Distinct in print, in the dark and for colour-blind readers (Okabe & Ito).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+
+
+class PerturbState(NamedTuple):
+    """State of ``perturb``.
+
+    Attributes:
+      state: that of the estimator inside.
+      steps: scalar, the number of batches seen.
+    """
+
+    state: State
+    steps: jax.Array
+
+
+class Bands(NamedTuple):
+    """One training at several learning rates.
+
+    Attributes:
+      loss: ``[rates, steps]``.
+      gradient_change: ``[rates, steps − 1]``, norms of the differences between the
+        gradients of successive steps.
+    """
+
+    loss: np.ndarray
+    gradient_change: np.ndarray
+
+
+def perturb(
+    estimator: Estimator,
+    *,
+    mean: float = 0.5,
+    std: float = 1.25,
+    num_groups: int = 32,
+    seed: int = 0,
+) -> Estimator:
+    """Adds noise to what is normalized in training: one draw per example and group.
+
+    The noise, normal with this mean and deviation, is added after normalizing and before
+    the learned scale and bias. It changes from step to step and differs between layers.
+    Inference is that of the estimator.
+
+    Args:
+      estimator: any method.
+      mean: of the noise.
+      std: of the noise, not negative.
+      num_groups: groups of neighboring features that share a draw, a divisor of their
+        number.
+      seed: decides the draws.
+
+    Returns:
+      An Estimator whose state is a ``PerturbState``.
+
+    Raises:
+      ValueError: a negative ``std``; features that are no multiple of ``num_groups``; and
+        what the estimator raises.
+      TypeError: the state is another method's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> from cbn_jax.landscape import perturb
+      >>> estimator = perturb(cbn.batch_norm(), mean=2.0, std=0.0, num_groups=1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> statistics, state = estimator.train(estimator.init(features=1), x)
+      >>> cbn.normalize(x, statistics).round(2)
+      Array([[1.],
+             [3.]], dtype=float32)
+
+    Differs from the authors' code, which adds the noise after scale and bias.
+    """
+    check_count("num_groups", num_groups, 1)
+    if not std >= 0:
+        raise ValueError(f"std is {std!r}, expected a deviation from 0 on.")
+
+    def init(features, params=None, groups=1):
+        if features % num_groups:
+            raise ValueError(
+                f"perturb got {features} features and num_groups={num_groups}, expected a "
+                f"divisor of {features}; write num_groups=..."
+            )
+        return PerturbState(
+            estimator.init(features, params, groups), jnp.zeros((), jnp.float32)
+        )
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        check_activations("perturb", x)
+        check_state_type("perturb", state, PerturbState)
+        state = lax.stop_gradient(state)
+        statistics, inside = estimator.train(
+            state.state, x, source, axis_name=axis_name, mask=mask
+        )
+        key = _key(seed, state.steps, statistics, axis_name)
+        noise = mean + std * jax.random.normal(key, (len(x), num_groups))
+        noise = jnp.repeat(noise, x.shape[-1] // num_groups, axis=-1)
+        noise = jnp.expand_dims(noise, range(1, x.ndim - 1)).astype(statistics.mean.dtype)
+        location, inv_std = (align(value, x) for value in statistics)
+        return (
+            Statistics(location - noise / inv_std, jnp.broadcast_to(inv_std, noise.shape)),
+            PerturbState(inside, state.steps + 1.0),
+        )
+
+    def infer(state, x):
+        check_state_type("perturb", state, PerturbState)
+        return estimator.infer(state.state, x)
+
+    return Estimator(init, train, infer, estimator.traits | {"per_example"})
+
+
+def fan(
+    step: Callable[[Any, Any, float], tuple[Any, jax.Array, Any]],
+    make_state: Callable[[], Any],
+    batches: Iterable[Any],
+    learning_rates: Sequence[float],
+) -> Bands:
+    """Trains once at each learning rate, from the same start and on the same batches.
+
+    Args:
+      step: ``(state, batch, learning_rate) -> (state, loss, gradient)``, jitted; the
+        gradient, a pytree, is that whose changes are to be seen, such as the last dense
+        layer's kernel.
+      make_state: makes the start anew, so that ``step`` may donate it.
+      batches: what ``step`` takes; iterated once, so that all rates see the same.
+      learning_rates: at least one.
+
+    Returns:
+      ``Bands``.
+
+    Raises:
+      ValueError: no learning rates, no batches.
+
+    Example:
+      >>> import jax
+      >>> from cbn_jax.landscape import fan
+      >>> @jax.jit
+      ... def step(w, batch, rate):  # of the loss w²
+      ...     return w - rate * 2 * w, w**2, 2 * w
+      >>> fan(step, lambda: 1.0, range(3), (0.5, 1.0)).loss
+      array([[1., 0., 0.],
+             [1., 1., 1.]])
+    """
+    states: list[Any] = [make_state() for _ in learning_rates]
+    before: list[Any] = [None for _ in learning_rates]
+    losses, changes = [], []
+    for batch in batches:
+        row, change = [], []
+        for i, rate in enumerate(learning_rates):
+            states[i], loss, gradient = step(states[i], batch, rate)
+            row.append(loss)
+            if before[i] is not None:
+                change.append(_distance(gradient, before[i]))
+            before[i] = gradient
+        losses.append(row)
+        changes.append(change)
+    if not losses or not states:
+        raise ValueError("fan got no learning rates or no batches, expected some of both.")
+    losses, changes = jax.device_get((losses, changes[1:]))
+    shape = len(changes), len(states)
+    return Bands(
+        np.array(losses, np.float64).T, np.array(changes, np.float64).reshape(shape).T
+    )
+
+
+def draw(
+    bands: Mapping[str, Bands],
+    path: str | Path | None = None,
+    *,
+    smooth: int = 1,
+) -> Any:
+    """Draws the bands over the rates: a column per method, losses above, gradients below.
+
+    Args:
+      bands: by the name of the method, from ``fan``; at least one.
+      path: where to write the figure; None for nowhere.
+      smooth: steps over which every curve is averaged before the band is taken; small
+        batches have noisy losses.
+
+    Returns:
+      The matplotlib figure, which a notebook shows.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is not installed.
+      ValueError: no bands.
+
+    Example:
+      >>> import numpy as np
+      >>> from cbn_jax.landscape import Bands, draw
+      >>> figure = draw({"batch norm": Bands(np.ones((2, 5)), np.ones((2, 4)))})
+      >>> [axes.get_title() for axes in figure.axes]
+      ['batch norm', '']
+    """
+    check_count("smooth", smooth, 1)
+    if not bands:
+        raise ValueError("draw got no bands, expected {name: fan(...), ...}.")
+    try:
+        import matplotlib.figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "cbn_jax.landscape.draw needs matplotlib; install it with: "
+            "pip install matplotlib"
+        ) from error
+    figure = matplotlib.figure.Figure(
+        figsize=(1.2 + 2.4 * len(bands), 4.8), layout="constrained", dpi=150
+    )
+    grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
+    for column, (name, band) in enumerate(bands.items()):
+        for axis, curves in zip(grid[:, column], band, strict=True):
+            _band(axis, curves, smooth, COLOURS[column % len(COLOURS)])
+        grid[0][column].set_title(name, fontsize=10)
+        grid[1][column].set_xlabel("training step")
+    grid[0][0].set_ylabel("loss")
+    grid[1][0].set_ylabel("change of the gradient")
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def _key(seed: int, steps: jax.Array, statistics: Statistics, axis_name: Any) -> jax.Array:
+    """A key that differs between steps, layers and devices.
+
+    A layer knows itself by its statistics alone, whose bits serve as its number.
+    """
+    bits = lax.bitcast_convert_type(statistics.mean.sum().astype(jnp.float32), jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(seed), steps.astype(jnp.uint32))
+    key = jax.random.fold_in(key, bits)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+    return key
+
+
+@jax.jit
+def _distance(gradient: Any, before: Any) -> jax.Array:
+    squares = jax.tree.map(lambda a, b: jnp.square(a - b).sum(), gradient, before)
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
+def _band(axis: Any, curves: np.ndarray, smooth: int, colour: str) -> None:
+    kernel = np.ones(smooth) / smooth
+    curves = np.stack([np.convolve(curve, kernel, mode="valid") for curve in curves])
+    steps = np.arange(curves.shape[1]) + smooth
+    low, high = curves.min(axis=0), curves.max(axis=0)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.3, lw=0)
+    axis.plot(steps, np.median(curves, axis=0), color=colour, lw=1)
+    axis.grid(alpha=0.25, linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
