@@ -96,7 +96,9 @@ def _trainers(network: str, size: int, names: Sequence[str]) -> dict:
     for name in names:
         norm = methods.parse(name, size).norm(steps=1000)
         model = networks.NETWORKS[network](norm=norm, classes=10)
-        trainers[name] = training.make_trainer(model, SHAPES[network], 0.01, 1000)
+        trainers[name] = training.make_trainer(
+            model, SHAPES[network], training.OPTIMIZERS["sgd"](0.01, 1000)
+        )
     return trainers
 
 

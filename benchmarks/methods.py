@@ -2,7 +2,7 @@
 """The normalizers that are compared, by name."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,16 +16,29 @@ with needed_for("benchmarks"):
     from cbn_jax.linen import Norm
 
 from .networks import NormFn
+from .training import OPTIMIZERS
 
 MOMENTUM = 0.99
+GROUPS = 8  # of group norm, as the networks are narrow
+
+
+# Weights of the current batch in diminishing batch norm, as in the paper's table.
+ALPHAS = {
+    **{f"{alpha:g}": alpha for alpha in (1.0, 0.75, 0.5, 0.25, 0.1, 0.01, 0.001, 0.0)},
+    "1/m": cbn_jax.diminishing(1.0),
+    "1/m²": cbn_jax.diminishing(2.0),
+    # Not in the paper: without the share of the start, (0, 1).
+    "0.001 debiased": cbn_jax.exponential(0.999),
+}
 
 
 class Method(NamedTuple):
-    """A normalizer at a batch size, such as ``batch_norm@32``."""
+    """A normalizer at a batch size, such as ``batch_norm@32`` or ``batch_norm+adam``."""
 
     label: str
     name: str
     batch_size: int
+    optimizer: str = "sgd"
 
     def __str__(self) -> str:
         return self.label
@@ -35,21 +48,23 @@ class Method(NamedTuple):
         return METHODS[self.name](self.batch_size, steps)
 
 
-def _estimator(estimator: cbn_jax.Estimator) -> NormFn:
-    def norm(layer: nn.Module, train: bool) -> nn.Module:
+def estimated(estimator: Any) -> NormFn:
+    """The module factory of an estimator, or of a function of a learned weight."""
+
+    def norm(layer: nn.Module | None, train: bool) -> nn.Module:
         return Norm(estimator, layer=layer, use_running_average=not train)
 
     return norm
 
 
 class _GroupNorm(nn.Module):
-    """Flax's group norm behind a layer; 8 groups, as the networks are narrow."""
+    """Flax's group norm behind a layer."""
 
     layer: nn.Module
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        return nn.GroupNorm(num_groups=8)(self.layer(z))
+        return nn.GroupNorm(num_groups=GROUPS)(self.layer(z))
 
 
 def _group_norm(layer: nn.Module, train: bool) -> nn.Module:
@@ -63,19 +78,32 @@ def _window(batch_size: int) -> int:
 
 
 def _cross_iteration(**options) -> NormFn:
-    return _estimator(cbn_jax.cross_iteration_batch_norm(8, momentum=MOMENTUM, **options))
+    return estimated(cbn_jax.cross_iteration_batch_norm(8, momentum=MOMENTUM, **options))
 
 
 def _streaming(samples: int | None) -> Callable[[int, int], NormFn]:
-    return lambda batch_size, steps: _estimator(
+    return lambda batch_size, steps: estimated(
         cbn_jax.streaming_batch_norm(
             _window(batch_size), samples=samples, momentum=MOMENTUM
         )
     )
 
 
+def _diminishing(alpha: Any) -> Callable[[int, int], NormFn]:
+    return lambda size, steps: estimated(cbn_jax.diminishing_batch_norm(alpha))
+
+
+def _group_batch(order: Any) -> Callable[[int, int], NormFn]:
+    def make(mix):
+        return cbn_jax.group_batch_norm(
+            mix, num_groups=GROUPS, order=order, momentum=MOMENTUM
+        )
+
+    return lambda size, steps: estimated(make)
+
+
 def _replay(samples: int) -> Callable[[int, int], NormFn]:
-    return lambda batch_size, steps: _estimator(
+    return lambda batch_size, steps: estimated(
         cbn_jax.replay_batch_norm(
             _window(batch_size), samples=max(samples, batch_size), momentum=MOMENTUM
         )
@@ -84,9 +112,9 @@ def _replay(samples: int) -> Callable[[int, int], NormFn]:
 
 # Each takes the batch size and the number of steps of the run.
 METHODS: dict[str, Callable[[int, int], NormFn]] = {
-    "batch_norm": lambda size, steps: _estimator(cbn_jax.batch_norm(MOMENTUM)),
+    "batch_norm": lambda size, steps: estimated(cbn_jax.batch_norm(MOMENTUM)),
     "group_norm": lambda size, steps: _group_norm,
-    "small_batch": lambda size, steps: _estimator(
+    "small_batch": lambda size, steps: estimated(
         cbn_jax.small_batch_norm(size, momentum=MOMENTUM)
     ),
     # As published: window 8, gradients through the current batch.
@@ -99,6 +127,13 @@ METHODS: dict[str, Callable[[int, int], NormFn]] = {
         gradient="window", running="window"
     ),
     "naive": lambda size, steps: _cross_iteration(rho=0.0, running="window"),
+    **{f"diminishing_{name}": _diminishing(alpha) for name, alpha in ALPHAS.items()},
+    "group_batch": _group_batch("group_first"),
+    "group_batch_first": _group_batch("batch_first"),
+    "group_batch_parallel": _group_batch("parallel"),
+    "group_plus": lambda size, steps: estimated(
+        lambda mix: cbn_jax.group_norm_plus(mix, num_groups=GROUPS)
+    ),
     "streaming_all": _streaming(None),
     **{f"streaming_{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
     **{f"replay_{n}": _replay(n) for n in (4, 8, 16, 32)},
@@ -111,11 +146,15 @@ def _averaged(batch_size: int) -> str:
 
 
 def parse(text: str, batch_size: int) -> Method:
-    """``name`` or ``name@batch_size``."""
-    name, _, size = text.partition("@")
-    if name not in METHODS or not (size or "1").isdigit() or size == "0":
+    """``name``, also ``name+optimizer``, ``name@batch_size`` or both in this order."""
+    rest, _, size = text.partition("@")
+    name, _, optimizer = rest.partition("+")
+    optimizer = optimizer or "sgd"
+    known = name in METHODS and optimizer in OPTIMIZERS
+    if not known or not (size or "1").isdigit() or size == "0":
         raise ValueError(
-            f"method {text!r} is unknown; known are {', '.join(METHODS)}, each also with a "
-            "batch size of its own, as in batch_norm@32."
+            f"method {text!r} is unknown; known are {', '.join(METHODS)}, each also with "
+            f"an optimizer ({', '.join(OPTIMIZERS)}) and a batch size of its own, as in "
+            "batch_norm+adam@32."
         )
-    return Method(text, name, int(size) if size else batch_size)
+    return Method(text, name, int(size) if size else batch_size, optimizer)

@@ -19,19 +19,24 @@ NormFn = Callable[..., nn.Module]
 
 
 class MLP(nn.Module):
-    """Three normalized dense layers."""
+    """Normalized dense layers of one width."""
 
     norm: NormFn
     classes: int
     width: int = 128
+    depth: int = 3
+    normalize_last: bool = False  # after the activation; for methods without a source
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Logits ``[N, classes]``."""
         z = images.reshape(len(images), -1)
-        for _ in range(3):
-            layer = nn.Dense(self.width, use_bias=False)
-            z = nn.relu(self.norm(layer=layer, train=train)(z))
+        for _ in range(self.depth):
+            layer = nn.Dense(self.width, use_bias=self.normalize_last)
+            if self.normalize_last:
+                z = self.norm(layer=None, train=train)(nn.relu(layer(z)))
+            else:
+                z = nn.relu(self.norm(layer=layer, train=train)(z))
         return nn.Dense(self.classes)(z)
 
 
@@ -65,5 +70,10 @@ class ResidualCNN(nn.Module):
 NETWORKS = {
     "mlp": MLP,
     "cnn": ResidualCNN,
+    "mlp300": functools.partial(MLP, width=300, depth=2),
+    "mlp300_normalized_last": functools.partial(
+        MLP, width=300, depth=2, normalize_last=True
+    ),
+    "deep": functools.partial(ResidualCNN, width=16, stages=4, blocks=2),
     "resnet18": functools.partial(ResidualCNN, width=64, stages=4, blocks=2),
 }

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._optional import needed_for
 
@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
     network: str
     method: methods.Method
-    learning_rate: float  # peak, at batch size 32; scaled in proportion to the batch size
+    learning_rate: float  # peak; for SGD that at batch size 32
     epochs: int
     seed: int
     reports: int = 20
@@ -43,8 +43,15 @@ class Run(NamedTuple):
         model = networks.NETWORKS[self.network](
             norm=self.method.norm(steps), classes=dataset.classes
         )
-        rate = self.learning_rate * self.method.batch_size / 32
-        return training.make_trainer(model, dataset.train_images.shape[1:], rate, steps)
+        optimizer = training.OPTIMIZERS[self.method.optimizer](self.rate, steps)
+        return training.make_trainer(model, dataset.train_images.shape[1:], optimizer)
+
+    @property
+    def rate(self) -> float:
+        """The peak rate; that of SGD grows in proportion to the batch size."""
+        if not self.method.optimizer.startswith("sgd"):
+            return self.learning_rate
+        return self.learning_rate * self.method.batch_size / 32
 
 
 def curve(
@@ -60,25 +67,44 @@ def curve(
         "method": run.method._asdict(),
         "dataset": dataset.name,
         "examples": [len(dataset.train_labels), len(dataset.test_labels)],
+    }
+
+    def points() -> list[dict]:
+        found, done = [], 0
+        for point in _points(run, trainer, dataset):
+            found.append(point._asdict())
+            advance(
+                point.step - done,
+                f"{run.network} {run.method} rate {run.learning_rate:g} seed {run.seed}: "
+                f"loss {point.loss:.3f}, accuracy {100 * point.accuracy:.1f} %",
+            )
+            done = point.step
+        return found
+
+    name = f"{run.network}-{run.method}-{run.seed}".replace("/", "_")
+    return kept(folder / name, identity, points, lambda: advance(run.steps(dataset), ""))
+
+
+def kept(
+    path: Path, identity: dict, make: Callable[[], Any], skip: Callable[[], None]
+) -> Any:
+    """What ``make`` gives, from its file if an earlier call with this code wrote it.
+
+    ``path`` lacks the ending; ``skip`` is called where nothing had to be made.
+    """
+    identity = {
+        **identity,
         "versions": report.environment(),
         "source": report.source_digest(),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = folder / f"{run.network}-{run.method}-{run.seed}-{digest[:8]}.json"
+    path = path.with_name(f"{path.name}-{digest[:8]}.json")
     if path.exists():
-        advance(run.steps(dataset), "")
-        return json.loads(path.read_text())["curve"]
-    points, done = [], 0
-    for point in _points(run, trainer, dataset):
-        points.append(point._asdict())
-        advance(
-            point.step - done,
-            f"{run.network} {run.method} rate {run.learning_rate:g} seed {run.seed}: "
-            f"loss {point.loss:.3f}, accuracy {100 * point.accuracy:.1f} %",
-        )
-        done = point.step
-    report.write_json(path, {"identity": identity, "curve": points})
-    return points
+        skip()
+        return json.loads(path.read_text())["found"]
+    found = make()
+    report.write_json(path, {"identity": identity, "found": found})
+    return found
 
 
 def _points(run, trainer, dataset) -> Iterator[training.Progress]:

@@ -158,7 +158,9 @@ def make_pair(
     steps = training.count_steps(dataset, config.batch_size, config.epochs)
     rate = rate * config.batch_size / 32
     shape = dataset.train_images.shape[1:]
-    return training.make_trainer(watched, shape, rate, steps), measure
+    return training.make_trainer(
+        watched, shape, training.OPTIMIZERS["sgd"](rate, steps)
+    ), measure
 
 
 def _columns(records: list, names: list[str]) -> dict:

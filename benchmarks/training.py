@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training loop for every benchmark: a jitted step called from Python."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,11 @@ with needed_for("benchmarks"):
     import optax
     from flax import linen as nn
 
+    from cbn_jax.optax import centralize
+
 from .data import Dataset
+
+Optimizer = Callable[[float, int], optax.GradientTransformation]
 
 
 class TrainState(NamedTuple):
@@ -41,12 +45,34 @@ class Trainer(NamedTuple):
     evaluate: Callable[[TrainState, jax.Array, jax.Array], jax.Array]
 
 
+def _sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """With momentum 0.9 and a cosine schedule."""
+    return optax.sgd(optax.cosine_decay_schedule(learning_rate, steps), momentum=0.9)
+
+
+def _adam(*after_scaling: optax.GradientTransformation) -> Optimizer:
+    def make(learning_rate, steps):
+        schedule = optax.cosine_decay_schedule(learning_rate, steps)
+        scale = optax.scale_by_learning_rate(schedule)
+        return optax.chain(optax.scale_by_adam(), *after_scaling, scale)
+
+    return make
+
+
+# Peak learning rate and number of steps -> optimizer.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": _sgd,
+    "sgd_centralized": lambda rate, steps: optax.chain(centralize(), _sgd(rate, steps)),
+    "adam": _adam(),
+    "adam_centralized": _adam(centralize()),
+    "adagrad": lambda rate, steps: optax.adagrad(rate),
+}
+
+
 def make_trainer(
-    model: nn.Module, image_shape: tuple[int, ...], learning_rate: float, steps: int
+    model: nn.Module, image_shape: tuple[int, ...], optimizer: optax.GradientTransformation
 ) -> Trainer:
-    """SGD with momentum 0.9 and a cosine schedule."""
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    optimizer = optax.sgd(schedule, momentum=0.9)
+    """The pure functions that train a model."""
 
     def init(key: jax.Array) -> TrainState:
         variables = model.init(key, jnp.ones((2, *image_shape)), train=False)
@@ -99,6 +125,17 @@ def count_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
     return steps
 
 
+def train(
+    trainer: Trainer, dataset: Dataset, rows: Iterable[np.ndarray], seed: int
+) -> Iterator[tuple[TrainState, jax.Array]]:
+    """State and loss after each step; a state is good until the next."""
+    arrays = jax.device_put((dataset.train_images, dataset.train_labels))
+    state = trainer.init(jax.random.key(seed))
+    for chosen in rows:
+        state, loss = trainer.step(state, *arrays, chosen)
+        yield state, loss
+
+
 def run(
     trainer: Trainer,
     dataset: Dataset,
@@ -111,12 +148,9 @@ def run(
     """Trains, and reports at evenly spaced steps, the last one included."""
     steps = count_steps(dataset, batch_size, epochs)
     marks = set(np.linspace(0, steps, reports + 1).round().astype(int)[1:].tolist())
-    train = jax.device_put((dataset.train_images, dataset.train_labels))
     test = jax.device_put((dataset.test_images, dataset.test_labels))
-    state, losses = trainer.init(jax.random.key(seed)), []
-    rows = batches(len(dataset.train_labels), batch_size, epochs, seed)
-    for step, chosen in enumerate(rows, start=1):
-        state, loss = trainer.step(state, *train, chosen)
+    rows, losses = batches(len(dataset.train_labels), batch_size, epochs, seed), []
+    for step, (state, loss) in enumerate(train(trainer, dataset, rows, seed), start=1):
         losses.append(loss)
         if step in marks:
             accuracy = trainer.evaluate(state, *test)

@@ -188,7 +188,7 @@ def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
         rngs=nnx.Rngs(0),
     )
     for mine, theirs in ((norm.scale, module.scale), (norm.bias, module.bias)):
-        if mine is not None:
+        if mine is not None and theirs is not None:
             mine.set_value(theirs.get_value())
     moments = running_moments(module.mean.get_value(), module.var.get_value())
     norm.state.set_value(_with_running(norm.state.get_value(), moments))

@@ -48,9 +48,35 @@ FACTORIES = {
     "small_batch_norm": functools.partial(cbn.small_batch_norm, batch_size=8),
 }
 
+# Some of the products that make sense; wrappers hand on what the method inside is given.
+FACTORIES |= {
+    "corrected_inference-cross_iteration": lambda **kwargs: cbn.corrected_inference(
+        cbn.cross_iteration_batch_norm(window=3, running="window", **kwargs), batch_size=24
+    ),
+    "corrected_inference-diminishing_batch_norm": lambda **kwargs: cbn.corrected_inference(
+        cbn.diminishing_batch_norm(cbn.diminishing(1.0), **kwargs), batch_size=8
+    ),
+    "fitted_inference-replay": lambda **kwargs: cbn.fitted_inference(
+        cbn.replay_batch_norm(window=3, samples=ALL, **kwargs)
+    ),
+    "adaptive_batch_norm-corrected-streaming": lambda **kwargs: cbn.adaptive_batch_norm(
+        cbn.corrected_inference(
+            cbn.streaming_batch_norm(window=3, samples=None, **kwargs), batch_size=24
+        )
+    ),
+    "adaptive_batch_norm-group": lambda **kwargs: cbn.adaptive_batch_norm(
+        cbn.group_batch_norm(0.7, num_groups=2, **kwargs)
+    ),
+    "cross_iteration_batch_norm-diminishing_average": functools.partial(
+        cbn.cross_iteration_batch_norm, window=3, momentum=cbn.diminishing(1.0)
+    ),
+}
+
 SAMPLING = {"small_batch_norm"}  # looks at some positions of a batch only
-GROUPS = {"group_batch_norm", "group_norm_plus"}  # see every example by itself
-CORRECTED = {"corrected_inference", "fitted_inference"}  # do so in inference
+# See every example by itself.
+GROUPS = {"group_batch_norm", "group_norm_plus", "adaptive_batch_norm-group"}
+# Do so in inference.
+CORRECTED = {name for name in FACTORIES if "corrected" in name or "fitted" in name}
 
 
 class Layer(NamedTuple):

@@ -166,3 +166,149 @@ class Replay:
         self.seen = [*self.seen, np.float64(patches)][-self.window :]
         x = np.concatenate(self.seen) @ np.float64(kernel) + np.float64(bias)
         return x.mean(0), x.var(0)
+
+
+class Diminishing:
+    """Ma & Klabjan, algorithm 1, on mini-batches: the average λ = (μ, σ), from (0, 1).
+
+    ``alpha(m)`` is the weight of batch m = 1, 2, …; ``step(x)`` returns the λ by which the
+    layer normalizes, the one before or the one after this batch.
+    """
+
+    def __init__(self, alpha, order="blend"):
+        self.alpha, self.order = alpha, order
+        self.m, self.mu, self.sigma = 0, 0.0, 1.0
+
+    def step(self, x):
+        x = np.float64(x).reshape(-1, np.shape(x)[-1])
+        before = self.mu + np.zeros(x.shape[1]), self.sigma + np.zeros(x.shape[1])
+        self.m += 1
+        alpha, mu = self.alpha(self.m), x.mean(0)
+        sigma = np.sqrt(np.mean((x - mu) ** 2, axis=0))
+        self.mu = alpha * mu + (1 - alpha) * before[0]
+        self.sigma = alpha * sigma + (1 - alpha) * before[1]
+        return before if self.order == "lagged" else (self.mu, self.sigma)
+
+    def normalize(self, x, epsilon=1e-5):
+        mu, sigma = self.step(x)
+        return (np.float64(x) - mu) / (sigma + epsilon)
+
+
+def by_groups(x, num_groups):
+    """``[N, positions, G, C/G]``."""
+    return x.reshape(len(x), -1, num_groups, x.shape[-1] // num_groups)
+
+
+def group_and_batch(x, mix, order, group, batch):
+    """Gunawan et al.: two normalizers, one after the other or side by side, and a mix."""
+    if order == "group_first":
+        grouped = group(x)
+        return mix * grouped + (1 - mix) * batch(grouped)
+    if order == "batch_first":
+        batched = batch(x)
+        return mix * group(batched) + (1 - mix) * batched
+    return mix * group(x) + (1 - mix) * batch(x)
+
+
+class GroupBatch:
+    """``group_batch_norm``, on arrays; NaN stands where nothing counts."""
+
+    def __init__(self, num_groups, order, momentum=0.99, epsilon=1e-5):
+        self.num_groups, self.order = num_groups, order
+        self.momentum, self.epsilon = momentum, epsilon
+        self.seen = []
+
+    def train(self, x, mix):
+        def batch(x):
+            axes = tuple(range(x.ndim - 1))
+            mean, var = np.nanmean(x, axes), np.nanvar(x, axes)
+            self.seen.append((mean, var))
+            return (x - mean) / np.sqrt(var + self.epsilon)
+
+        return group_and_batch(np.float64(x), mix, self.order, self.group, batch)
+
+    def infer(self, x, mix):
+        def batch(x):
+            weights = exponential_weights(len(self.seen), self.momentum)
+            mean, var = np.tensordot(weights, self.seen, 1)
+            return (x - mean) / np.sqrt(var + self.epsilon)
+
+        return group_and_batch(np.float64(x), mix, self.order, self.group, batch)
+
+    def group(self, x):
+        each = by_groups(np.float64(x), self.num_groups)
+        mean = np.nanmean(each, (1, 3), keepdims=True)
+        var = np.nanvar(each, (1, 3), keepdims=True)
+        return ((each - mean) / np.sqrt(var + self.epsilon)).reshape(x.shape)
+
+
+def group_norm_plus(x, mix, num_groups, order, epsilon=1e-5):
+    """The layer as published: by n − 1, ε outside the root, B over the examples alone."""
+
+    def group(x):
+        each = by_groups(x, num_groups)
+        mean = np.nanmean(each, (1, 3), keepdims=True)
+        std = np.nanstd(each, (1, 3), ddof=1, keepdims=True)
+        return ((each - mean) / (std + epsilon)).reshape(x.shape)
+
+    def batch(x):
+        return (x - np.nanmean(x, 0)) / (np.nanstd(x, 0, ddof=1) + epsilon)
+
+    return group_and_batch(np.float64(x), mix, order, group, batch)
+
+
+def corrected_moments(mean, var, x, batch_size):
+    """Mean and variance of an example's training statistics, ``[N, C]``, from its own."""
+    x = np.float64(x).reshape(len(x), -1, x.shape[-1])
+    own, m = x.mean(1), batch_size
+    between = (m - 1) / m**2 * (own - mean) ** 2
+    return mean + (own - mean) / m, (1 - 1 / m) * var + x.var(1) / m + between
+
+
+def conditional_moments(population, batch_size):
+    """The same by counting: all batches with replacement, ``population`` [K, P, C].
+
+    Returns (mean, variance) of a batch averaged over all batches that contain example i at
+    a given place, ``[K, C]`` each.
+    """
+    population = np.float64(population)
+    K = len(population)
+    others = np.array(list(itertools.product(range(K), repeat=batch_size - 1)), int)
+    means, variances = [], []
+    for i in range(K):
+        batches = population[np.c_[np.full(len(others), i), others]]  # [B, m, P, C]
+        means.append(batches.mean((1, 2)).mean(0))
+        variances.append(batches.var((1, 2)).mean(0))
+    return np.array(means), np.array(variances)
+
+
+def regression(batches, mean, var, epsilon=1e-5):
+    """Least squares of training statistics on the moments of each example, per feature.
+
+    Batches ``[N, ..., C]`` of one size. Returns the slope ``[C]``, clipped to [0, 1], and
+    three coefficients ``[3, C]``, clipped at 0, in units of the running variance + ε.
+    """
+    rows, targets, slopes = [], [], []
+    for x in batches:
+        x = np.float64(x).reshape(len(x), -1, x.shape[-1])
+        scale = var + epsilon
+        d, t = x.mean(1) - mean, x.mean((0, 1)) - mean
+        ratio = (x.var((0, 1)) + epsilon) / scale
+        rows.append(np.stack([np.ones_like(d), x.var(1) / scale, d**2 / scale], axis=1))
+        targets.append(np.broadcast_to(ratio, d.shape))
+        slopes.append(((d * t).sum(0), (d * d).sum(0)))
+    rows, targets = np.concatenate(rows), np.concatenate(targets)
+    product, square = np.sum(slopes, axis=0)
+    coefficients = [
+        np.linalg.lstsq(rows[..., c], targets[:, c], rcond=None)[0]
+        for c in range(rows.shape[-1])
+    ]
+    return np.clip(product / square, 0, 1), np.maximum(coefficients, 0).T
+
+
+def heterogeneity(x, measure):
+    """Spread of a batch, by its three measures."""
+    x = np.float64(x)
+    if measure == "entries":
+        return x.std()
+    return x.std(tuple(range(x.ndim - 1)) if measure == "channels" else 0).mean()

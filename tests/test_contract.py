@@ -359,7 +359,7 @@ def test_bad_state(name, key):
 @estimators
 def test_bad_options(name, bad):
     factory = FACTORIES[name]
-    if name not in {"group_norm_plus"} and not name.startswith("diminishing"):
+    if name != "group_norm_plus" and "diminishing_batch_norm" not in name:
         with pytest.raises(ValueError, match=r"momentum is .*decay in \[0, 1\)"):
             factory(momentum=bad)
     with pytest.raises(ValueError, match=r"epsilon is .*above 0"):

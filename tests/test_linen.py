@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import serialization
 
 import cbn_jax as cbn
-from cbn_jax.linen import Norm
+from cbn_jax.linen import Norm, from_batch_norm
 
 estimators = pytest.mark.parametrize("name", FACTORIES)
 CBN = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
@@ -353,3 +353,172 @@ def test_other_layers_say_what_to_write(layer, key):
     module = Norm(CBN, layer, use_running_average=False)
     y, _ = module.apply(module.init(key, z), z, mutable=["batch_stats"])
     assert np.isfinite(y).all()
+
+
+# A learned weight.
+
+
+def mixed(mix):
+    return cbn.group_batch_norm(mix, num_groups=2, momentum=0.9)
+
+
+def gated(mix):
+    return cbn.adaptive_batch_norm(mixed(mix))
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_function_of_a_weight_gets_the_sigmoid_of_a_parameter(running, key):
+    x = images(key)
+    module = Norm(mixed, use_running_average=running, mix_init=nn.initializers.zeros)
+    variables = module.init(key, x)
+    assert variables["params"]["mix"].shape == ()
+    assert variables["params"]["mix"] == 0.0
+    params = {**variables["params"], "mix": jnp.float32(-0.4)}
+    state = cbn.running_moments(jnp.array([1.0, -1.0]), jnp.array([0.5, 2.0]))
+    variables = {"params": params, "batch_stats": {"state": state}}
+    y, _ = module.apply(variables, x, mutable=["batch_stats"])
+    estimator = mixed(jax.nn.sigmoid(-0.4))
+    statistics = estimator.infer(state, x) if running else estimator.train(state, x)[0]
+    assert_close(y, cbn.normalize(x, statistics))
+
+
+def test_the_weight_starts_as_published(key):
+    params = Norm(mixed).init(key, images(key), use_running_average=False)["params"]
+    assert set(params) == {"bias", "mix", "scale"}
+    assert jax.nn.sigmoid(params["mix"]) == pytest.approx(0.731, abs=1e-3)
+    half = Norm(mixed, use_running_average=False, param_dtype=jnp.bfloat16)
+    variables = half.init(key, images(key))
+    assert variables["params"]["mix"].dtype == jnp.bfloat16
+    half.apply(variables, images(key), mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("factory", [mixed, gated])
+def test_the_weight_is_trained(factory, key):
+    """Also inside a wrapper, without a second trace."""
+    model, optimizer = Net(functools.partial(Norm, factory)), optax.sgd(0.1)
+    z, labels, traces = images(key), jnp.arange(4) % 3, []
+    variables = model.init(key, z, train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    opt_state, start = optimizer.init(params), params
+
+    @jax.jit
+    def step(params, stats, opt_state):
+        traces.append(None)
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": stats}
+            y, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(y, labels)
+            return loss.mean(), updates["batch_stats"]
+
+        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), stats, opt_state, loss
+
+    losses = []
+    for _ in range(20):
+        params, stats, opt_state, loss = step(params, stats, opt_state)
+        losses.append(loss)
+    assert len(traces) == 1
+    assert losses[-1] < 0.8 * losses[0]
+    for name in ("Norm_0", "Norm_1"):
+        assert abs(params[name]["mix"] - start[name]["mix"]) > 1e-4
+
+
+# Models trained with Flax.
+
+
+class Block(nn.Module):
+    norm: functools.partial
+
+    @nn.compact
+    def __call__(self, z, train):
+        z = nn.Conv(4, (3, 3))(z)
+        return nn.relu(self.norm(use_running_average=not train)(z))
+
+
+class Tower(nn.Module):
+    """Names by Flax and by hand, on two levels."""
+
+    norm: functools.partial
+
+    @nn.compact
+    def __call__(self, z, train):
+        running = not train
+        z = self.norm(use_running_average=running)(z)
+        z = Block(self.norm)(z, train)
+        z = self.norm(use_running_average=running, name="my_BatchNorm_0")(z)
+        return self.norm(use_running_average=running, use_bias=False)(z)
+
+
+def towers(estimator):
+    theirs = functools.partial(
+        nn.BatchNorm, momentum=0.9, epsilon=1e-3, use_fast_variance=False
+    )
+    return Tower(theirs), Tower(functools.partial(Norm, estimator))
+
+
+@functools.cache
+def trained_tower():
+    """Variables of a model with ``nn.BatchNorm`` after some batches."""
+    theirs, _ = towers(None)
+    key = jax.random.key(0)
+    variables = theirs.init(key, images(key), train=False)
+    leaves, structure = jax.tree.flatten(variables["params"])
+    leaves = [
+        leaf + 0.3 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+        for i, leaf in enumerate(leaves)
+    ]
+    variables = {**variables, "params": jax.tree.unflatten(structure, leaves)}
+    for i in range(3):
+        z = i + images(jax.random.fold_in(key, i))
+        _, updates = theirs.apply(variables, z, train=True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    return variables
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda e: e, lambda e: cbn.corrected_inference(e, batch_size=1e9, epsilon=1e-3)],
+    ids=["batch_norm", "corrected_inference"],
+)
+def test_a_converted_model_predicts_the_same(wrapped, key):
+    theirs, ours = towers(wrapped(cbn.batch_norm(epsilon=1e-3)))
+    variables, z = from_batch_norm(trained_tower()), images(key)
+    fresh = ours.init(key, z, train=False)
+    assert jax.tree.structure(variables) == jax.tree.structure(fresh)
+    actual = ours.apply(variables, z, train=False)
+    assert_close(actual, theirs.apply(trained_tower(), z, train=False))
+
+
+def test_a_converted_model_trains_on(key):
+    """At its own pace: two more steps are those of Flax, averages included."""
+    theirs, ours = towers(cbn.batch_norm(momentum=0.9, epsilon=1e-3))
+    flax_variables, variables = trained_tower(), from_batch_norm(trained_tower())
+    for i in range(2):
+        z = 5.0 + images(jax.random.fold_in(key, i))
+        expected, updates = theirs.apply(
+            flax_variables, z, train=True, mutable=["batch_stats"]
+        )
+        flax_variables = {**flax_variables, **updates}
+        y, updates = ours.apply(variables, z, train=True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        assert_close(y, expected, 1e-4)
+    z = images(key)
+    actual = ours.apply(variables, z, train=False)
+    assert_close(actual, theirs.apply(flax_variables, z, train=False), 1e-4)
+
+
+def test_nothing_to_convert(key):
+    variables = nn.Dense(4).init(key, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"collections \['params'\] .*pass all variables"):
+        from_batch_norm(variables)
+
+
+def test_two_modules_cannot_have_one_name():
+    moments = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    stats = {"BatchNorm_0": moments, "Norm_0": {"state": cbn.running_moments(**moments)}}
+    with pytest.raises(
+        ValueError, match=r"'BatchNorm_0', 'Norm_0'\], .*names of their own"
+    ):
+        from_batch_norm({"batch_stats": stats})

@@ -11,7 +11,7 @@ from flax import nnx
 
 import cbn_jax as cbn
 from cbn_jax.linen import Norm as LinenNorm
-from cbn_jax.nnx import Norm
+from cbn_jax.nnx import Norm, from_batch_norm
 
 estimators = pytest.mark.parametrize("name", FACTORIES)
 
@@ -181,3 +181,143 @@ def test_other_layers_say_what_to_write(key):
     module = Norm(cbn.small_batch_norm(2), conv, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
         module(images(key))
+
+
+# A learned weight.
+
+
+def mixed(mix):
+    return cbn.group_batch_norm(mix, num_groups=2, momentum=0.9)
+
+
+def gated(mix):
+    return cbn.adaptive_batch_norm(mixed(mix))
+
+
+def test_a_function_of_a_weight_learns_it(key):
+    """A scalar as in linen; statistics, too, are those of linen."""
+    module = Norm(mixed, num_features=2, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    assert set(params) == {"bias", "mix", "scale"}
+    assert params["mix"].shape == ()
+    assert jax.nn.sigmoid(params["mix"]) == pytest.approx(0.731, abs=1e-3)
+    linen = LinenNorm(mixed, use_running_average=False)
+    module.mix.set_value(jnp.array(-0.4))
+    x = images(key)
+    variables = linen.init(key, x)
+    variables["params"]["mix"] = jnp.array(-0.4)
+    for shift in (0.0, 2.0):
+        expected, updates = linen.apply(variables, x + shift, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        assert_close(module(x + shift), expected)
+    expected = linen.clone(use_running_average=True).apply(variables, x)
+    assert_close(module(x, use_running_average=True), expected)
+
+
+def test_mix_init():
+    options = {"num_features": 2, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    module = Norm(mixed, mix_init=nnx.initializers.constant(-2.0), **options)
+    assert module.mix.get_value() == -2.0
+    assert module.mix.get_value().dtype == jnp.bfloat16
+    assert Norm(mixed(0.5), **options).mix is None
+
+
+@pytest.mark.parametrize("factory", [mixed, gated])
+def test_the_weight_is_trained(factory, key):
+    """Also inside a wrapper, without a second trace."""
+    model = Net(functools.partial(Norm, factory), nnx.Rngs(0))
+    z, labels, traces = images(key), jnp.arange(4) % 3, []
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        traces.append(None)
+
+        def loss_fn(model):
+            loss = optax.softmax_cross_entropy_with_integer_labels(model(z), labels)
+            return loss.mean()
+
+        loss, gradient = nnx.value_and_grad(loss_fn)(model)
+        optimizer.update(model, gradient)
+        return loss
+
+    losses = [step(model, optimizer) for _ in range(20)]
+    assert len(traces) == 1
+    assert losses[-1] < 0.8 * losses[0]
+    for norm in (model.first, model.second):
+        assert abs(norm.mix.get_value() - 1.0) > 1e-4
+
+
+# Models trained with Flax.
+
+
+class Tower(nnx.Module):
+    def __init__(self, rngs):
+        norm = functools.partial(
+            nnx.BatchNorm, momentum=0.9, epsilon=1e-3, use_fast_variance=False, rngs=rngs
+        )
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norms = nnx.List([norm(4), norm(6, axis=1, use_bias=False, use_scale=False)])
+
+    def __call__(self, z):
+        return self.norms[1](nnx.relu(self.norms[0](self.conv(z))))
+
+
+def trained_tower(key):
+    model = Tower(nnx.Rngs(0))
+    for name in ("scale", "bias"):
+        getattr(model.norms[0], name).set_value(1.0 + jax.random.normal(key, (4,)))
+    model.train()
+    for i in range(3):
+        model(i + images(jax.random.fold_in(key, i)))
+    return model
+
+
+def converted(model, estimator):
+    model = nnx.clone(model)
+    for i, norm in enumerate(model.norms):
+        model.norms[i] = from_batch_norm(norm, estimator)
+    return model
+
+
+def large_batches(estimator):
+    return cbn.corrected_inference(estimator, batch_size=1e9, epsilon=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrapper", [lambda e: e, large_batches, cbn.fitted_inference, cbn.adaptive_batch_norm]
+)
+def test_a_converted_model_predicts_the_same(wrapper, key):
+    """In the mode in which it was."""
+    trained, z = trained_tower(key), images(key)
+    trained.eval()
+    model = converted(trained, wrapper(cbn.batch_norm(epsilon=1e-3)))
+    assert_close(model(z), trained(z))
+
+
+def test_a_converted_model_trains_on(key):
+    """At its own pace: two more steps are those of Flax, averages included."""
+    trained = trained_tower(key)
+    model = converted(trained, cbn.batch_norm(momentum=0.9, epsilon=1e-3))
+    for i in range(2):
+        z = 5.0 + images(jax.random.fold_in(key, i))
+        assert_close(model(z), trained(z), 1e-4)
+    for one in (model, trained):
+        one.eval()
+    assert_close(model(z), trained(z), 1e-4)
+
+
+def test_a_converted_module_keeps_its_options():
+    trained = nnx.BatchNorm(3, dtype=jnp.bfloat16, axis_name="data", rngs=nnx.Rngs(0))
+    norm = from_batch_norm(trained, cbn.batch_norm())
+    assert norm.axis_name == "data"
+    assert norm(jnp.ones((2, 3)), use_running_average=True).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "estimator", [cbn.diminishing_batch_norm(), cbn.group_norm_plus(0.5, num_groups=2)]
+)
+def test_a_method_without_running_moments_cannot_go_on(estimator):
+    trained = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"without running moments, expected batch_norm"):
+        from_batch_norm(trained, estimator)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import linen as nn
 
 import cbn_jax as cbn
 from cbn_jax._running import init_running, update_running
@@ -68,3 +69,74 @@ def test_a_feature_without_values_waits():
     running = update_running(update_running(init_running(2), half, rule), full, rule)
     np.testing.assert_allclose(running.mean, [5.0, 7.0])
     np.testing.assert_array_equal(running.steps, [2, 1])
+
+
+def shares(rule, steps=6):
+    """The weight of each batch in the end: batch m is the m-th unit vector."""
+    running = init_running(steps)
+    for unit in jnp.eye(steps):
+        moments = cbn.Moments(unit, unit, jnp.ones(steps))
+        running = update_running(running, moments, rule)
+    return running.mean
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 1.0, 2.0, 3])
+def test_diminishing_weights_in_closed_form(power):
+    """α_m of the m-th batch, less what the later ones took."""
+    rule, m = cbn.diminishing(power), np.arange(1.0, 7.0)
+    np.testing.assert_allclose(rule(jnp.asarray(m)), 1 / m**power, rtol=1e-6)
+    left = np.cumprod(1 - 1 / m[:0:-1] ** power)[::-1]
+    expected = 1 / m**power * np.append(left, 1.0)
+    np.testing.assert_allclose(shares(rule), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_power_one_counts_all_batches_alike():
+    """Below it late ones count more, above it early ones."""
+    late, alike, early = (np.diff(shares(cbn.diminishing(p))) for p in (0.5, 1.0, 2.0))
+    np.testing.assert_allclose(alike, 0.0, atol=1e-7)
+    assert (late > 1e-3).all()
+    assert (early < -1e-3).all()
+    np.testing.assert_allclose(shares(cbn.diminishing()), shares(cbn.cumulative), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-0.5, float("nan")])
+def test_a_power_is_not_negative(bad):
+    with pytest.raises(ValueError, match=r"power is .*expected p from 0 on"):
+        cbn.diminishing(bad)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9999])
+def test_moments_from_elsewhere_go_on_at_their_own_pace(momentum):
+    """From the first batch on, as if there had been a very long run before."""
+    running = cbn.running_moments(np.array([2.0, -1.0]), np.array([4.0, 0.5]))
+    batch = cbn.Moments(jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0]), jnp.ones(2))
+    mean, var = np.array([2.0, -1.0]), np.array([4.0, 0.5])
+    for _ in range(3):
+        running = update_running(running, batch, cbn.exponential(momentum))
+        mean = momentum * mean + (1 - momentum) * batch.mean
+        var = momentum * var + (1 - momentum) * batch.var
+        np.testing.assert_allclose(running.mean, mean, rtol=1e-6)
+        np.testing.assert_allclose(running.var, var, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, jnp.bfloat16, np.int32])
+def test_moments_from_elsewhere_become_float32(dtype):
+    running = cbn.running_moments(np.array([2.0], dtype), np.array([4.0], dtype))
+    for leaf, value in zip(running, (2.0, 4.0, 1e6), strict=True):
+        assert (leaf.dtype, leaf.shape) == (jnp.float32, (1,))
+        assert leaf == value
+
+
+def test_flaxs_batch_stats_predict_as_in_flax(key):
+    """Of a trained layer; exactly what its own inference gives, scale and bias too."""
+    module = nn.BatchNorm(momentum=0.9)
+    x = 3.0 + 2.0 * jax.random.normal(key, (8, 4))
+    variables = module.init(key, x, use_running_average=True)
+    _, updates = module.apply(variables, x, use_running_average=False, mutable=True)
+    scale, bias = jnp.linspace(0.5, 2.0, 4), jnp.linspace(-1.0, 1.0, 4)
+    variables = {**updates, "params": {"scale": scale, "bias": bias}}
+    expected = module.apply(variables, x, use_running_average=True)
+    state = cbn.running_moments(**variables["batch_stats"])
+    statistics = cbn.batch_norm().infer(state, x)
+    y = cbn.normalize(x, statistics, scale, bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Diminishing batch norm: how fast should statistics forget?
+
+Trains the paper's network (two dense layers of 300) on its kind of data with ten weights α
+of the current batch, from 1 (batch norm's training) over constants and 1/m to 0, with the
+paper's batch size and optimizer, normalizing after the activation as in the paper, and
+before it as is common; prints test errors after the last epoch and, as in the paper, the
+least of all epochs. Finished runs are kept and taken up again.
+
+Run it with ``python -m benchmarks.diminishing``; ``--dataset digits`` needs no download.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import matplotlib.figure
+    import tyro
+    from rich.console import Console
+
+from . import methods, report, runs, study
+
+# Least test error on MNIST in the paper, %.
+PUBLISHED = {
+    "1": 2.70,
+    "0.75": 1.91,
+    "0.5": 1.84,
+    "0.25": 1.91,
+    "0.1": 1.90,
+    "0.01": 1.94,
+    "0.001": 1.95,
+    "1/m": 2.10,
+    "1/m²": 2.00,
+    "0": 24.27,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(study.Options):
+    """Options of the study."""
+
+    dataset: str = "fashion_mnist"
+    """digits (embedded), fashion_mnist, or any image classification set of
+    tensorflow-datasets by name."""
+    alphas: tuple[str, ...] = ("batch_norm", *methods.ALPHAS)
+    """Weights of the current batch; batch_norm also has batch norm's inference."""
+    places: tuple[str, ...] = ("after", "before")
+    """Where to normalize, after the activation or before it."""
+    batch_size: int = 100
+    """Examples per step."""
+    learning_rate: float = 0.01
+    """Of AdaGrad."""
+    epochs: int = 6
+    """Passes over the training images."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/diminishing")
+    """Folder for results.json, table.md, diminishing.png and finished runs."""
+
+
+def main(config: Config, console: Console) -> dict:
+    """Runs what is missing, writes and shows the results."""
+    dataset = config.load()
+    chosen = [
+        _run(config, place, alpha)
+        for place, alpha in itertools.product(config.places, config.alphas)
+    ]
+    total = sum(run.steps(dataset) for run in chosen) * len(config.seeds)
+    with runs.Bar(console, total) as bar:
+        cells = [_cell(config, run, dataset, bar) for run in chosen]
+    return study.publish(config, {"cells": cells}, console, markdown, diminishing=figure)
+
+
+NETWORKS = {"after": "mlp300_normalized_last", "before": "mlp300"}
+
+
+def _run(config: Config, place: str, alpha: str) -> runs.Run:
+    if place not in NETWORKS:
+        raise ValueError(f"place is {place!r}, expected 'after' or 'before'.")
+    name = alpha if alpha == "batch_norm" else f"diminishing_{alpha}"
+    method = methods.parse(f"{name}+adagrad", config.batch_size)
+    rate, epochs = config.learning_rate, config.epochs
+    return runs.Run(NETWORKS[place], method, rate, epochs, seed=0, reports=epochs)
+
+
+def _cell(config, run, dataset, bar) -> dict:
+    trainer, folder = run.trainer(dataset), config.output / "runs"
+    curves = [
+        runs.curve(run._replace(seed=seed), trainer, dataset, folder, bar.advance)
+        for seed in config.seeds
+    ]
+    name = run.method.name.removeprefix("diminishing_")
+    return {
+        "place": "after" if run.network == NETWORKS["after"] else "before",
+        "alpha": name,
+        "error": [[100 - 100 * p["accuracy"] for p in curve] for curve in curves],
+        "lost": sum(not np.isfinite(curve[-1]["loss"]) for curve in curves),
+    }
+
+
+def markdown(results: dict) -> str:
+    """One row a weight."""
+    rows = []
+    for cell in results["cells"]:
+        error = np.array(cell["error"])  # [seeds, epochs]
+        second_half = error[:, (error.shape[1] - 1) // 2 :]
+        jumps = np.abs(np.diff(second_half, axis=1)).sum(axis=1)
+        jumps = jumps / max(second_half.shape[1] - 1, 1)
+        alpha = cell["alpha"]
+        rows.append(
+            (
+                f"{cell['place']} activation",
+                alpha,
+                report.spread(error[:, -1].tolist(), 2),
+                report.spread(error.min(axis=1).tolist(), 2),
+                report.spread(jumps.tolist(), 2),
+                str(cell["lost"]),
+                f"{PUBLISHED[alpha]:.2f}" if alpha in PUBLISHED else "",
+            )
+        )
+    headings = (
+        "normalized",
+        "α",
+        "error, %",
+        "least of epochs",
+        "epoch to epoch",
+        "lost",
+        "paper, MNIST",
+    )
+    return (
+        f"{study.setting(results)}, batch size {results['config']['batch_size']}:\n\n"
+        f"{report.markdown_table(headings, rows)}\n"
+        "Test errors, mean ± standard deviation over seeds: after the last epoch; the "
+        "least of all epochs (chosen on the test data, as in the paper); and the mean "
+        "change from epoch to epoch in the second half. lost: runs whose loss is not "
+        "finite. "
+        f"{study.measured_on(results)}\n"
+    )
+
+
+def verdict(results: dict) -> str:
+    """Test errors of the paper's favorite, 0.25, and its extremes, beside batch norm's."""
+    sentences = []
+    for place in results["config"]["places"]:
+        last = {
+            cell["alpha"]: report.spread([seed[-1] for seed in cell["error"]], 1)
+            for cell in results["cells"]
+            if cell["place"] == place
+        }
+        named = ", ".join(
+            f"{error} % with {'α = ' * (alpha != 'batch_norm')}{alpha}"
+            for alpha in ("batch_norm", "0.25", "0.01", "1/m", "1/m²", "0")
+            if (error := last.get(alpha))
+        )
+        sentences.append(f"Normalized {place} the activation, test errors are {named}.")
+    return " ".join(sentences)
+
+
+def figure(results: dict, path: Path) -> None:
+    """Test error of every weight after each epoch, a panel for each place."""
+    places = results["config"]["places"]
+    made = matplotlib.figure.Figure(
+        figsize=(1.6 + 3.6 * len(places), 3.8), layout="constrained", dpi=150
+    )
+    axes = made.subplots(1, len(places), sharey=True, squeeze=False)[0]
+    for axis, place in zip(axes, places, strict=True):
+        cells = [cell for cell in results["cells"] if cell["place"] == place]
+        for i, cell in enumerate(cells):
+            error = np.array(cell["error"])
+            axis.errorbar(
+                np.arange(error.shape[1]) + 1,
+                error.mean(axis=0),
+                error.std(axis=0),
+                linestyle="--" if i >= len(report.COLOURS) else "-",
+                color=report.COLOURS[i % len(report.COLOURS)],
+                label=cell["alpha"],
+                lw=1.4,
+                capsize=2,
+            )
+        axis.set(xlabel="epoch", yscale="log", title=f"normalized {place} the activation")
+        axis.grid(alpha=0.25, linewidth=0.5, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test error, %")
+    axes[-1].legend(
+        fontsize=8, frameon=False, title="α", loc="center left", bbox_to_anchor=(1, 0.5)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path)
+
+
+if __name__ == "__main__":
+    study.cli(Config, main)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What studies share: options, a progress bar's total, results as files, a command line."""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import tyro
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+from . import data, report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options that every study has."""
+
+    dataset: str = "digits"
+    """digits (embedded), fashion_mnist, or any image classification set of
+    tensorflow-datasets by name."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One run each; a seed fixes the initial weights and the order of the examples."""
+    epochs: int = 4
+    """Passes over the training images."""
+    examples: int | None = None
+    """Use at most so many images for training, and for testing."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results")
+    """Folder for the results and finished runs."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+
+    def load(self) -> data.Dataset:
+        """The data set."""
+        return data.load(self.dataset, self.data_dir, self.examples)
+
+
+def publish(
+    config: Options,
+    found: dict[str, Any],
+    console: Console,
+    markdown: Callable[[dict], str],
+    **figures: Callable[[dict, Path], None],
+) -> dict:
+    """Writes results.json, table.md and the figures, and shows the table."""
+    results = {
+        "config": report.plain(config),
+        "environment": report.environment(),
+        **found,
+    }
+    report.write_json(config.output / "results.json", results)
+    (config.output / "table.md").write_text(markdown(results))
+    for name, draw in figures.items():
+        draw(results, config.output / f"{name}.png")
+    console.print(Markdown(markdown(results)))
+    names = ["results.json", "table.md", *(f"{name}.png" for name in figures)]
+    console.print(f"written to {config.output}/: {', '.join(names)}")
+    return results
+
+
+def setting(results: dict) -> str:
+    """What was run."""
+    config = results["config"]
+    return f"{config['dataset']}, {config['epochs']} epochs, {len(config['seeds'])} seeds"
+
+
+def measured_on(results: dict) -> str:
+    """Versions and device, the last sentence of a legend."""
+    versions = results["environment"]
+    return (
+        f"JAX {versions['jax']}, Flax {versions['flax']}, Python {versions['python']}, "
+        f"{versions['device']}, {versions['processor']}."
+    )
+
+
+def cli(
+    config: type[Any],
+    main: Callable[[Any, Console], dict],
+    arguments: list[str] | None = None,
+) -> None:
+    """The command line of the module in which ``main`` stands."""
+    module = inspect.getmodule(main)
+    name = Path(str(inspect.getsourcefile(main))).stem
+    chosen = tyro.cli(
+        config, args=arguments, description=module and module.__doc__, prog=name
+    )
+    try:
+        main(chosen, Console())
+    except ValueError as error:
+        sys.exit(f"{name}: {error}")
