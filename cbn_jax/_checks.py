@@ -175,8 +175,10 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_unit(name: str, value: Any, meaning: str) -> None:
-    """A plain number lies in [0, 1]; an array may be traced and is not looked at."""
-    if isinstance(value, int | float) and not 0.0 <= value <= 1.0:
+    """A number lies in [0, 1]; an array may be traced and is not looked at."""
+    if isinstance(value, jax.Array) or jnp.ndim(value) > 0:
+        return
+    if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} is {value!r}, expected {meaning} in [0, 1].")
 
 

@@ -11,7 +11,7 @@ from ._checks import check_activations, check_epsilon, check_state, check_traits
 from ._estimator import Estimator, State
 from ._moments import AxisName, Moments, align, instance_moments
 from ._patches import sum_over
-from ._running import Averaging, averaging, cumulative
+from ._running import Averaging, averaging, cumulative, weights
 from ._statistics import Statistics
 
 _REFUSED = {
@@ -217,7 +217,7 @@ def fitted_inference(
         seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
         usable = jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
         steps = state.steps + usable.astype(jnp.float32)
-        alpha = average(jnp.maximum(steps, 1.0))
+        alpha = weights(average, jnp.maximum(steps, 1.0))
 
         def take_in(old, new):
             step = jnp.where(align(usable, new), align(alpha, new) * (new - old), 0.0)

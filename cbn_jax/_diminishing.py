@@ -17,7 +17,7 @@ from ._checks import (
 )
 from ._estimator import Estimator
 from ._moments import Moments, batch_moments
-from ._running import Averaging, usable_moments
+from ._running import Averaging, usable_moments, weights
 from ._statistics import Statistics, std_of
 
 
@@ -50,9 +50,9 @@ class Convergence(NamedTuple):
 def diminishing_convergence(alpha_power: float, learning_rate_power: float) -> Convergence:
     """Whether training with ``diminishing_batch_norm`` provably converges.
 
-    For weights α_m = O(1/mʰ) and learning rates η_m = O(1/mᵏ). Statistics converge
-    (theorem 7 of the paper) if Σ α_m and Σₘ α_m Σ_{n≤m} η_n are finite. The gradient
-    vanishes (theorem 11) if also Σₘ m α_m Σ_{n≤m} η_n is finite, Σ η_m is not, and Σ η²_m
+    For weights α_m and learning rates η_m of the order of 1/mʰ and 1/mᵏ. Statistics
+    converge (theorem 7 of the paper) if Σ α_m and Σₘ α_m Σ_{n≤m} η_n are finite. The
+    gradient vanishes (theorem 11) if also Σₘ m α_m Σ_{n≤m} η_n is finite, Σ η_m is not, and Σ η²_m
     is. A constant is the power 0. Sufficient conditions, for smooth losses on compact sets
     and the whole data set as one batch: False means that the theorems do not say.
 
@@ -111,17 +111,18 @@ def diminishing_batch_norm(
     that (``cross_iteration_batch_norm`` and ``streaming_batch_norm`` do). Gradients flow
     through the current batch's share, with the factor α_m.
 
-    Prefer it where train and inference must agree and batches are not tiny: at α = 0.25
-    only four batches stand behind the statistics.
+    Prefer it where training and inference must agree, and place it after the activation,
+    as the paper does. Before the activation, where statistics and weights work against each
+    other, a small constant α fails: gradients see only the share α of the statistics.
 
     Args:
       alpha: α in [0, 1], the same for all batches; or a rule m ↦ α_m, m = 1, 2, …, such as
-        ``diminishing(power)``, ``cumulative`` or a schedule of optax. A constant takes part
-        of the start, mean 0 and deviation 1, into the average; ``exponential(1 − α)`` does
-        not.
+        ``diminishing(power)``, ``cumulative`` or a schedule of optax; what a rule returns
+        is not checked. A constant takes part of the start, mean 0 and deviation 1, into the
+        average; ``exponential(1 − α)`` does not.
       order: "blend" takes the current batch into the average before normalizing; "lagged"
         afterwards, the literal order of the paper's algorithm: the first batch is left as
-        it is, and no gradient flows through statistics.
+        it is, but for ε, and no gradient flows through statistics.
       epsilon: added to the standard deviation, as published.
 
     Returns:
@@ -202,7 +203,7 @@ def _take_in(
 ) -> DiminishingState:
     """The average with one more batch; exactly the batch for α = 1."""
     steps = state.steps + 1.0
-    weight = alpha(steps) if callable(alpha) else alpha
+    weight = weights(alpha, steps) if callable(alpha) else alpha
     return DiminishingState(
         mean=(1.0 - weight) * state.mean + weight * moments.mean,
         std=(1.0 - weight) * state.std + weight * std_of(moments.var),

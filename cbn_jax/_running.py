@@ -116,7 +116,11 @@ def running_moments(mean: jax.Array, var: jax.Array) -> RunningMoments:
 
     Returns:
       A state for ``batch_norm`` and what is put around it. It counts as very many batches:
-      training on, an exponential average goes on at its own pace.
+      training on, an exponential average goes on at its own pace, and one over all batches
+      hardly moves.
+
+    Raises:
+      ValueError: shapes that differ or are not ``[C]``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -126,7 +130,17 @@ def running_moments(mean: jax.Array, var: jax.Array) -> RunningMoments:
       Array([4.], dtype=float32)
     """
     mean, var = jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32)
+    if mean.shape != var.shape or mean.ndim != 1:
+        raise ValueError(
+            f"running_moments got mean of shape {mean.shape} and var of shape {var.shape}, "
+            "expected [features] for both."
+        )
     return RunningMoments(mean, var, jnp.full_like(mean, LONG))
+
+
+def weights(average: Averaging, steps: jax.Array) -> jax.Array:
+    """α_m of each feature. Schedules of optax take one count at a time."""
+    return jax.vmap(average)(steps)
 
 
 def init_running(features: int) -> RunningMoments:
@@ -146,7 +160,7 @@ def update_running(
     moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moments)
     usable = usable_moments(moments)
     steps = running.steps + usable.astype(jnp.float32)
-    alpha = average(jnp.maximum(steps, 1.0))
+    alpha = weights(average, jnp.maximum(steps, 1.0))
 
     def blend(old, new):
         return old + jnp.where(usable, alpha * (new - old), 0.0)

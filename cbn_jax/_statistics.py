@@ -33,8 +33,8 @@ def statistics_of(moments: Moments, epsilon: float) -> Statistics:
 
 def std_of(var: jax.Array) -> jax.Array:
     """√var; where nothing varies 0, with gradient 0."""
-    varies = var > 0
-    return jnp.where(varies, jnp.sqrt(jnp.where(varies, var, 1.0)), 0.0)
+    constant = var == 0
+    return jnp.where(constant, 0.0, jnp.sqrt(jnp.where(constant, 1.0, var)))
 
 
 def identity_where(condition: jax.Array, statistics: Statistics) -> Statistics:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient centralization for optax: gradients of kernels lose their mean.
-
-The second of the "two recent advances" whose first is ``corrected_inference``.
-"""
+"""Gradient centralization for optax: gradients of kernels lose their mean."""
 
 from typing import Literal
 
@@ -34,8 +31,10 @@ def centralize(kernels: Literal["all", "conv"] = "all") -> GradientTransformatio
 
     Args:
       kernels: "all" takes every array of two axes or more, "conv" of three or more, which
-        leaves dense kernels alone. ``optax.masked`` excludes others: embeddings, whose last
-        axis is no output of a sum, and ``DenseGeneral`` with several output axes.
+        leaves dense kernels alone. Only the number of axes is looked at; exclude by
+        ``optax.masked`` what is no kernel with its outputs last: embeddings, attention's
+        and other ``DenseGeneral`` layers with several output axes, and layers stacked by
+        ``nn.scan`` or ``vmap``, whose first axis counts layers.
 
     Returns:
       An ``optax.GradientTransformation`` without state.
