@@ -54,7 +54,7 @@ class Config(study.Options):
     networks: tuple[str, ...] = ("mlp", "cnn", "deep")
     """Networks to train."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    """Examples per step; dense layers cannot be trained on single ones, and are not."""
+    """Examples per step; on single ones only the CNN has two values per feature."""
     draws: tuple[str, ...] = ("random", "twice")
     """How batches are drawn: at random, or with every image in them twice."""
     learning_rate: float = 0.1
@@ -87,7 +87,7 @@ def main(config: Config, console: Console) -> dict:
 def _is_possible(network: str, draw: str, size: int) -> bool:
     if draw == "twice" and (size < 4 or size % 2):
         return False
-    return size > 1 or not network.startswith("mlp")
+    return size > 1 or network == "cnn"
 
 
 def _cell(config, dataset, bar, network, draw, size) -> dict:

@@ -52,9 +52,10 @@ def diminishing_convergence(alpha_power: float, learning_rate_power: float) -> C
 
     For weights α_m and learning rates η_m of the order of 1/mʰ and 1/mᵏ. Statistics
     converge (theorem 7 of the paper) if Σ α_m and Σₘ α_m Σ_{n≤m} η_n are finite. The
-    gradient vanishes (theorem 11) if also Σₘ m α_m Σ_{n≤m} η_n is finite, Σ η_m is not, and Σ η²_m
-    is. A constant is the power 0. Sufficient conditions, for smooth losses on compact sets
-    and the whole data set as one batch: False means that the theorems do not say.
+    gradient vanishes (theorem 11) if also Σₘ m α_m Σ_{n≤m} η_n is finite, Σ η_m is not,
+    and Σ η²_m is. A constant is the power 0. Sufficient conditions, for smooth losses on
+    compact sets and the whole data set as one batch: False means that the theorems do not
+    say.
 
     Args:
       alpha_power: h, at least 0.

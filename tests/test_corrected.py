@@ -274,12 +274,15 @@ def draws(rng, count, batch_size, correlation=0.0):
     return x, np.zeros(FEATURES), np.full(FEATURES, var)
 
 
-def test_before_the_first_batch_it_is_ordinary_inference(rng):
+@pytest.mark.parametrize("epsilon", [1e-5, 0.3])
+def test_before_the_first_batch_it_is_ordinary_inference(epsilon, rng):
     x, mean, var = draws(rng, 1, 4)
+    inner = cbn.batch_norm(epsilon=epsilon)
+    estimator = cbn.fitted_inference(inner, epsilon=epsilon)
     trained = cbn.running_moments(mean, var)
-    state = FITTED.init(FEATURES)._replace(state=trained)
+    state = estimator.init(FEATURES)._replace(state=trained)
     x = jnp.asarray(x[0], jnp.float32)
-    predicted, ordinary = infer(FITTED, state, x), infer(FROZEN, trained, x)
+    predicted, ordinary = infer(estimator, state, x), infer(inner, trained, x)
     jax.tree.map(
         lambda a, e: np.testing.assert_allclose(a, np.broadcast_to(e, a.shape), rtol=1e-5),
         predicted,
@@ -419,6 +422,8 @@ def test_fit_is_least_squares(make, rng):
     np.testing.assert_allclose(c, expected, rtol=0.02, atol=5e-3)
     if make is biased:
         assert (np.diag(expected)[:3] == 0).all()
+        constant = jnp.zeros((1, 2, FEATURES))  # nothing is left of its first feature
+        assert np.isfinite(infer(estimator, state, constant).inv_std).all()
 
 
 @pytest.mark.parametrize(("factor", "slope"), [(3.0, 1.0), (0.5, 0.25), (-1.0, 0.0)])
@@ -475,7 +480,7 @@ def test_momentum_says_how_batches_are_averaged(rng):
 def test_masked_positions_do_not_count(rng):
     """Nor does an example without any, nor a feature."""
     batches, mean, var = draws(rng, 2, 4)
-    estimator, state = fitted_on(batches[:1], mean, var)
+    estimator, state = fitted_on(batches[:1], mean + 0.5, var)
     mask = np.ones((5, 3, FEATURES), bool)
     mask[:, 2], mask[4], mask[..., 0] = False, False, False
     x = np.full(mask.shape, np.nan, np.float32)
@@ -500,6 +505,21 @@ def test_what_is_not_finite_leaves_its_own_feature_as_it_was(poison, rng):
         np.testing.assert_array_equal(leaf[..., 0], old[..., 0])
         np.testing.assert_allclose(leaf[..., 1:], new[..., 1:], rtol=1e-6)
     np.testing.assert_array_equal(after.steps, [1.0, *[2.0] * (FEATURES - 1)])
+
+
+def test_a_statistic_that_is_not_finite_leaves_its_feature_as_it_was(rng):
+    """Though the batch is: a window may remember what the batch does not show."""
+
+    def overflown(*args, **kwargs):
+        statistics, state = FROZEN.train(*args, **kwargs)
+        return statistics._replace(inv_std=statistics.inv_std.at[0].set(0.0)), state
+
+    batches, mean, var = draws(rng, 1, 4)
+    estimator = cbn.fitted_inference(FROZEN._replace(train=overflown))
+    _, state = fitted_on(batches, mean, var, estimator)
+    np.testing.assert_array_equal(state.steps, [0.0, *[1.0] * (FEATURES - 1)])
+    for leaf in state.fit:
+        np.testing.assert_array_equal(leaf[..., 0], 0.0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -108,8 +108,9 @@ def assert_same(actual, expected):
 @mixes
 def test_training_equals_the_oracle(name, order, shape, mix, key):
     x = data(key, shape)
-    y, _ = train(name, order, mix, fresh(name), x)
+    y, state = train(name, order, mix, fresh(name), x)
     assert_close(y, oracle(name, x, mix, order))
+    np.testing.assert_array_equal(state.steps, 1)
 
 
 @orders
@@ -351,6 +352,21 @@ def test_masked_values_reach_no_gradient(name, order, key):
     dx, dmix = gradient(np.where(RAGGED, x, np.float32(np.nan)), 0.3)
     assert_close((dx, dmix), gradient(x, 0.3))
     np.testing.assert_array_equal(np.where(RAGGED, 0.0, dx), 0.0)
+
+
+def test_gradients_are_finite_where_nothing_varies(key):
+    """A place with one value for all examples, another with one example that counts."""
+    x, mask = data(key, CONV), np.ones((*CONV[:-1], 1), bool)
+    x[:, 0, 0], mask[1:, 1, 1] = 1.0, False
+    estimator = make(GNP, 0.3, "parallel")
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        statistics, _ = estimator.train(fresh(GNP), x, mask=mask)
+        return jnp.sin(cbn.normalize(x, statistics)).sum()
+
+    assert np.isfinite(gradient(x)).all()
 
 
 @names

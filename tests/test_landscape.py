@@ -101,12 +101,13 @@ def test_noise_has_the_asked_mean_and_deviation():
 def test_noise_is_a_function_of_state_and_batch(layer, key):
     """Steps differ, and so do seeds; what is done again is the same."""
     call, state = step("batch_norm", layer)
-    noise, after, _ = call(state, key)
+    noise, second, _ = call(state, key)
     assert_same(call(state, key)[0], noise)
-    other = step("batch_norm", layer, seed=1)[0](state, key)[0]
-    for another in (call(after, key)[0], other):
-        assert np.abs(another - noise).max() > 0.1
-        assert np.abs(split(another - noise).mean((1, 3))).min() > 1e-4
+    later, third, _ = call(second, key)
+    last, _, _ = call(third, key)
+    seeded = step("batch_norm", layer, seed=1)[0](state, key)[0]
+    for one, another in ((noise, later), (later, last), (noise, seeded)):
+        assert np.abs(split(one - another).mean((1, 3))).min() > 1e-4
 
 
 def test_noise_is_the_same_under_jit(key):
@@ -167,6 +168,21 @@ def test_noise_has_no_gradient(key):
         return jax.jit(jax.grad(loss))(x)
 
     np.testing.assert_allclose(gradient(noisy), gradient(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_reach_the_method_inside(key):
+    plain, noisy = cbn.batch_norm(), perturb(cbn.batch_norm(), num_groups=GROUPS)
+    x, mask = jax.random.normal(key, (8, 4)), jnp.arange(8)[:, None] < 5
+    _, state = noisy.train(noisy.init(4), x, mask=mask)
+    assert_same(state.state, plain.train(plain.init(4), x, mask=mask)[1])
+
+
+def test_wrappers_know_what_is_inside():
+    noisy = perturb(cbn.adaptive_batch_norm(cbn.batch_norm()))
+    with pytest.raises(ValueError, match="one gate is enough"):
+        cbn.adaptive_batch_norm(noisy)
+    with pytest.raises(ValueError, match="statistics per example"):
+        cbn.corrected_inference(perturb(cbn.batch_norm()), batch_size=2)
 
 
 def test_noise_needs_whole_groups():

@@ -448,7 +448,8 @@ class Tower(nn.Module):
         z = self.norm(use_running_average=running)(z)
         z = Block(self.norm)(z, train)
         z = self.norm(use_running_average=running, name="my_BatchNorm_0")(z)
-        return self.norm(use_running_average=running, use_bias=False)(z)
+        z = self.norm(use_running_average=running, use_bias=False)(z)
+        return self.norm(use_running_average=running, name="BatchNorm_out")(z)
 
 
 def towers(estimator):

@@ -308,9 +308,11 @@ def test_a_converted_model_trains_on(key):
 
 
 def test_a_converted_module_keeps_its_options():
-    trained = nnx.BatchNorm(3, dtype=jnp.bfloat16, axis_name="data", rngs=nnx.Rngs(0))
+    options = {"dtype": jnp.bfloat16, "axis_name": "data", "use_bias": False}
+    trained = nnx.BatchNorm(3, use_scale=False, rngs=nnx.Rngs(0), **options)
     norm = from_batch_norm(trained, cbn.batch_norm())
     assert norm.axis_name == "data"
+    assert norm.bias is norm.scale is None
     assert norm(jnp.ones((2, 3)), use_running_average=True).dtype == jnp.bfloat16
 
 
