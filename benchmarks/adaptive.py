@@ -271,16 +271,16 @@ def figure(results: dict, path: Path) -> None:
     for axis, one in zip(axes.flat, found, strict=True):
         edges = np.array(one["edges"])
         above = edges[:-1] > one["threshold"]
-        for chosen, colour, label in (
-            (above, report.COLOURS[0], "to normalize"),
-            (~above, report.COLOURS[1], "to leave"),
+        for chosen, color, label in (
+            (above, report.COLORS[0], "to normalize"),
+            (~above, report.COLORS[1], "to leave"),
         ):
             axis.bar(
                 edges[:-1][chosen],
                 np.array(one["counts"])[chosen],
                 np.diff(edges)[chosen],
                 align="edge",
-                color=colour,
+                color=color,
                 label=label,
             )
         axis.axvline(one["threshold"], color="black", lw=1, ls="--")

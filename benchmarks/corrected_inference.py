@@ -256,9 +256,9 @@ def _histograms(config: Config, dataset: data.Dataset) -> dict:
             capture_intermediates=lambda module, _: isinstance(module, Norm),
         )
         last = max(seen["intermediates"], key=lambda name: int(name.split("_")[-1]))
-        y = seen["intermediates"][last]["__call__"][0]
-        affine = variables["params"][last]
-        return np.asarray((y - affine["bias"]) / affine["scale"]).ravel()
+        y = np.asarray(seen["intermediates"][last]["__call__"][0])
+        scale, bias = (np.asarray(variables["params"][last][k]) for k in ("scale", "bias"))
+        return ((y - bias) / scale).ravel()
 
     batches = np.split(dataset.test_images[:count], count // size)
     ways = {
@@ -340,7 +340,7 @@ def figure(results: dict, path: Path) -> None:
                 np.mean(errors, axis=1),
                 np.std(errors, axis=1),
                 linestyle="--" if way == "batch statistics" else "-",
-                color=report.COLOURS[i],
+                color=report.COLORS[i],
                 label=way,
                 lw=1.4,
                 capsize=2,
@@ -365,7 +365,7 @@ def activations(results: dict, path: Path) -> None:
     axis = made.subplots()
     middles = np.convolve(found["edges"], [0.5, 0.5], mode="valid")
     for i, (name, density) in enumerate(found["density"].items()):
-        axis.plot(middles, density, color=report.COLOURS[i], label=name, lw=1.6)
+        axis.plot(middles, density, color=report.COLORS[i], label=name, lw=1.6)
     axis.set(
         xlabel="normalized activation, last normalizer",
         ylabel="density",

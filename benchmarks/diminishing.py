@@ -175,14 +175,14 @@ def figure(results: dict, path: Path) -> None:
                 np.arange(error.shape[1]) + 1,
                 error.mean(axis=0),
                 error.std(axis=0),
-                linestyle="--" if i >= len(report.COLOURS) else "-",
-                color=report.COLOURS[i % len(report.COLOURS)],
+                linestyle="--" if i >= len(report.COLORS) else "-",
+                color=report.COLORS[i % len(report.COLORS)],
                 label=cell["alpha"],
                 lw=1.4,
                 capsize=2,
             )
-        axis.set(xlabel="epoch", yscale="log", title=f"normalized {place} the activation")
-        axis.grid(alpha=0.25, linewidth=0.5, which="both")
+        axis.set(xlabel="epoch", title=f"normalized {place} the activation")
+        axis.grid(alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test error, %")
     axes[-1].legend(

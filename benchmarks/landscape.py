@@ -48,6 +48,8 @@ METHODS: dict[str, Any] = {
 class Config(study.Options):
     """Options of the study."""
 
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to compare."""
     network: str = "cnn"
     """Network to train."""
     batch_size: int = 8
@@ -70,9 +72,13 @@ def main(config: Config, console: Console) -> dict:
     dataset = config.load()
     steps = training.count_steps(dataset, config.batch_size, config.epochs)
     each = len(config.learning_rates) + 2 * len(config.seeds)
+    for name in config.methods:
+        if name not in METHODS:
+            raise ValueError(f"method {name!r} is unknown; known are {', '.join(METHODS)}.")
     cells = []
-    with runs.Bar(console, steps * each * len(METHODS)) as bar:
-        for name, method in METHODS.items():
+    with runs.Bar(console, steps * each * len(config.methods)) as bar:
+        for name in config.methods:
+            method = METHODS[name]
             bar.advance(0, f"{name}, learning rates")
             bands = _bands(config, dataset, method, bar)
             accuracy = {

@@ -23,8 +23,8 @@ with needed_for("benchmarks"):
     import rich.box
     from rich.table import Table
 
-# Distinct in print, in the dark and for colour-blind readers (Okabe & Ito).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 
 
 def environment() -> dict[str, str]:
@@ -178,9 +178,9 @@ def figure(results: dict, path: Path) -> None:
 def _curve(axis, cell: dict, index: int) -> None:
     examples = [cell["batch_size"] * point["step"] for point in cell["curves"][0]]
     accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
-    colour = COLOURS[index % len(COLOURS)]
+    color = COLORS[index % len(COLORS)]
     style = "--" if "@" in cell["label"] else "-"
-    axis.plot(examples, accuracy.mean(0), style, color=colour, label=cell["label"], lw=1.6)
+    axis.plot(examples, accuracy.mean(0), style, color=color, label=cell["label"], lw=1.6)
     axis.fill_between(
-        examples, accuracy.min(0), accuracy.max(0), color=colour, alpha=0.15, lw=0
+        examples, accuracy.min(0), accuracy.max(0), color=color, alpha=0.15, lw=0
     )

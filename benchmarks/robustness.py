@@ -211,7 +211,7 @@ def figure(results: dict, path: Path) -> None:
                 error.mean(axis=1),
                 error.std(axis=1),
                 linestyle=style,
-                color=report.COLOURS[index],
+                color=report.COLORS[index],
                 label=label,
                 lw=1.6,
                 capsize=2,

@@ -187,7 +187,7 @@ def figure(results: dict, path: Path) -> None:
                 flops,
                 values.mean(1),
                 values.std(1),
-                color=report.COLOURS[index],
+                color=report.COLORS[index],
                 marker="o",
                 ms=4,
                 lw=1.4,

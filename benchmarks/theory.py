@@ -220,12 +220,12 @@ def figure(results: dict, destination: Path) -> None:
             (left, "taylor", "bias", "--"),
             (right, "streaming", "deviation", "-"),
         ):
-            colour = report.COLOURS[index]
+            color = report.COLORS[index]
             predicted = [100 * cell["predicted"][method][what] for cell in cells]
             measured = [100 * cell["measured"][method][what] for cell in cells]
             label = f"k = {window}, {method}"
-            axis.plot(turns, predicted, style, color=colour, lw=1.4, label=label)
-            axis.plot(turns, measured, "o", color=colour, ms=4)
+            axis.plot(turns, predicted, style, color=color, lw=1.4, label=label)
+            axis.plot(turns, measured, "o", color=color, ms=4)
     left.set_ylabel("bias of the variance, %")
     right.set_ylabel("its standard deviation, %")
     left.set_ylim(-105, 10)

@@ -167,10 +167,20 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def check_fraction(name: str, value: float) -> None:
     """A decay lies in [0, 1)."""
+    check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(
             f"{name} is {value!r}, expected a decay in [0, 1), the fraction kept at each "
             "step; PyTorch's momentum=0.1 is 0.9 here."
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """A plain number; ``Norm(batch_norm)``, the call forgotten, would give an array."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} is an array, expected a number; for a Flax module write "
+            "Norm(method(...)), with the method called."
         )
 
 

@@ -11,6 +11,7 @@ from ._checks import (
     check_activations,
     check_choice,
     check_epsilon,
+    check_number,
     check_state,
     check_unit,
     check_values,
@@ -158,6 +159,7 @@ def diminishing_batch_norm(
     """
     name = "diminishing_batch_norm"
     if not callable(alpha):
+        check_number("alpha", alpha)
         check_unit("alpha", alpha, "the weight of the current batch")
     check_choice("order", order, ("blend", "lagged"))
     check_epsilon(epsilon)

@@ -79,8 +79,8 @@ def group_batch_norm(
         parallel       y = w G(x) + (1 − w) B(x)
 
     w = 1 is group norm (but for batch_first, where G sees B(x)), w = 0 batch norm (for
-    group_first that of G(x)). Every order is one affine map of ``x``: the activations are
-    read once for moments and once to be normalized, whatever the order.
+    group_first that of G(x)). Every order is one affine map of ``x``: feature maps are read
+    once for moments and once to be normalized, whatever the order.
 
     Prefer it to group norm where batches hold a few examples; ``small_batch_norm`` has
     better batch statistics at one or two.
@@ -92,7 +92,8 @@ def group_batch_norm(
 
     Args:
       mix: w in [0, 1], a scalar or ``[C]``; may be traced.
-      num_groups: groups of neighboring features, a divisor of their number.
+      num_groups: groups of neighboring features, a divisor of their number. Groups of two
+        values, after narrow dense layers, leave little but signs.
       order: which normalizer sees ``x``.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a rule
         m ↦ α_m such as ``cumulative``.
@@ -173,9 +174,9 @@ def group_batch_norm(
 
     def infer(state, x):
         check(state, x)
-        known = state.steps > 0
-        branch = batch_of(Moments(state.mean, state.var, state.steps), known, x)
         instance = instance_moments(x)
+        running = (leaf.astype(instance.mean.dtype) for leaf in state)
+        branch = batch_of(Moments(*running), state.steps > 0, x)
         return _ORDERS[order](instance, group, lambda _: branch, _normalized)[0]
 
     return Estimator(init, train, infer, frozenset({"per_example"}))
@@ -203,12 +204,13 @@ def group_norm_plus(
     As ``group_batch_norm``, but that B normalizes over the examples of a batch only, place
     by place; deviations are taken by n − 1, with ε added to them; and inference uses the
     statistics of the batch that is predicted. So a prediction depends on what else is
-    predicted, and batches hold two examples or more. For comparisons; else take
+    predicted, and training batches hold two examples or more. For comparisons; else take
     ``group_batch_norm``.
 
     Args:
       mix: w in [0, 1], a scalar or ``[C]``; may be traced.
-      num_groups: groups of neighboring features, a divisor of their number.
+      num_groups: groups of neighboring features, a divisor of their number. Groups of two
+        values, after narrow dense layers, leave little but signs.
       order: which normalizer sees ``x``.
       epsilon: added to the standard deviations.
 
@@ -218,12 +220,12 @@ def group_norm_plus(
 
     Raises:
       ValueError: an argument out of range; features that are no multiple of
-        ``num_groups``, that do not fit the state, or that leave groups of one value; a
-        single example.
+        ``num_groups``, that do not fit the state, or that leave groups of one value;
+        ``train`` with a single example.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Under a ``mask``, a place with fewer than two values is normalized by groups alone, and
-    an example without a value passes as it is.
+    A place with fewer than two values, by a ``mask`` or in inference for a single example,
+    is normalized by groups alone. An example without a value passes G as it is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -238,16 +240,18 @@ def group_norm_plus(
     Reference: as for ``group_batch_norm``; the conventions are those of the first author's
     code, agusgun/CS-570-Project on GitHub.
 
-    Differs from that code: a single example is an error instead of NaN, and a place that
-    does not vary has gradient 0.
+    Differs from that code: a single example is an error in training and normalized by
+    groups in inference, instead of NaN; a place that does not vary has finite gradients.
     """
     name = "group_norm_plus"
     _check_options(mix, num_groups, order, epsilon)
 
-    def check(state, x, axis_name=None):
+    def check(state, x):
         check_activations(name, x)
         check_state(name, state, GroupNormPlusState, lambda s: s.steps, x)
         _check_group_size(name, x, num_groups)
+
+    def check_examples(x, axis_name):
         if len(x) == 1 and axis_name is None:
             raise ValueError(
                 f"{name} got x of shape {x.shape}, expected two examples or more, as it "
@@ -255,6 +259,9 @@ def group_norm_plus(
             )
 
     def statistics_between(x, axis_name, mask):
+        if mask is not None:  # what does not count is 0 times NaN in gradients
+            x = jnp.where(mask, x, 0.0)
+
         def statistics_by(moments):
             # By n − 1, as in torch.std.
             var = moments.var * moments.size / jnp.maximum(moments.size - 1.0, 1.0)
@@ -277,7 +284,8 @@ def group_norm_plus(
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         del source
-        check(state, x, axis_name)
+        check(state, x)
+        check_examples(x, axis_name)
         x = x.astype(wide(x.dtype))
         statistics = statistics_between(x, axis_name, mask)
         return statistics, GroupNormPlusState(lax.stop_gradient(state.steps) + 1.0)
@@ -379,7 +387,7 @@ def _check_divides(method: str, features: int, num_groups: int) -> None:
 
 
 def _check_group_size(method: str, x: jax.Array, num_groups: int) -> None:
-    if x[0].size == num_groups:
+    if x.size // len(x) == num_groups:
         raise ValueError(
             f"{method} got x of shape {x.shape} and num_groups={num_groups}, groups of "
             "one value, which would all become zero; write a smaller num_groups."

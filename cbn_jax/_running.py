@@ -120,7 +120,7 @@ def running_moments(mean: jax.Array, var: jax.Array) -> RunningMoments:
       hardly moves.
 
     Raises:
-      ValueError: shapes that differ or are not ``[C]``.
+      ValueError: shapes that differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +130,7 @@ def running_moments(mean: jax.Array, var: jax.Array) -> RunningMoments:
       Array([4.], dtype=float32)
     """
     mean, var = jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32)
-    if mean.shape != var.shape or mean.ndim != 1:
+    if mean.shape != var.shape:
         raise ValueError(
             f"running_moments got mean of shape {mean.shape} and var of shape {var.shape}, "
             "expected [features] for both."

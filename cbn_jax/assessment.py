@@ -91,11 +91,11 @@ class Assessment:
         figure = matplotlib.figure.Figure((4.8, 3.2), layout="constrained", dpi=150)
         axis = figure.subplots()
         bins = np.histogram_bin_edges(self.values, bins="auto")
-        for chosen, label, colour in (
+        for chosen, label, color in (
             (self.table, "to normalize", "#0072B2"),
             (~self.table, "to leave", "#E69F00"),
         ):
-            axis.hist(self.values[chosen], bins.tolist(), color=colour, label=label)
+            axis.hist(self.values[chosen], bins.tolist(), color=color, label=label)
         axis.axvline(self.threshold, color="black", lw=1, ls="--", label="threshold")
         axis.set_xlabel(f"heterogeneity ({self.measure})")
         axis.set_ylabel("batches")

@@ -34,8 +34,8 @@ from ._moments import Moments, batch_moments
 from ._running import usable_moments
 from ._statistics import Statistics
 
-# Distinct in print, in the dark and for colour-blind readers (Okabe & Ito).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 
 
 class WatchState(NamedTuple):
@@ -353,7 +353,7 @@ def _plot(axis: Any, records: Any, layer: str, kind: str) -> None:
         values = [getattr(measured[layer][method], kind) for _, measured in records]
         # Ever narrower and sparser, so that lines which coincide all remain to be seen.
         look = {"lw": max(2.8 - 0.35 * i, 0.7), "ls": (0, (4, i)) if i else "-"}
-        axis.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=method, **look)
+        axis.plot(steps, values, color=COLORS[i % len(COLORS)], label=method, **look)
     axis.set_yscale("log")
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)

@@ -26,11 +26,11 @@ from jax import lax
 
 from ._checks import check_activations, check_count, check_state_type
 from ._estimator import Estimator, State
-from ._moments import align
+from ._moments import align, wide
 from ._statistics import Statistics
 
-# Distinct in print, in the dark and for colour-blind readers (Okabe & Ito).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 
 
 class PerturbState(NamedTuple):
@@ -39,10 +39,13 @@ class PerturbState(NamedTuple):
     Attributes:
       state: that of the estimator inside.
       steps: scalar, the number of batches seen.
+      mark: scalar, by which layers tell themselves apart: a sum over the statistics of the
+        last batch.
     """
 
     state: State
     steps: jax.Array
+    mark: jax.Array
 
 
 class Bands(NamedTuple):
@@ -69,8 +72,8 @@ def perturb(
     """Adds noise to what is normalized in training: one draw per example and group.
 
     The noise, normal with this mean and deviation, is added after normalizing and before
-    the learned scale and bias. It changes from step to step and differs between layers.
-    Inference is that of the estimator.
+    the learned scale and bias. It changes from step to step and, from the second on,
+    differs between layers. Inference is that of the estimator.
 
     Args:
       estimator: any method.
@@ -112,7 +115,9 @@ def perturb(
                 f"divisor of {features}; write num_groups=..."
             )
         return PerturbState(
-            estimator.init(features, params, groups), jnp.zeros((), jnp.float32)
+            estimator.init(features, params, groups),
+            jnp.zeros((), jnp.float32),
+            jnp.zeros((), jnp.float32),
         )
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
@@ -122,14 +127,20 @@ def perturb(
         statistics, inside = estimator.train(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
-        key = _key(seed, state.steps, statistics, axis_name)
+        key = _key(seed, state.steps, state.mark, axis_name)
         noise = mean + std * jax.random.normal(key, (len(x), num_groups))
         noise = jnp.repeat(noise, x.shape[-1] // num_groups, axis=-1)
         noise = jnp.expand_dims(noise, range(1, x.ndim - 1)).astype(statistics.mean.dtype)
         location, inv_std = (align(value, x) for value in statistics)
+        mark = statistics.mean.sum().astype(jnp.float32)
+        if axis_name is not None:
+            mark = lax.psum(mark, axis_name)
+        mark = jnp.where(jnp.isfinite(mark), mark, 0.0)
+        # An overflow's scale of 0 makes everything 0, noise or not.
+        location = location - noise / jnp.where(inv_std > 0, inv_std, 1.0)
         return (
-            Statistics(location - noise / inv_std, jnp.broadcast_to(inv_std, noise.shape)),
-            PerturbState(inside, state.steps + 1.0),
+            Statistics(location, jnp.broadcast_to(inv_std, location.shape)),
+            PerturbState(inside, state.steps + 1.0, lax.stop_gradient(mark)),
         )
 
     def infer(state, x):
@@ -159,7 +170,7 @@ def fan(
       ``Bands``.
 
     Raises:
-      ValueError: no learning rates, no batches.
+      ValueError: no learning rates or no batches.
 
     Example:
       >>> import jax
@@ -171,6 +182,8 @@ def fan(
       array([[1., 0., 0.],
              [1., 1., 1.]])
     """
+    if len(learning_rates) == 0:
+        raise ValueError("fan got no learning rates or no batches, expected some of both.")
     states: list[Any] = [make_state() for _ in learning_rates]
     before: list[Any] = [None for _ in learning_rates]
     losses, changes = [], []
@@ -212,7 +225,7 @@ def draw(
 
     Raises:
       ModuleNotFoundError: matplotlib is not installed.
-      ValueError: no bands.
+      ValueError: no bands; ``smooth`` longer than they are.
 
     Example:
       >>> import numpy as np
@@ -224,6 +237,12 @@ def draw(
     check_count("smooth", smooth, 1)
     if not bands:
         raise ValueError("draw got no bands, expected {name: fan(...), ...}.")
+    longest = min(curves.shape[1] for band in bands.values() for curves in band)
+    if smooth > longest:
+        raise ValueError(
+            f"smooth is {smooth!r}, expected at most {longest}, the least number of losses "
+            "or changes of the gradient in the bands."
+        )
     try:
         import matplotlib.figure
     except ModuleNotFoundError as error:
@@ -236,8 +255,9 @@ def draw(
     )
     grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
     for column, (name, band) in enumerate(bands.items()):
-        for axis, curves in zip(grid[:, column], band, strict=True):
-            _band(axis, curves, smooth, COLOURS[column % len(COLOURS)])
+        for row, curves in enumerate(band):  # the first change is that to step 2
+            first = smooth + row
+            _band(grid[row][column], curves, first, smooth, COLORS[column % len(COLORS)])
         grid[0][column].set_title(name, fontsize=10)
         grid[1][column].set_xlabel("training step")
     grid[0][0].set_ylabel("loss")
@@ -247,12 +267,9 @@ def draw(
     return figure
 
 
-def _key(seed: int, steps: jax.Array, statistics: Statistics, axis_name: Any) -> jax.Array:
-    """A key that differs between steps, layers and devices.
-
-    A layer knows itself by its statistics alone, whose bits serve as its number.
-    """
-    bits = lax.bitcast_convert_type(statistics.mean.sum().astype(jnp.float32), jnp.uint32)
+def _key(seed: int, steps: jax.Array, mark: jax.Array, axis_name: Any) -> jax.Array:
+    """A key that differs between steps, layers (by their marks) and devices."""
+    bits = lax.bitcast_convert_type(mark, jnp.uint32)
     key = jax.random.fold_in(jax.random.key(seed), steps.astype(jnp.uint32))
     key = jax.random.fold_in(key, bits)
     if axis_name is not None:
@@ -262,16 +279,18 @@ def _key(seed: int, steps: jax.Array, statistics: Statistics, axis_name: Any) ->
 
 @jax.jit
 def _distance(gradient: Any, before: Any) -> jax.Array:
-    squares = jax.tree.map(lambda a, b: jnp.square(a - b).sum(), gradient, before)
-    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+    def squares(a, b):
+        return jnp.square((a - b).astype(wide(a.dtype))).sum()
+
+    return jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, gradient, before))))
 
 
-def _band(axis: Any, curves: np.ndarray, smooth: int, colour: str) -> None:
+def _band(axis: Any, curves: np.ndarray, first: int, smooth: int, color: str) -> None:
     kernel = np.ones(smooth) / smooth
     curves = np.stack([np.convolve(curve, kernel, mode="valid") for curve in curves])
-    steps = np.arange(curves.shape[1]) + smooth
+    steps = np.arange(curves.shape[1]) + first
     low, high = curves.min(axis=0), curves.max(axis=0)
-    axis.fill_between(steps, low, high, color=colour, alpha=0.3, lw=0)
-    axis.plot(steps, np.median(curves, axis=0), color=colour, lw=1)
+    axis.fill_between(steps, low, high, color=color, alpha=0.3, lw=0)
+    axis.plot(steps, np.median(curves, axis=0), color=color, lw=1)
     axis.grid(alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)

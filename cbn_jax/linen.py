@@ -167,27 +167,40 @@ def from_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = []
 
-    def converted(tree):
+    def converted(tree, stats):
+        """A collection, along with ``batch_stats``, which says what a batch norm is."""
         if not isinstance(tree, Mapping):
             return tree
-        if set(tree) == {"mean", "var"}:
+        if tree is stats and set(tree) == {"mean", "var"}:
             found.append(tree)
             return {"state": running_moments(tree["mean"], tree["var"])}
-        names = {name: _BATCH_NORM.sub("Norm_", name) for name in tree}
+        below = {name: _below(stats, name) for name in tree}
+        names = {
+            name: _BATCH_NORM.sub("Norm_", name)
+            if set(below[name]) == {"mean", "var"}
+            else name
+            for name in tree
+        }
         if len(set(names.values())) < len(names):
             raise ValueError(
                 f"from_batch_norm got modules {sorted(tree)}, of which two would have one "
                 "name; give them names of their own."
             )
-        return {names[name]: converted(value) for name, value in tree.items()}
+        return {names[name]: converted(tree[name], below[name]) for name in tree}
 
-    made = converted(variables)
+    stats = variables.get("batch_stats", {})
+    made = {name: converted(tree, stats) for name, tree in variables.items()}
     if not found:
         raise ValueError(
             f"from_batch_norm got collections {sorted(variables)} without mean and var, "
             "expected the batch_stats of a model with nn.BatchNorm; pass all variables."
         )
     return made
+
+
+def _below(stats: Any, name: str) -> Mapping[str, Any]:
+    below = stats.get(name, {}) if isinstance(stats, Mapping) else {}
+    return below if isinstance(below, Mapping) else {}
 
 
 _BATCH_NORM = re.compile(r"^BatchNorm_(?=\d+$)")

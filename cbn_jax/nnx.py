@@ -163,7 +163,8 @@ def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
       A ``Norm`` with the module's parameters, running statistics, mode and axes.
 
     Raises:
-      ValueError: an estimator that does not start from running moments alone.
+      ValueError: an estimator without running moments; ``axis_index_groups``.
+      TypeError: a function of a learned weight instead of an estimator.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,6 +177,16 @@ def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
       >>> norm(jnp.ones((2, 4)), use_running_average=True).shape
       (2, 4)
     """
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"from_batch_norm got {estimator!r}, expected an estimator; write "
+            "from_batch_norm(module, batch_norm(...))."
+        )
+    if module.axis_index_groups is not None:
+        raise ValueError(
+            "from_batch_norm got a module with axis_index_groups, expected None; use a "
+            "mesh with an axis for each group and give axis_name."
+        )
     norm = Norm(
         estimator,
         num_features=module.num_features,

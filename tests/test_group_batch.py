@@ -451,11 +451,20 @@ def test_groups_of_one_value(name, method):
     call(jnp.ones((8, 2, 4)))
 
 
-@pytest.mark.parametrize("method", ["train", "infer"])
-def test_group_norm_plus_needs_two_examples(method):
+def test_group_norm_plus_trains_on_two_examples():
     estimator = make(GNP, 0.5)
     with pytest.raises(ValueError, match=r"two examples or more, .*write group_batch_norm"):
-        getattr(estimator, method)(estimator.init(C), jnp.ones((1, 3, 2, C)))
+        estimator.train(estimator.init(C), jnp.ones((1, 3, 2, C)))
+
+
+def test_group_norm_plus_predicts_a_single_example_by_groups_alone(key):
+    x = jax.random.normal(key, (1, 3, 2, C))
+    for order in ORDERS:
+        mixed, alone = (make(GNP, mix, order=order) for mix in (0.5, 1.0))
+        statistics = mixed.infer(mixed.init(C), x)
+        expected = make(GNP, 1.0, order="group_first").infer(alone.init(C), x)
+        np.testing.assert_allclose(statistics.mean, expected.mean, rtol=1e-6)
+        np.testing.assert_allclose(statistics.inv_std, expected.inv_std, rtol=1e-6)
 
 
 @names

@@ -110,15 +110,16 @@ def test_noise_is_a_function_of_state_and_batch(layer, key):
         assert np.abs(split(one - another).mean((1, 3))).min() > 1e-4
 
 
-def test_noise_is_the_same_under_jit(key):
-    """Of the state, not of the rounding of the batch statistics."""
+def test_noise_does_not_hang_on_the_last_bits_of_a_batch(key):
+    """Which differ between eager and jitted code, one device and many."""
     layer, noisy = LAYERS["dense"], perturb(cbn.batch_norm(), num_groups=GROUPS)
     x = layer.fn(layer.params(key), layer.data(key))
-    for m in range(4):
-        batch = x + jax.random.normal(jax.random.fold_in(key, m), x.shape)
-        state = noisy.init(4)
-        eager, jitted = (f(state, batch)[0] for f in (noisy.train, jax.jit(noisy.train)))
-        np.testing.assert_allclose(eager.mean, jitted.mean, atol=1e-4)
+    step, state = jax.jit(noisy.train), noisy.init(4)
+    for _ in range(2):
+        statistics, after = step(state, x)
+        rounded, _ = step(state, x * (1.0 + 1e-6))
+        np.testing.assert_allclose(rounded.mean, statistics.mean, atol=1e-3)
+        state = after
 
 
 def test_layers_differ(key):

@@ -78,7 +78,7 @@ def test_flax_enters_in_the_adapters_only():
     for path in PACKAGE.glob("*.py"):
         allowed = {"jax", "math", "typing", "collections", "contextlib", "functools"}
         if path.stem in TOOLS:
-            allowed |= {"matplotlib", "pathlib"}
+            allowed |= {"dataclasses", "matplotlib", "numpy", "optax", "pathlib", "rich"}
         if path.stem in {"linen", "nnx"}:
             allowed |= {"flax"}
         assert packages(path) <= allowed, path.name

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, LAYERS
+from cases import FACTORIES, GROUPS, LAYERS
 from flax import linen as nn
 from flax import serialization
 
@@ -176,7 +176,8 @@ def test_a_model_written_once_trains_with_every_method(name, key):
             stats = serialization.from_bytes(stats, serialization.to_bytes(stats))
             stats = jax.tree.map(jnp.asarray, stats)
     assert len(traces) == 1
-    assert losses[-1] < 0.6 * losses[0]
+    # Of four images, each by itself, there is less to learn by heart.
+    assert losses[-1] < (0.75 if name in GROUPS else 0.6) * losses[0]
     model.apply({"params": params, "batch_stats": stats}, z, train=False)
 
 
@@ -523,3 +524,27 @@ def test_two_modules_cannot_have_one_name():
         ValueError, match=r"'BatchNorm_0', 'Norm_0'\], .*names of their own"
     ):
         from_batch_norm({"batch_stats": stats})
+
+
+def test_a_scanned_stack_is_converted(key):
+    """Moments of all its layers are in one array."""
+
+    def stack(norm):
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, z, _):
+                return norm(use_running_average=True, name="norm")(nn.Dense(2)(z)), None
+
+        axes = {"params": 0, "batch_stats": 0}
+        return nn.scan(Body, axes, split_rngs={"params": True}, length=3)()
+
+    theirs = stack(functools.partial(nn.BatchNorm, epsilon=1e-3))
+    ours = stack(functools.partial(Norm, cbn.batch_norm(epsilon=1e-3)))
+    z = jax.random.normal(key, (4, 2))
+    variables = theirs.init(key, z, None)
+    stats = jax.tree.map(
+        lambda leaf: jnp.linspace(0.5, 2.0, 6).reshape(leaf.shape), variables["batch_stats"]
+    )
+    variables = {**variables, "batch_stats": stats}
+    y, _ = ours.apply(from_batch_norm(variables), z, None)
+    assert_close(y, theirs.apply(variables, z, None)[0])
