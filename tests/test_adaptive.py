@@ -157,6 +157,26 @@ def test_one_program_serves_both_gates(key):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_eight_devices_are_gated_as_one(flag, key):
+    """Statistics and averages are those of the whole batch."""
+    estimator = GATED["batch_norm"]
+    state = cbn.set_gate(estimator.init(3), flag)
+    x = jax.random.normal(key, (16, 3))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.shard_map(
+        functools.partial(estimator.train, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.jit(spread)(state, x),
+        estimator.train(state, x),
+    )
+
+
 def test_a_table_of_gates_is_a_scan(key):
     """Traced flags; the averages are those of the normalized batches alone."""
     inner, estimator = INSIDE["batch_norm"], GATED["batch_norm"]
@@ -219,6 +239,15 @@ def test_sets_every_gate_and_nothing_else(key):
     assert shut["b"][1] is tree["b"][1]
     assert_same([shut["a"].state, shut["b"][0].state], [i.state for i in inner.values()])
     assert_same(cbn.set_gate(shut, True), tree)
+
+
+def test_any_truth_value_sets_the_gates_of_many_runs():
+    """States of several seeds in one keep their shape; what is true opens to exactly 1."""
+    states = jax.vmap(lambda _: GATED["batch_norm"].init(3))(jnp.arange(4))
+    for flag, gate in ((2, 1.0), (0, 0.0), (np.True_, 1.0), (jnp.array(False), 0.0)):
+        states = cbn.set_gate(states, flag)
+        assert states.gate.dtype == jnp.float32
+        np.testing.assert_array_equal(states.gate, np.full(4, gate))
 
 
 def test_linen_models_are_gated_and_donated(key):

@@ -236,6 +236,12 @@ PAPERS = {
 ROWS = {"diminishing": 4, "corrected_inference": 3, "adaptive": 3, "landscape": 1}
 
 
+def test_the_papers_methods_cost_what_the_readme_says():
+    flops = cost.flops("cnn", 4, ("diminishing_0.25", "group_batch"))
+    assert flops["diminishing_0.25"] <= 1.02
+    assert flops["group_batch"] <= 1.05
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_study_of_a_paper(name, tmp_path, data_dir):
     """It writes a table, figures and results, and takes finished runs up again."""
