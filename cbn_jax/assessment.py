@@ -43,7 +43,7 @@ class Assessment:
     @property
     def table(self) -> np.ndarray:
         """``[batches]``, True where a batch needs normalization."""
-        return self.values > self.threshold
+        return self.values > np.float32(self.threshold)  # as ``gate`` compares
 
     def gate(self, x: jax.Array, *, axis_name: Any = None) -> jax.Array:
         """Whether a batch needs normalization, measured now; works under ``jit``.

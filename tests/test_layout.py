@@ -80,7 +80,7 @@ def test_flax_enters_in_the_adapters_only():
         if path.stem in TOOLS:
             allowed |= {"dataclasses", "matplotlib", "numpy", "optax", "pathlib", "rich"}
         if path.stem in {"linen", "nnx"}:
-            allowed |= {"flax"}
+            allowed |= {"flax", "re"}
         assert packages(path) <= allowed, path.name
 
 
