@@ -77,7 +77,7 @@ def set_gate(tree: Any, normalize: jax.typing.ArrayLike) -> Any:
       The tree with the gates set, everything else as it was.
 
     Raises:
-      ValueError: no ``GateState`` in the tree.
+      ValueError: no ``GateState`` in the tree; more than one truth value.
 
     Example:
       >>> import cbn_jax as cbn
@@ -93,6 +93,11 @@ def set_gate(tree: Any, normalize: jax.typing.ArrayLike) -> Any:
             return node
         found.append(node)
         gate = jnp.asarray(normalize, dtype=bool)
+        if gate.ndim > node.gate.ndim:
+            raise ValueError(
+                f"set_gate got normalize of shape {gate.shape}, expected one truth value; "
+                "write set_gate(tree, assessment.table[batch])."
+            )
         return node._replace(gate=jnp.where(gate, jnp.ones_like(node.gate), 0.0))
 
     tree = jax.tree.map(put, tree, is_leaf=lambda node: isinstance(node, GateState))
@@ -120,6 +125,7 @@ def adaptive_batch_norm(
     With the gate open a batch is normalized by the estimator. With the gate shut it passes
     exactly as it is, but for the learned ``scale`` and ``bias``, and the estimator's state
     does not see it. The gate is an array in the state: a change of it traces nothing anew.
+    NaN in a batch that passes is passed on, and reaches its feature's gradients.
 
     The learned scale serves two regimes, normalized and not, and inference by running
     statistics never uses the second; prefer other methods unless homogeneous batches are

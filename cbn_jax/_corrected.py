@@ -19,7 +19,7 @@ _REFUSED = {
     "per_example": "got a method with statistics per example, expected one mean and one "
     "scale per feature; group statistics see the example alone already.",
     "gated": "got a gated method, expected the gate outside; write "
-    "adaptive_batch_norm(corrected_inference(estimator, ...)).",
+    "adaptive_batch_norm(corrected_inference(estimator, ...)), or fitted_inference.",
 }
 
 
@@ -143,8 +143,9 @@ def fitted_inference(
 
         μ̂ = μ + a (μ_I − μ)        σ̂² = c₀ σ² + c₁ σ²_I + c₂ (μ_I − μ)²
 
-    by least squares, 0 ≤ a ≤ 1 and c ≥ 0. Independent draws give the coefficients of
-    ``corrected_inference``, up to noise. Before the first batch it is ordinary inference.
+    by least squares, clipped to 0 ≤ a ≤ 1 and c ≥ 0. Independent draws give the
+    coefficients of ``corrected_inference``, up to noise. Before the first batch it is
+    ordinary inference.
 
     Fit with final weights, in one pass over training data in training mode that keeps the
     new states and nothing else. A trained state is put in by ``_replace(state=trained)``,
@@ -152,7 +153,7 @@ def fitted_inference(
 
         jax.tree.map(
             lambda new, old: new._replace(state=old), fresh, trained,
-            is_leaf=lambda node: isinstance(node, FittedState),
+            is_leaf=lambda node: isinstance(node, FittedState),  # all normalizers are
         )
 
     Args:
@@ -212,11 +213,16 @@ def fitted_inference(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
         # Of the batches before: an average that holds this one already leans towards it.
-        running = estimator.infer(state.state, x)
+        # Only the first batch, before which there may be none, is compared with its own.
+        before, after = (estimator.infer(s, x) for s in (state.state, inside))
+        running = jax.tree.map(
+            lambda old, new: jnp.where(state.steps > 0, old, new), before, after
+        )
         instance = instance_moments(lax.stop_gradient(x), mask)
         seen = _fit(lax.stop_gradient(statistics), running, instance, axis_name)
         seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
         usable = jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
+        usable &= jnp.isfinite(seen.slope).all(0)
         steps = state.steps + usable.astype(jnp.float32)
         alpha = weights(average, jnp.maximum(steps, 1.0))
 

@@ -381,3 +381,9 @@ def test_bad_batches_and_measures():
     for shape in ((3,), (0, 3)):
         with pytest.raises(ValueError, match=r"heterogeneity got x of shape .*one example"):
             cbn.heterogeneity(jnp.ones(shape), "examples")
+
+
+def test_a_gate_is_one_truth_value():
+    state = cbn.adaptive_batch_norm(cbn.batch_norm()).init(2)
+    with pytest.raises(ValueError, match=r"shape \(2,\), expected one truth value"):
+        cbn.set_gate(state, jnp.array([True, False]))

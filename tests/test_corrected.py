@@ -394,6 +394,15 @@ def test_the_share_is_one_in_all_that_stands_behind_a_statistic(name, rng):
     np.testing.assert_allclose(a, part / m, atol=0.02)
 
 
+def test_along_with_training_it_does_not_fit_the_start(rng):
+    """A fresh average says mean 0 and variance 1, which are nobody's statistics."""
+    batches = jnp.asarray(50.0 + draws(rng, 2000, 4)[0], jnp.float32)
+    state = one_pass(FITTED, FITTED.init(FEATURES), batches)
+    a, c = coefficients(FITTED, FROZEN, state)
+    np.testing.assert_allclose(a, 1 / 4, atol=0.03)
+    np.testing.assert_allclose(c[2], 3 / 16, atol=0.03)
+
+
 def biased(rng, count=400, batch_size=3):
     """Batches for which least squares wants something negative: c₀, c₁, c₂, nothing.
 
