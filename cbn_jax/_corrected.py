@@ -47,7 +47,7 @@ def corrected_inference(
       estimator: any method with one mean and one variance per feature.
       batch_size: m, examples behind a training statistic, at least 1: those of one batch on
         all devices that share it; times the window for cross-iteration methods (with
-        ``running="window"``), over α for ``diminishing_batch_norm``.
+        ``running="window"``), over α for ``diminishing_batch_norm`` (exact for the mean).
       epsilon: that of the estimator.
 
     Returns:
