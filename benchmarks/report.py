@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import cbn_jax
+from cbn_jax._figure import COLORS as COLORS
 
 from ._optional import needed_for
 
@@ -22,9 +23,6 @@ with needed_for("benchmarks"):
     import matplotlib.figure
     import rich.box
     from rich.table import Table
-
-# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 
 
 def environment() -> dict[str, str]:

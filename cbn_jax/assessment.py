@@ -22,6 +22,7 @@ import numpy as np
 
 from ._adaptive import Measure, heterogeneity
 from ._checks import check_choice
+from ._figure import COLORS, new_figure, tidy
 
 Threshold = Literal["mean", "median"] | Callable[[np.ndarray], float]
 
@@ -82,24 +83,18 @@ class Assessment:
         Raises:
           ModuleNotFoundError: matplotlib is not installed.
         """
-        try:
-            import matplotlib.figure
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Assessment.draw needs matplotlib; install it with: pip install matplotlib"
-            ) from error
-        figure = matplotlib.figure.Figure((4.8, 3.2), layout="constrained", dpi=150)
+        figure = new_figure("Assessment.draw", 4.8, 3.2)
         axis = figure.subplots()
         bins = np.histogram_bin_edges(self.values, bins="auto")
         for chosen, label, color in (
-            (self.table, "to normalize", "#0072B2"),
-            (~self.table, "to leave", "#E69F00"),
+            (self.table, "to normalize", COLORS[0]),
+            (~self.table, "to leave", COLORS[1]),
         ):
             axis.hist(self.values[chosen], bins.tolist(), color=color, label=label)
         axis.axvline(self.threshold, color="black", lw=1, ls="--", label="threshold")
         axis.set_xlabel(f"heterogeneity ({self.measure})")
         axis.set_ylabel("batches")
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         axis.legend(frameon=False, fontsize=8)
         if path is not None:
             figure.savefig(path)

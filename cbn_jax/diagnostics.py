@@ -30,12 +30,10 @@ from jax import lax
 
 from ._checks import check_activations, check_choice, check_epsilon, check_state
 from ._estimator import Estimator, State
+from ._figure import COLORS, new_figure, tidy
 from ._moments import Moments, batch_moments
 from ._running import usable_moments
 from ._statistics import Statistics
-
-# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 
 
 class WatchState(NamedTuple):
@@ -326,16 +324,7 @@ def _chosen(names: list[str], layers: Sequence[str] | None) -> list[str]:
 
 def _empty_figure(layers: Sequence[str]) -> tuple[Any, Any]:
     """Axes ``[2, layers]``, labelled."""
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "cbn_jax.diagnostics.draw needs matplotlib; install it with: "
-            "pip install matplotlib"
-        ) from error
-    figure = matplotlib.figure.Figure(
-        figsize=(1.2 + 2.6 * len(layers), 5.2), layout="constrained", dpi=150
-    )
+    figure = new_figure("cbn_jax.diagnostics.draw", 1.2 + 2.6 * len(layers), 5.2)
     grid = figure.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False)
     for axis, layer in zip(grid[0], layers, strict=True):
         axis.set_title(layer, fontsize=10)
@@ -355,5 +344,4 @@ def _plot(axis: Any, records: Any, layer: str, kind: str) -> None:
         look = {"lw": max(2.8 - 0.35 * i, 0.7), "ls": (0, (4, i)) if i else "-"}
         axis.plot(steps, values, color=COLORS[i % len(COLORS)], label=method, **look)
     axis.set_yscale("log")
-    axis.grid(alpha=0.25, linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis)

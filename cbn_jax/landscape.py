@@ -26,11 +26,9 @@ from jax import lax
 
 from ._checks import check_activations, check_count, check_state_type
 from ._estimator import Estimator, State
+from ._figure import COLORS, new_figure, tidy
 from ._moments import align, wide
 from ._statistics import Statistics
-
-# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
 
 
 class PerturbState(NamedTuple):
@@ -243,16 +241,7 @@ def draw(
             f"smooth is {smooth!r}, expected at most {longest}, the least number of losses "
             "or changes of the gradient in the bands."
         )
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "cbn_jax.landscape.draw needs matplotlib; install it with: "
-            "pip install matplotlib"
-        ) from error
-    figure = matplotlib.figure.Figure(
-        figsize=(1.2 + 2.4 * len(bands), 4.8), layout="constrained", dpi=150
-    )
+    figure = new_figure("cbn_jax.landscape.draw", 1.2 + 2.4 * len(bands), 4.8)
     grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
     for column, (name, band) in enumerate(bands.items()):
         for row, curves in enumerate(band):  # the first change is that to step 2
@@ -292,5 +281,4 @@ def _band(axis: Any, curves: np.ndarray, first: int, smooth: int, color: str) ->
     low, high = curves.min(axis=0), curves.max(axis=0)
     axis.fill_between(steps, low, high, color=color, alpha=0.3, lw=0)
     axis.plot(steps, np.median(curves, axis=0), color=color, lw=1)
-    axis.grid(alpha=0.25, linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis)

@@ -24,7 +24,7 @@ FOUNDATION = {
 }
 PRESETS = {"_small_batch"}  # a method with arguments filled in
 WRAPPERS = {"_adaptive", "_corrected"}  # around any method
-TOOLS = {"assessment", "diagnostics", "landscape", "optax"}
+TOOLS = {"_figure", "assessment", "diagnostics", "landscape", "optax"}
 ADAPTERS = {"_adapter", "linen", "nnx"}
 METHODS = (
     {path.stem for path in PACKAGE.glob("*.py")}
