@@ -9,8 +9,7 @@ from jax import lax
 
 from ._checks import check_activations, check_epsilon, check_state, check_traits
 from ._estimator import Estimator, State
-from ._moments import AxisName, Moments, align, instance_moments
-from ._patches import sum_over
+from ._moments import AxisName, Moments, align, exchange, instance_moments
 from ._running import Averaging, averaging, cumulative, weights
 from ._statistics import Statistics
 
@@ -262,7 +261,8 @@ def _fit(
     t = (believed.mean - running.mean) * running.inv_std
     ratio = jnp.square(running.inv_std / believed.inv_std)
     phi = jnp.stack([counts.astype(d.dtype), spread, jnp.square(d)])
-    sums = sum_over(
+    _, sums = exchange(
+        (),
         Fit(
             slope=jnp.stack([jnp.square(d).sum(0), d.sum(0) * t]),
             gram=jnp.einsum("inc,jnc->ijc", phi, phi),

@@ -20,8 +20,8 @@ from ._checks import (
     check_values,
 )
 from ._estimator import Estimator
-from ._history import History, empty_history, entry_of, prepend, push, transport
-from ._moments import Moments, batch_moments, pool_moments
+from ._history import History, current, empty_history, prepend, push, transport
+from ._moments import Moments, pool_moments
 from ._running import (
     Averaging,
     RunningMoments,
@@ -226,7 +226,7 @@ def cross_iteration_batch_norm(
         if window == 1 or burn_in != 0 or running == "batch":
             check_values(name, x, axis_name, mask)
         state = lax.stop_gradient(state)
-        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        moments, entry = current(x, source, axis_name, mask)
         params = source.params
         if gradient == "current":
             params = lax.stop_gradient(params)
@@ -238,7 +238,6 @@ def cross_iteration_batch_norm(
         pooled = pool_moments(prepend(moments, past))
         if mask is not None:
             pooled = known_moments(pooled, state.running)
-        entry = entry_of(lax.stop_gradient(moments), lax.stop_gradient(x), source, mask)
         seen = moments if running == "batch" else pooled._replace(size=moments.size)
         return statistics_of(pooled, epsilon), CrossIterationState(
             running=update_running(state.running, seen, average),

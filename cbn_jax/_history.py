@@ -8,8 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._layer import Params
-from ._moments import Moments, align
-from ._patches import inner, product
+from ._moments import (
+    AxisName,
+    Moments,
+    about_zero,
+    align,
+    device_moments,
+    exchange,
+    pool_devices,
+)
+from ._patches import inner, per_row, product, pull
 from ._running import usable_moments
 from ._source import Source
 
@@ -79,9 +87,38 @@ def prepend(current: Moments, past: Moments) -> Moments:
     return jax.tree.map(lambda new, old: jnp.concatenate([new[None], old]), current, past)
 
 
-def entry_of(moments: Moments, x: jax.Array, source: Source, mask: Any) -> History:
-    """What the window remembers of one iteration: a history with a single slot."""
-    mean, var, count = moments
+def current(
+    x: jax.Array, source: Source, axis_name: AxisName, mask: jax.Array | None
+) -> tuple[Moments, History]:
+    """Moments of this iteration, and what the window remembers of it: a single slot.
+
+    The derivatives of many devices are pooled like their moments, by what follows from the
+    law of total variance, with shares w, means μ and variances σ² of each::
+
+        ∂μ = Σ w ∂μ_d        ∂σ² = Σ w ∂σ²_d + 2 Σ w (μ_d − μ) ∂μ_d
+    """
+    part = device_moments(x, mask)
+    here = about_zero(part)
+    d_mean, d_var = _derivatives(lax.stop_gradient((here, x)), source, mask)
+    if axis_name is None:
+        return here, _entry(here, d_mean, d_var, source.params)
+    weighted = jax.tree.map(lambda d: align(here.size, d) * d, d_var)
+    (parts, d_means), sums = exchange((part, d_mean), weighted, axis_name)
+    moments = pool_devices(parts)
+    total = jnp.maximum(moments.size, 1.0)
+    share = parts.moments.size / total[None]
+    offset = lax.stop_gradient(about_zero(parts).mean - moments.mean[None])
+    between = pull(d_means, 2.0 * share * offset)
+    d_var = jax.tree.map(lambda s, b: s / align(total, s) + b, sums, between)
+    d_mean = jax.tree.map(lambda d: (per_row(share[:, :1], d) * d).sum(axis=0), d_means)
+    return moments, _entry(moments, d_mean, d_var, source.params)
+
+
+def _derivatives(
+    seen: tuple[Moments, jax.Array], source: Source, mask: jax.Array | None
+) -> tuple[Params, Params]:
+    """∂μ and ∂σ² of this device's values."""
+    (mean, _, count), x = seen
     x = x.astype(mean.dtype)
     shape = (*x.shape[:-1], 1)
     weight = jnp.broadcast_to(1.0 / jnp.maximum(count[0], 1.0), shape)
@@ -90,19 +127,23 @@ def entry_of(moments: Moments, x: jax.Array, source: Source, mask: Any) -> Histo
         counts = jnp.broadcast_to(mask, shape).astype(bool)
         weight = jnp.where(counts, weight, 0.0)
         deviation = jnp.where(counts, deviation, 0.0)
-    d_var, d_mean = jax.tree.map(
-        lambda leaf: leaf[None].astype(mean.dtype),
-        source.pullback(2.0 * deviation * weight, weight),
+    d_var, d_mean = source.pullback(2.0 * deviation * weight, weight)
+    return jax.tree.map(lambda leaf: leaf.astype(mean.dtype), (d_mean, d_var))
+
+
+def _entry(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> History:
+    params = lax.stop_gradient(params)
+    moments, d_mean, d_var = jax.tree.map(
+        lambda leaf: lax.stop_gradient(leaf)[None], (moments, d_mean, d_var)
     )
-    params = lax.stop_gradient(source.params)
     return History(
-        mean=mean[None],
-        var=var[None],
+        mean=moments.mean,
+        var=moments.var,
         d_mean=d_mean,
         d_var=d_var,
         mean_at=product(d_mean, params),
         var_at=_inner(d_var, params),
-        size=count[None],
+        size=moments.size,
     )
 
 

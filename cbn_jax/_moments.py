@@ -105,14 +105,42 @@ def batch_moments(
     are read once more, for the pivot. XLA's CPU backend reads ``x`` once for each sum, as
     it does for Flax's default.
     """
+    part = device_moments(x, mask)
+    if axis_name is None:
+        return about_zero(part)
+    parts, _ = exchange(part, (), axis_name)
+    return pool_devices(parts)
+
+
+class Part(NamedTuple):
+    """What one device contributes to a batch's moments.
+
+    Attributes:
+      pivot: ``[C]``, a value near the mean.
+      moments: of ``x − pivot``, whose mean has digits that ``x`` in float32 has not.
+    """
+
+    pivot: jax.Array
+    moments: Moments
+
+
+def device_moments(x: jax.Array, mask: jax.Array | None = None) -> Part:
+    """This device's part of ``batch_moments``."""
     check_activations("batch_moments", x)
     x = jnp.asarray(x, wide(x.dtype))
-    pivot, moments = _about_pivot(x) if mask is None else _masked_about_pivot(x, mask)
-    if axis_name is not None:
-        pivots, moments = gather((pivot, moments), axis_name)
-        pivot = pivots[0]
-        moments = pool_moments(moments._replace(mean=moments.mean + (pivots - pivot[None])))
-    return moments._replace(mean=pivot + moments.mean)
+    return _about_pivot(x) if mask is None else _masked_about_pivot(x, mask)
+
+
+def about_zero(part: Part) -> Moments:
+    """The moments of ``x`` itself."""
+    return part.moments._replace(mean=part.pivot + part.moments.mean)
+
+
+def pool_devices(parts: Part) -> Moments:
+    """Moments of the whole batch, from the parts of all devices, every field ``[D, C]``."""
+    first = parts.pivot[0]
+    mean = parts.moments.mean + (parts.pivot - first[None])
+    return about_zero(Part(first, pool_moments(parts.moments._replace(mean=mean))))
 
 
 def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
@@ -135,13 +163,16 @@ def pool_examples(instance: Moments, axis_name: AxisName = None) -> Moments:
     """Batch moments, every field ``[C]``, from those of all examples on all devices."""
     each = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), instance)
     moments = pool_moments(each)
-    return moments if axis_name is None else pool_moments(gather(moments, axis_name))
+    if axis_name is None:
+        return moments
+    devices, _ = exchange(moments, (), axis_name)
+    return pool_moments(devices)
 
 
-def _about_pivot(x: jax.Array) -> tuple[jax.Array, Moments]:
+def _about_pivot(x: jax.Array) -> Part:
     """A pivot per feature, and the moments of ``x − pivot``."""
     pivot, offset, var = _offset_and_var(x)
-    return pivot, Moments(offset, var, jnp.full_like(var, x.size // x.shape[-1]))
+    return Part(pivot, Moments(offset, var, jnp.full_like(var, x.size // x.shape[-1])))
 
 
 @jax.custom_jvp
@@ -179,7 +210,7 @@ def _pivot(x: jax.Array) -> jax.Array:
     return x[(slice(None), *middle)].mean(axis=0)
 
 
-def _masked_about_pivot(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Moments]:
+def _masked_about_pivot(x: jax.Array, mask: jax.Array) -> Part:
     rows = tuple(range(x.ndim - 1))
     mask = jnp.broadcast_to(mask, x.shape).astype(bool)
     count = mask.sum(axis=rows, dtype=x.dtype)
@@ -192,7 +223,7 @@ def _masked_about_pivot(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Momen
     shifted = jnp.where(mask, x - align(pivot, x), 0.0)
     offset = mean_of(shifted)
     var = mean_of(jnp.square(shifted)) - jnp.square(offset)
-    return pivot, Moments(offset, jnp.maximum(var, 0.0), count)
+    return Part(pivot, Moments(offset, jnp.maximum(var, 0.0), count))
 
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -205,15 +236,19 @@ def align(per_feature: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(per_feature, range(x.ndim - per_feature.ndim))
 
 
-def gather(tree: Any, axis_name: AxisName) -> Any:
-    """Stacks each leaf of all devices to ``[devices, ...]``, on every device.
+def exchange(rows: Any, sums: Any, axis_name: AxisName) -> tuple[Any, Any]:
+    """What all devices have, on every device, in one collective.
 
-    A sum of one-hot rows instead of ``all_gather``: its result is known to be the same on
-    all devices, so that ``shard_map`` accepts a state made of it as replicated.
+    Each leaf of ``rows`` is stacked to ``[devices, ...]``, each of ``sums`` is added up.
+    Rows travel as a sum of one-hot rows instead of an ``all_gather``: the result is known
+    to be the same on all devices, so that ``shard_map`` accepts a state made of it as
+    replicated.
     """
+    if axis_name is None:
+        return jax.tree.map(lambda leaf: leaf[None], rows), sums
     here = lax.axis_index(axis_name) == jnp.arange(lax.axis_size(axis_name))
 
     def row(leaf):
         return jnp.where(here.reshape(-1, *(1,) * leaf.ndim), leaf[None], 0.0)
 
-    return lax.psum(jax.tree.map(row, tree), axis_name)
+    return lax.psum((jax.tree.map(row, rows), sums), axis_name)

@@ -2,14 +2,22 @@
 """A layer at some of its positions: x = ⟨P, θ⟩ with P = ∂x/∂θ, what it saw there."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ._layer import Params
-from ._moments import AxisName, wide
+from ._moments import (
+    AxisName,
+    Moments,
+    about_zero,
+    device_moments,
+    exchange,
+    pool_devices,
+    wide,
+)
 from ._source import Source
 
 
@@ -19,9 +27,8 @@ class Sample(NamedTuple):
     Attributes:
       patches: P, leaves ``[n, *leaf.shape[:-1], groups]``.
       x: ``[n, C]``, the activations there.
-      weight: ``[n, 1]``, one over the number of positions on all devices, 0 where a
-        position does not count (``mask``). ``Σ weight · f`` over all devices is the
-        sample's mean of f.
+      weight: ``[n, 1]``, one over the number of positions, 0 where a position does not
+        count (``mask``). ``Σ weight · f`` is the sample's mean of f.
     """
 
     patches: Params
@@ -29,7 +36,7 @@ class Sample(NamedTuple):
     weight: jax.Array
 
 
-def take_sample(
+def moments_and_sample(
     source: Source,
     x: jax.Array,
     samples: int | None,
@@ -37,19 +44,34 @@ def take_sample(
     *,
     axis_name: AxisName = None,
     mask: jax.Array | None = None,
-) -> Sample:
-    """About ``samples`` positions of a batch, equally many from each example.
+) -> tuple[Moments, Sample]:
+    """Moments of the batch, and about ``samples`` of its positions.
 
-    All of them where there are no more, or for None; at least one of each example. Which
-    ones is random, a function of ``step``. Nothing in it carries a gradient.
+    Equally many positions of each example; all of them where there are no more, or for
+    None; at least one. Which ones is random, a function of ``step``. Nothing in the sample
+    carries a gradient.
+
+    Every device learns the positions of all, in the one collective of the moments: a few
+    patches are less than the derivatives, as large as θ, that each would make of its own.
     """
+    part = device_moments(x, mask)
+    n = per_example(len(x), math.prod(x.shape[1:-1]), samples, axis_name)
+    sample = _take(source, lax.stop_gradient(x), n, step, mask)
+    if axis_name is None:
+        return about_zero(part), _weighted(sample)
+    (parts, rows), _ = exchange((part, sample), (), axis_name)
+    sample = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
+    return pool_devices(parts), _weighted(sample)
+
+
+def _take(
+    source: Source, x: jax.Array, n: int, step: jax.Array, mask: jax.Array | None
+) -> Sample:
+    """``n`` positions of each example of this device, with weights 1 and 0."""
     assert source.patches is not None
     dtype = wide(x.dtype)
-    x = lax.stop_gradient(x)
     examples, positions = len(x), math.prod(x.shape[1:-1])
-    index = _strata(
-        examples, positions, per_example(examples, positions, samples, axis_name), step
-    )
+    index = _strata(examples, positions, n, step)
 
     def at_index(values):
         values = values.reshape(examples, positions, -1)
@@ -58,13 +80,16 @@ def take_sample(
     patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
     values = at_index(x).astype(dtype)
     if mask is None:
-        total = index.size * device_count(axis_name)
-        return Sample(patches, values, jnp.full((index.size, 1), 1.0 / total, dtype))
+        return Sample(patches, values, jnp.ones((index.size, 1), dtype))
     counts = at_index(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool))
     values = jnp.where(counts, values, 0.0)
     patches = jax.tree.map(lambda p: jnp.where(per_row(counts, p), p, 0.0), patches)
-    total = jnp.maximum(sum_over(counts.sum(dtype=dtype), axis_name), 1.0)
-    return Sample(patches, values, counts.astype(dtype) / total)
+    return Sample(patches, values, counts.astype(dtype))
+
+
+def _weighted(sample: Sample) -> Sample:
+    """Weights that sum to one, or to zero."""
+    return sample._replace(weight=sample.weight / jnp.maximum(sample.weight.sum(), 1.0))
 
 
 def per_example(
@@ -92,15 +117,10 @@ def _strata(examples: int, positions: int, n: int, step: jax.Array) -> jax.Array
 
 
 def mean_patch(sample: Sample) -> Params:
-    """This device's part of E[P], leaves ``[*leaf.shape[:-1], groups]``."""
+    """E[P], leaves ``[*leaf.shape[:-1], groups]``."""
     return jax.tree.map(
         lambda p: (per_row(sample.weight, p) * p).sum(axis=0), sample.patches
     )
-
-
-def sum_over(tree: Any, axis_name: AxisName) -> Any:
-    """The sum over all devices."""
-    return tree if axis_name is None else lax.psum(tree, axis_name)
 
 
 def product(patches: Params, params: Params) -> jax.Array:

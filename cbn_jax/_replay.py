@@ -21,8 +21,8 @@ from ._checks import (
 )
 from ._estimator import Estimator
 from ._layer import Params
-from ._moments import AxisName, Moments, batch_moments, gather, pool_two
-from ._patches import Sample, per_row, product, take_sample
+from ._moments import Moments, pool_two
+from ._patches import Sample, moments_and_sample, per_row, product
 from ._running import (
     Averaging,
     RunningMoments,
@@ -166,7 +166,9 @@ def replay_batch_norm(
         if window == 1:
             check_values(name, x, axis_name, mask)
         state = lax.stop_gradient(state)
-        batch = batch_moments(x, axis_name=axis_name, mask=mask)
+        batch, sample = moments_and_sample(
+            source, x, samples, state.running.steps.max(), axis_name=axis_name, mask=mask
+        )
         past = _replayed(state.memory, source.params, batch.mean.dtype)
         pooled = pool_two(batch, past)
         if mask is not None:
@@ -174,9 +176,7 @@ def replay_batch_norm(
         seen = pooled._replace(size=batch.size)
         memory = state.memory
         if window > 1:
-            step = state.running.steps.max()
-            sample = take_sample(source, x, samples, step, axis_name=axis_name, mask=mask)
-            rows = _rows_of(sample, batch, samples, axis_name)
+            rows = _rows_of(sample, batch, samples)
             memory = _remember(memory, rows, state.slot * samples)
         return statistics_of(pooled, epsilon), lax.stop_gradient(
             ReplayState(
@@ -204,8 +204,8 @@ def _replayed(memory: Memory, params: Params, dtype: Any) -> Moments:
     return Moments(mean, var, jnp.broadcast_to(total, mean.shape))
 
 
-def _rows_of(sample: Sample, batch: Moments, samples: int, axis_name: AxisName) -> Memory:
-    """What is remembered of this iteration, of all devices: ``samples`` rows."""
+def _rows_of(sample: Sample, batch: Moments, samples: int) -> Memory:
+    """What is remembered of this iteration: ``samples`` rows."""
     size = sample.weight * batch.size.max()
     finite = [
         jnp.isfinite(p).reshape(len(p), -1).all(axis=1, keepdims=True)
@@ -215,10 +215,6 @@ def _rows_of(sample: Sample, batch: Moments, samples: int, axis_name: AxisName) 
     usable &= usable_moments(batch).any()  # else one overflow would stay for a window
     rows = Memory(sample.patches, size)
     rows = jax.tree.map(lambda leaf: jnp.where(per_row(usable, leaf), leaf, 0.0), rows)
-    if axis_name is not None:
-        rows = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), gather(rows, axis_name)
-        )
     missing = samples - len(rows.size)
     if missing < 0:
         raise ValueError(

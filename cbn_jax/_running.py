@@ -160,7 +160,8 @@ def update_running(
     moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moments)
     usable = usable_moments(moments)
     steps = running.steps + usable.astype(jnp.float32)
-    alpha = weights(average, jnp.maximum(steps, 1.0))
+    # The first batch is all there is to average, whatever the rule.
+    alpha = jnp.where(steps > 1, weights(average, jnp.maximum(steps, 1.0)), 1.0)
 
     def blend(old, new):
         return old + jnp.where(usable, alpha * (new - old), 0.0)

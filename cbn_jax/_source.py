@@ -22,15 +22,15 @@ class Source(NamedTuple):
     Attributes:
       params: θ, the parameters with which the layer was run, the only thing here that
         carries a gradient.
-      pullback: ``(each, shared)`` ↦ two cotangents of θ, summed over all devices: one for
-        the cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared`` ``[..., 1]``, the
-        same for every feature, its leaves ``[..., groups]``. Feature c of ``x`` depends on
+      pullback: ``(each, shared)`` ↦ two cotangents of θ, this device's part: one for the
+        cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared`` ``[..., 1]``, the same
+        for every feature, its leaves ``[..., groups]``. Feature c of ``x`` depends on
         ``θ[..., c]`` alone, so the cotangent 1/N yields the derivatives of all feature
         means at once, and 2 (x − mean) / N those of all variances.
       patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``;
         None where the layer does not know.
       groups: of the layer.
-      axis_name: the axis over which ``pullback`` sums.
+      axis_name: the axis over which ``x`` is spread.
     """
 
     params: Params
@@ -75,8 +75,7 @@ def run_layer(
     cut = layer.patches
 
     def pullback(each: jax.Array, shared: jax.Array) -> tuple[Params, Params]:
-        local = _pull_both(layer, _varying(fixed, axis_name), inputs, each, shared)
-        return local if axis_name is None else lax.psum(local, axis_name)
+        return _pull_both(layer, _varying(fixed, axis_name), inputs, each, shared)
 
     def patches(index: jax.Array) -> Params:
         assert cut is not None
@@ -134,7 +133,7 @@ def _varying(params: Params, axis_name: AxisName) -> Params:
     Inside ``shard_map`` the derivative with respect to a replicated value is summed over
     the devices by JAX itself; a sum of our own on top would multiply it by their number.
     With respect to a varying copy the derivative stays local, there as under ``pmap`` and
-    ``vmap``, and the one sum in ``run_layer`` is right everywhere.
+    ``vmap``, and the estimator's one sum is right everywhere.
     """
     if axis_name is None:
         return params

@@ -20,8 +20,8 @@ from ._checks import (
 )
 from ._estimator import Estimator
 from ._layer import Params
-from ._moments import AxisName, Moments, align, batch_moments, pool_two
-from ._patches import Sample, inner, mean_patch, product, pull, sum_over, take_sample
+from ._moments import Moments, align, pool_two
+from ._patches import Sample, inner, mean_patch, moments_and_sample, product, pull
 from ._running import (
     Averaging,
     RunningMoments,
@@ -165,16 +165,16 @@ def streaming_batch_norm(
         if window == 1:
             check_values(name, x, axis_name, mask)
         state = lax.stop_gradient(state)
-        batch = batch_moments(x, axis_name=axis_name, mask=mask)
+        batch, sample = moments_and_sample(
+            source, x, samples, state.running.steps.max(), axis_name=axis_name, mask=mask
+        )
         dtype = batch.mean.dtype
         old = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), source.params)
-        step = old.running.steps.max()
-        sample = take_sample(source, x, samples, step, axis_name=axis_name, mask=mask)
         sample = _centered(sample, old.d_mean)
         delta = jax.tree.map(jnp.subtract, params, old.params)
         moved = product(sample.patches, lax.stop_gradient(delta))  # ⟨P − p, Δ⟩
-        spread = sum_over((sample.weight * jnp.square(moved)).sum(axis=0), axis_name)
+        spread = (sample.weight * jnp.square(moved)).sum(axis=0)
         spread = jnp.where(jnp.isfinite(spread), spread, 0.0)  # NaN now is not past
         past = _transported(old, delta, spread)
         past = past._replace(
@@ -186,7 +186,7 @@ def streaming_batch_norm(
         batch, past, params, believed = lax.stop_gradient((batch, past, params, pooled))
         seen = believed._replace(size=batch.size)
         kept = past._replace(size=old.window.size), old.d_mean, old.d_var
-        new = believed, *_derivatives(old, batch, believed, sample, moved, axis_name)
+        new = believed, *_derivatives(old, batch, believed, sample, moved)
         moments, d_mean, d_var = _where(usable_moments(seen), new, kept)
         running = update_running(state.running, seen, average)
         after = StreamingState(running, moments, d_mean, d_var, params)
@@ -233,15 +233,12 @@ def _derivatives(
     pooled: Moments,
     sample: Sample,
     moved: jax.Array,
-    axis_name: AxisName,
 ) -> tuple[Params, Params]:
     """The pooled moments' p and G at today's parameters."""
     share = batch.size / jnp.where(pooled.size > 0, pooled.size, 1.0)  # a
     toward = share[None] * (sample.x - pooled.mean[None]) + (1.0 - share)[None] * moved
-    d_var, d_mean = sum_over(
-        (pull(sample.patches, 2.0 * sample.weight * toward), mean_patch(sample)),
-        axis_name,
-    )
+    d_var = pull(sample.patches, 2.0 * sample.weight * toward)
+    d_mean = mean_patch(sample)
 
     def step(p, mean):
         return p + align(share.reshape(p.shape[-1], -1).mean(axis=-1), p) * mean

@@ -86,6 +86,7 @@ class Norm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_stats: bool = True,
     ) -> jax.Array:
         """Normalizes ``inputs``, or the layer's output for them.
 
@@ -95,6 +96,8 @@ class Norm(nn.Module):
             the constructor, not in both.
           mask: broadcastable to the activations, True where a value counts. Statistics
             ignore the others; the output is computed everywhere.
+          update_stats: False trains with the method's statistics and leaves its state as
+            it is.
 
         Returns:
           Normalized activations.
@@ -113,9 +116,11 @@ class Norm(nn.Module):
         if running or self.is_initializing():
             statistics = estimator.infer(state.value, x)
         else:
-            statistics, state.value = estimator.train(
+            statistics, after = estimator.train(
                 state.value, x, source, axis_name=self.axis_name, mask=mask
             )
+            if update_stats:
+                state.value = after
         scale, bias = self._affine(features)
         y = back(normalize(x, statistics, scale, bias))
         return y if self.dtype is None else y.astype(self.dtype)

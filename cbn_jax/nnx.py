@@ -106,6 +106,7 @@ class Norm(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update_stats: bool = True,
     ) -> jax.Array:
         """Normalizes ``inputs``, or the layer's output for them.
 
@@ -114,6 +115,8 @@ class Norm(nnx.Module):
           use_running_average: overrides the module's own.
           mask: broadcastable to the activations, True where a value counts. Statistics
             ignore the others; the output is computed everywhere.
+          update_stats: False trains with the method's statistics and leaves its state as
+            it is.
 
         Returns:
           Normalized activations.
@@ -132,7 +135,8 @@ class Norm(nnx.Module):
             statistics, state = estimator.train(
                 state, x, source, axis_name=self.axis_name, mask=mask
             )
-            self.state.set_value(state)
+            if update_stats:
+                self.state.set_value(state)
         y = back(normalize(x, statistics, _value(self.scale), _value(self.bias)))
         return y if self.dtype is None else y.astype(self.dtype)
 

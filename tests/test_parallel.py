@@ -193,21 +193,31 @@ def collectives(f, *args):
     return re.findall(r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
 
 
-@pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
-def test_one_collective_forward(layer, key):
-    """Under an axis name; the averages need none of their own."""
-    estimator = cbn.batch_norm()
-    state = estimator.init(layer.features)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", FACTORIES)
+@layers
+def test_one_collective_forward(name, layer, masked, key):
+    """Under an axis name, state and mask included; a fit needs the statistics first."""
+    estimator = make(name)
+    params = layer.params(key)
+    state = init(estimator, layer, params)
 
-    def forward(x):
-        statistics, after = estimator.train(state, x, axis_name="data")
+    def forward(params, state, z):
+        mask = jnp.ones((len(z),) + (1,) * (len(layer.inputs) - 1)) > 0 if masked else None
+        x, statistics, after = train(
+            estimator, state, layer, params, z, axis_name="data", mask=mask
+        )
         return cbn.normalize(x, statistics), after
 
-    x = layer.fn(layer.params(key), layer.data(key, examples=2 * DEVICES))
     step = jax.shard_map(
-        forward, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P())
+        forward,
+        mesh=mesh(),
+        in_specs=(P(), P(), P("data")),
+        out_specs=(P("data"), P()),
     )
-    assert collectives(step, x) == ["all-reduce"]
+    expected = 2 if "fitted" in name else 1
+    z = layer.data(key, examples=2 * DEVICES)
+    assert collectives(step, params, state, z) == ["all-reduce"] * expected
 
 
 @pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])

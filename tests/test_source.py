@@ -5,7 +5,7 @@ import pytest
 from cases import LAYERS
 
 import cbn_jax as cbn
-from cbn_jax._patches import mean_patch, product, pull, take_sample
+from cbn_jax._patches import mean_patch, moments_and_sample, product, pull
 
 layers = pytest.mark.parametrize("name", LAYERS)
 
@@ -51,7 +51,7 @@ def test_patches_are_what_the_layer_saw(name, samples, key):
     layer = LAYERS[name]
     params, z = layer.params(key), layer.data(key)
     x, source = cbn.run_layer(layer.layer, params, z)
-    sample = take_sample(source, x, samples, jnp.float32(3))
+    _, sample = moments_and_sample(source, x, samples, jnp.float32(3))
     np.testing.assert_allclose(product(sample.patches, params), sample.x, atol=1e-5)
     if samples is None:
         np.testing.assert_array_equal(sample.x, x.reshape(-1, layer.features))
