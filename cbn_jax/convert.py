@@ -92,16 +92,21 @@ def to_flax(
     return leaves, stats
 
 
-def from_pytorch(tensors: Mapping[str, Any], values_per_feature: int) -> BatchNormWeights:
+def from_pytorch(
+    tensors: Mapping[str, Any], values_per_feature: int | None
+) -> BatchNormWeights:
     """Weights of a PyTorch batch norm.
 
-    PyTorch normalizes by the biased variance and averages the unbiased one; that is undone.
+    PyTorch trains by the biased variance of a batch, but averages the unbiased one and
+    predicts by that. Given n, the average becomes that of the biased ones, by which our
+    estimators train and predict alike; predictions move by as much, a factor of
+    √(n / (n − 1)) before the offset. Without n the average stays, and predictions with it.
 
     Args:
       tensors: the layer's ``state_dict()``: ``running_mean``, ``running_var``, with
         ``weight`` and ``bias`` if it is affine, and ``num_batches_tracked`` if known.
       values_per_feature: n ≥ 2, values of one feature in a training batch: examples times
-        positions, on one device, or on all for ``SyncBatchNorm``.
+        positions, on one device, or on all for ``SyncBatchNorm``; None keeps the variance.
 
     Returns:
       The weights. Without a number of batches the averages count as very many, as in
@@ -118,22 +123,23 @@ def from_pytorch(tensors: Mapping[str, Any], values_per_feature: int) -> BatchNo
       >>> convert.from_pytorch(tensors, values_per_feature=4).running.var
       Array([3.], dtype=float32)
     """
-    check_count("values_per_feature", values_per_feature, 2)
+    share = _biased_share(values_per_feature)
     tensors = dict(tensors)
     steps = tensors.pop("num_batches_tracked", None)
     vectors = _read("from_pytorch", tensors, _PYTORCH)
-    vectors["running_var"] *= (values_per_feature - 1) / values_per_feature
+    vectors["running_var"] *= share
     return _weights(vectors, LONG if steps is None else float(np.asarray(steps)))
 
 
 def to_pytorch(
-    weights: BatchNormWeights, values_per_feature: int
+    weights: BatchNormWeights, values_per_feature: int | None
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Weights for a PyTorch batch norm.
 
     Args:
       weights: those of one layer.
-      values_per_feature: n ≥ 2, as for ``from_pytorch``.
+      values_per_feature: n ≥ 2, as for ``from_pytorch``; None keeps the variance, and
+        PyTorch predicts what our estimators did.
 
     Returns:
       Arrays for ``load_state_dict``, which takes
@@ -153,9 +159,9 @@ def to_pytorch(
       >>> convert.to_pytorch(weights, values_per_feature=4)["running_var"]
       array([4.], dtype=float32)
     """
-    check_count("values_per_feature", values_per_feature, 2)
+    share = _biased_share(values_per_feature)
     vectors = _written("to_pytorch", weights, _PYTORCH)
-    vectors["running_var"] *= values_per_feature / (values_per_feature - 1)
+    vectors["running_var"] /= share
     arrays = {name: value.astype(np.float32) for name, value in vectors.items()}
     return {**arrays, "num_batches_tracked": np.array(_batches(weights), np.int64)}
 
@@ -324,6 +330,14 @@ def to_haiku(
 
     state = {name: average(vectors.pop(name)) for name in ("mean_ema", "var_ema")}
     return {name: leaf(value) for name, value in vectors.items()}, state
+
+
+def _biased_share(values_per_feature: int | None) -> float:
+    """The biased variance over the unbiased one; 1 where neither is asked for."""
+    if values_per_feature is None:
+        return 1.0
+    check_count("values_per_feature", values_per_feature, 2)
+    return (values_per_feature - 1) / values_per_feature
 
 
 def _read(
