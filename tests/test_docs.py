@@ -42,7 +42,14 @@ def python_blocks(path):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/papers.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/converting.md",
+        "docs/design.md",
+        "docs/papers.md",
+    ],
 )
 def test_documents_run(document):
     """All Python blocks of a document, in order, as one script."""
