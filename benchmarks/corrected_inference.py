@@ -150,14 +150,13 @@ class _Trained:
         return (np.repeat(half, 2) for half in itertools.islice(halves, steps))
 
     def train(self, seed: int, bar: runs.Bar | None = None) -> training.TrainState:
-        state = None
+        state = self.trainer.init(jax.random.key(seed))
         rows = self.rows(seed, self.epochs)
         name = f"{self.network}, batch size {self.size} ({self.draw}), seed {seed}"
-        for after, _ in training.train(self.trainer, self.dataset, rows, seed):
+        for after, _ in training.train(self.trainer, self.dataset, rows, state):
             state = after
             if bar:
                 bar.advance(1, name)
-        assert state is not None
         return state
 
     def accuracies(self, seed: int, bar: runs.Bar) -> dict[str, float]:

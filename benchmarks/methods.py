@@ -64,7 +64,8 @@ class _GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        return nn.GroupNorm(num_groups=GROUPS)(self.layer(z))
+        x = self.layer(z)
+        return nn.GroupNorm(num_groups=GROUPS, dtype=x.dtype)(x)
 
 
 def _group_norm(layer: nn.Module, train: bool) -> nn.Module:

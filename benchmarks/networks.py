@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks, written once for every normalizer.
 
-``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it.
+``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it. Layers
+compute in ``dtype``, as in ``nn.Dense``; parameters and logits are float32 in any case.
 """
 
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._optional import needed_for
 
@@ -26,18 +29,19 @@ class MLP(nn.Module):
     width: int = 128
     depth: int = 3
     normalize_last: bool = False  # after the activation; for methods without a source
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Logits ``[N, classes]``."""
         z = images.reshape(len(images), -1)
         for _ in range(self.depth):
-            layer = nn.Dense(self.width, use_bias=self.normalize_last)
+            layer = nn.Dense(self.width, self.normalize_last, self.dtype)
             if self.normalize_last:
                 z = self.norm(layer=None, train=train)(nn.relu(layer(z)))
             else:
                 z = nn.relu(self.norm(layer=layer, train=train)(z))
-        return nn.Dense(self.classes)(z)
+        return _logits(self, z)
 
 
 class ResidualCNN(nn.Module):
@@ -48,13 +52,16 @@ class ResidualCNN(nn.Module):
     width: int = 16
     stages: int = 3
     blocks: int = 1
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Logits ``[N, classes]``."""
 
         def conv(features: int, size: int = 3, stride: int = 1):
-            layer = nn.Conv(features, (size, size), stride, use_bias=False)
+            layer = nn.Conv(
+                features, (size, size), stride, use_bias=False, dtype=self.dtype
+            )
             return self.norm(layer=layer, train=train)
 
         z = nn.relu(conv(self.width)(images))
@@ -64,7 +71,11 @@ class ResidualCNN(nn.Module):
             shortcut = z if stride == 1 else conv(features, 1, stride)(z)
             z = nn.relu(conv(features, 3, stride)(z))
             z = nn.relu(shortcut + conv(features)(z))
-        return nn.Dense(self.classes)(z.mean((1, 2)))
+        return _logits(self, z.mean((1, 2)))
+
+
+def _logits(network: MLP | ResidualCNN, z: jax.Array) -> jax.Array:
+    return nn.Dense(network.classes, dtype=network.dtype)(z).astype(jnp.float32)
 
 
 NETWORKS = {

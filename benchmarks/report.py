@@ -112,9 +112,11 @@ def rows(results: dict) -> list[tuple[str, ...]]:
 def title(results: dict) -> str:
     """What was run."""
     config = results["config"]
+    precision = config.get("precision", "float32")
     return (
         f"{config['dataset']}, batch size {config['batch_size']}, "
         f"{config['epochs']} epochs, {len(config['seeds'])} seeds"
+        + (f", {precision}" if precision != "float32" else "")
     )
 
 

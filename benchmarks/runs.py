@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training runs that are kept in a folder and taken up again."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
 
 from ._optional import needed_for
 
@@ -21,6 +24,9 @@ with needed_for("benchmarks"):
     )
 
 from . import data, methods, networks, report, training
+from .checkpoints import Checkpoints
+
+Precision = Literal["float32", "bfloat16"]
 
 
 class Run(NamedTuple):
@@ -32,6 +38,7 @@ class Run(NamedTuple):
     epochs: int
     seed: int
     reports: int = 20
+    precision: Precision = "float32"  # of activations and products
 
     def steps(self, dataset: data.Dataset) -> int:
         """Steps of the run."""
@@ -41,7 +48,9 @@ class Run(NamedTuple):
         """Its pure functions; runs that differ in the seed alone can share them."""
         steps = self.steps(dataset)
         model = networks.NETWORKS[self.network](
-            norm=self.method.norm(steps), classes=dataset.classes
+            norm=self.method.norm(steps),
+            classes=dataset.classes,
+            dtype=jnp.dtype(self.precision),
         )
         optimizer = training.OPTIMIZERS[self.method.optimizer](self.rate, steps)
         return training.make_trainer(model, dataset.train_images.shape[1:], optimizer)
@@ -60,8 +69,12 @@ def curve(
     dataset: data.Dataset,
     folder: Path,
     advance: Callable[[int, str], None],
+    checkpoint_dir: Path | None = None,
 ) -> list[dict]:
-    """The learning curve, from its file if an earlier call with this code finished it."""
+    """The learning curve, from its file if an earlier call with this code finished it.
+
+    With a ``checkpoint_dir`` one that was interrupted goes on where it was saved last.
+    """
     identity = {
         **run._asdict(),
         "method": run.method._asdict(),
@@ -69,19 +82,22 @@ def curve(
         "examples": [len(dataset.train_labels), len(dataset.test_labels)],
     }
 
+    name = f"{run.network}-{run.method}-{run.seed}".replace("/", "_")
+
     def points() -> list[dict]:
         found, done = [], 0
-        for point in _points(run, trainer, dataset):
-            found.append(point._asdict())
-            advance(
-                point.step - done,
-                f"{run.network} {run.method} rate {run.learning_rate:g} seed {run.seed}: "
-                f"loss {point.loss:.3f}, accuracy {100 * point.accuracy:.1f} %",
-            )
-            done = point.step
+        with _checkpoints(checkpoint_dir, name) as checkpoints:
+            for point in _points(run, trainer, dataset, checkpoints):
+                found.append(point._asdict())
+                advance(
+                    point.step - done,
+                    f"{run.network} {run.method} rate {run.learning_rate:g} "
+                    f"seed {run.seed}: loss {point.loss:.3f}, "
+                    f"accuracy {100 * point.accuracy:.1f} %",
+                )
+                done = point.step
         return found
 
-    name = f"{run.network}-{run.method}-{run.seed}".replace("/", "_")
     return kept(folder / name, identity, points, lambda: advance(run.steps(dataset), ""))
 
 
@@ -107,7 +123,13 @@ def kept(
     return found
 
 
-def _points(run, trainer, dataset) -> Iterator[training.Progress]:
+def _checkpoints(
+    folder: Path | None, name: str
+) -> contextlib.AbstractContextManager[Checkpoints | None]:
+    return contextlib.nullcontext() if folder is None else Checkpoints(folder / name)
+
+
+def _points(run, trainer, dataset, checkpoints) -> Iterator[training.Progress]:
     return training.run(
         trainer,
         dataset,
@@ -115,6 +137,7 @@ def _points(run, trainer, dataset) -> Iterator[training.Progress]:
         epochs=run.epochs,
         seed=run.seed,
         reports=run.reports,
+        checkpoints=checkpoints,
     )
 
 

@@ -4,7 +4,8 @@
 Trains an MLP and a residual CNN on real images at batch size 2 with batch norm, group
 norm, cross-iteration batch norm and the recommended method, with batch norm at 32 as the
 mark to reach; prints a table and draws the learning curves. Finished runs are kept in the
-output folder and taken up again by the next call with the same options and code.
+output folder and taken up again by the next call with the same options and code; with
+--checkpoint-dir an interrupted run is too.
 
 Run it with ``python -m benchmarks.small_batch``.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import numpy as np
 
 from ._optional import needed_for
 
@@ -22,7 +24,7 @@ with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from . import data, methods, report, runs, timing, training
+from . import checkpoints, data, methods, report, runs, timing, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Config:
     """Passes over the training images."""
     learning_rate: float = 0.1
     """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    precision: runs.Precision = "float32"
+    """Of activations and products; parameters, optimizer and statistics are float32."""
     examples: int | None = None
     """Use at most so many images for training, and for testing."""
     timing_rounds: int = 20
@@ -59,6 +63,12 @@ class Config:
     """Folder for results.json, table.md, curves.png and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Where prepared data is kept; tensorflow-datasets' default if not given."""
+    checkpoint_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Save the state of a run four times on its way, and go on from the last."""
+
+
+# Options that change no run.
+_AROUND = ("timing_rounds", "output", "data_dir", "checkpoint_dir")
 
 
 def main(config: Config, console: Console) -> dict:
@@ -69,6 +79,9 @@ def main(config: Config, console: Console) -> dict:
     total = sum(
         training.count_steps(dataset, method.batch_size, config.epochs) for method in chosen
     ) * (len(config.seeds) * len(config.networks))
+    if config.checkpoint_dir is not None:
+        options = {k: v for k, v in report.plain(config).items() if k not in _AROUND}
+        checkpoints.claim(config.checkpoint_dir, options)
     with runs.Bar(console, total) as bar:
         cells = [
             cell
@@ -96,7 +109,14 @@ def _baseline(config: Config) -> str:
 def _cells(config, network, chosen, dataset, bar) -> list[dict]:
     """One network with every method: step times side by side, then the curves."""
     run_of = {
-        method: runs.Run(network, method, config.learning_rate, config.epochs, seed=0)
+        method: runs.Run(
+            network,
+            method,
+            config.learning_rate,
+            config.epochs,
+            seed=0,
+            precision=config.precision,
+        )
         for method in chosen
     }
     trainers = {method: run.trainer(dataset) for method, run in run_of.items()}
@@ -123,6 +143,7 @@ def _cells(config, network, chosen, dataset, bar) -> list[dict]:
                     dataset,
                     config.output / "runs",
                     bar.advance,
+                    config.checkpoint_dir,
                 )
                 for seed in config.seeds
             ],
@@ -134,6 +155,29 @@ def _cells(config, network, chosen, dataset, bar) -> list[dict]:
 def _state_bytes(trainer: training.Trainer) -> int:
     state = jax.eval_shape(trainer.init, jax.random.key(0)).batch_stats
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def compare(results: dict, usual: dict) -> str:
+    """Test accuracies beside those of the same runs in float32, in two sentences."""
+    recommended, below = [], []
+    for cell, other in zip(results["cells"], usual["cells"], strict=True):
+        ends = [
+            np.array([100 * curve[-1]["accuracy"] for curve in each["curves"]])
+            for each in (cell, other)
+        ]
+        difference = ends[0].mean() - ends[1].mean()
+        error = np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends))
+        text = f"{cell['label']} {difference:+.1f} ± {error:.1f} ({cell['network']})"
+        if cell["method"] == "small_batch":
+            recommended.append(text)
+        if difference < -2 * error:
+            below.append(text)
+    return (
+        f"Test accuracy with {results['config']['precision']} activations minus that with "
+        f"float32, in points: {', '.join(recommended)}. {len(below)} of "
+        f"{len(usual['cells'])} cells are negative by more than two standard errors"
+        f"{': ' if below else ''}{', '.join(below)}."
+    )
 
 
 def cli(arguments: list[str] | None = None) -> None:

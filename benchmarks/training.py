@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training loop for every benchmark: a jitted step called from Python."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ with needed_for("benchmarks"):
 
     from cbn_jax.optax import centralize
 
+from .checkpoints import Checkpoints
 from .data import Dataset
 
 Optimizer = Callable[[float, int], optax.GradientTransformation]
@@ -126,11 +128,10 @@ def count_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
 
 
 def train(
-    trainer: Trainer, dataset: Dataset, rows: Iterable[np.ndarray], seed: int
+    trainer: Trainer, dataset: Dataset, rows: Iterable[np.ndarray], state: TrainState
 ) -> Iterator[tuple[TrainState, jax.Array]]:
-    """State and loss after each step; a state is good until the next."""
+    """State and loss after each step; a state is good until the next, the first too."""
     arrays = jax.device_put((dataset.train_images, dataset.train_labels))
-    state = trainer.init(jax.random.key(seed))
     for chosen in rows:
         state, loss = trainer.step(state, *arrays, chosen)
         yield state, loss
@@ -144,15 +145,31 @@ def run(
     epochs: int,
     seed: int,
     reports: int = 20,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Progress]:
-    """Trains, and reports at evenly spaced steps, the last one included."""
+    """Trains, and reports at evenly spaced steps, the last one included.
+
+    With checkpoints every fifth report is saved, along with the state and the reports
+    before; what is saved is not run again.
+    """
     steps = count_steps(dataset, batch_size, epochs)
     marks = set(np.linspace(0, steps, reports + 1).round().astype(int)[1:].tolist())
     test = jax.device_put((dataset.test_images, dataset.test_labels))
+    start, curve = trainer.init(jax.random.key(seed)), []
+    if checkpoints is not None:
+        start, saved = checkpoints.restore(start)
+        curve = list(itertools.starmap(Progress, saved))
+        yield from curve
+    done = curve[-1].step if curve else 0
     rows, losses = batches(len(dataset.train_labels), batch_size, epochs, seed), []
-    for step, (state, loss) in enumerate(train(trainer, dataset, rows, seed), start=1):
+    rows = itertools.islice(rows, done, None)
+    for step, (state, loss) in enumerate(train(trainer, dataset, rows, start), done + 1):
         losses.append(loss)
         if step in marks:
             accuracy = trainer.evaluate(state, *test)
-            yield Progress(step, float(np.mean(jax.device_get(losses))), float(accuracy))
+            mean = float(np.mean(jax.device_get(losses)))
+            curve.append(Progress(step, mean, float(accuracy)))
+            if checkpoints is not None and (len(curve) % 5 == 0 or step == steps):
+                checkpoints.save(step, state, curve)
+            yield curve[-1]
             losses = []

@@ -31,6 +31,7 @@ from ._diminishing import DiminishingState as DiminishingState
 from ._diminishing import diminishing_batch_norm as diminishing_batch_norm
 from ._diminishing import diminishing_convergence as diminishing_convergence
 from ._estimator import Estimator as Estimator
+from ._fold import fold as fold
 from ._group_batch import GroupNormPlusState as GroupNormPlusState
 from ._group_batch import group_batch_norm as group_batch_norm
 from ._group_batch import group_norm_plus as group_norm_plus

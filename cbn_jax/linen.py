@@ -12,7 +12,7 @@ from ._adapter import estimator_of, flag_of, patches_of, require, to_last
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
-from ._running import running_moments
+from ._running import RunningMoments, running_moments
 from ._source import run_layer
 from ._statistics import normalize
 
@@ -170,37 +170,124 @@ def from_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
       >>> model.apply(from_batch_norm(variables), jnp.ones((2, 3))).shape
       (2, 4)
     """
-    found = []
-
-    def converted(tree, stats):
-        """A collection, along with ``batch_stats``, which says what a batch norm is."""
-        if not isinstance(tree, Mapping):
-            return tree
-        if tree is stats and set(tree) == {"mean", "var"}:
-            found.append(tree)
-            return {"state": running_moments(tree["mean"], tree["var"])}
-        below = {name: _below(stats, name) for name in tree}
-        names = {
-            name: _BATCH_NORM.sub("Norm_", name)
-            if set(below[name]) == {"mean", "var"}
-            else name
-            for name in tree
-        }
-        if len(set(names.values())) < len(names):
-            raise ValueError(
-                f"from_batch_norm got modules {sorted(tree)}, of which two would have one "
-                "name; give them names of their own."
-            )
-        return {names[name]: converted(tree[name], below[name]) for name in tree}
-
-    stats = variables.get("batch_stats", {})
-    made = {name: converted(tree, stats) for name, tree in variables.items()}
-    if not found:
+    made = _converted("from_batch_norm", variables, _norm_of, _BATCH_NORM, "Norm_")
+    if made is None:
         raise ValueError(
             f"from_batch_norm got collections {sorted(variables)} without mean and var, "
             "expected the batch_stats of a model with nn.BatchNorm; pass all variables."
         )
     return made
+
+
+def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a model with ``Norm``, for the same model with ``nn.BatchNorm``.
+
+    The inverse of ``from_batch_norm``: mean and variance are those of the one
+    ``RunningMoments`` in each state, ``Norm_0`` becomes ``BatchNorm_0``. With the
+    estimator's ε, ``nn.BatchNorm`` then predicts what ``Norm`` did, for ``batch_norm``,
+    ``cross_iteration_batch_norm``, ``streaming_batch_norm`` and ``replay_batch_norm``, also
+    inside ``adaptive_batch_norm`` with ``inference="running"``. It does not where inference
+    looks at the example: ``corrected_inference`` and ``fitted_inference`` lose their
+    correction, and ``group_batch_norm`` has averages of other activations.
+
+    A layer made inside the model's ``__call__`` stays where it is; one that a ``Norm`` owns
+    stays below it, as ``layer``.
+
+    Args:
+      variables: what ``init`` and training gave, with ``params`` and ``batch_stats``.
+
+    Returns:
+      The variables for ``nn.BatchNorm(epsilon=...)``.
+
+    Raises:
+      ValueError: no ``Norm`` in them, or one without exactly one ``RunningMoments``; a
+        ``BatchNorm_0`` beside a ``Norm_0``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import cbn_jax
+      >>> from cbn_jax.linen import Norm, to_batch_norm
+      >>> norm = Norm(cbn_jax.batch_norm(), use_running_average=True)
+      >>> variables = nn.Sequential([nn.Dense(4), norm]).init(
+      ...     jax.random.key(0), jnp.ones((2, 3))
+      ... )
+      >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+      >>> model.apply(to_batch_norm(variables), jnp.ones((2, 3))).shape
+      (2, 4)
+    """
+    made = _converted("to_batch_norm", variables, _batch_norm_of, _NORM, "BatchNorm_")
+    if made is None:
+        raise ValueError(
+            f"to_batch_norm got collections {sorted(variables)} without the state of a "
+            "Norm, expected the batch_stats of a model with cbn_jax.linen.Norm; pass all "
+            "variables."
+        )
+    return made
+
+
+def _converted(
+    method: str,
+    variables: Mapping[str, Any],
+    convert: Callable[[Mapping[str, Any]], dict[str, Any] | None],
+    old: re.Pattern[str],
+    new: str,
+) -> dict[str, Any] | None:
+    """All collections, along with ``batch_stats``, in which ``convert`` knows normalizers.
+
+    None if there are none.
+    """
+    found = []
+
+    def walk(tree, stats):
+        if not isinstance(tree, Mapping):
+            return tree
+        made = convert(tree) if tree is stats else None
+        if made is not None:
+            found.append(made)
+            return made
+        below = {name: _below(stats, name) for name in tree}
+        names = {
+            name: name if convert(below[name]) is None else old.sub(new, name)
+            for name in tree
+        }
+        if len(set(names.values())) < len(names):
+            raise ValueError(
+                f"{method} got modules {sorted(tree)}, of which two would have one name; "
+                "give them names of their own."
+            )
+        return {names[name]: walk(tree[name], below[name]) for name in tree}
+
+    stats = variables.get("batch_stats", {})
+    made = {name: walk(tree, stats) for name, tree in variables.items()}
+    return made if found else None
+
+
+def _norm_of(stats: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a ``Norm`` keeps, from what an ``nn.BatchNorm`` keeps."""
+    if set(stats) != {"mean", "var"}:
+        return None
+    return {"state": running_moments(stats["mean"], stats["var"])}
+
+
+def _batch_norm_of(stats: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an ``nn.BatchNorm`` keeps, from what a ``Norm`` keeps."""
+    if set(stats) != {"state"} or not isinstance(stats["state"], tuple):
+        return None
+    running = _running_in(stats["state"])
+    return {"mean": running.mean, "var": running.var}
+
+
+def _running_in(state: Any) -> RunningMoments:
+    """The one in the state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RunningMoments))
+    found = [node for node in nodes if isinstance(node, RunningMoments)]
+    if len(found) != 1:
+        raise ValueError(
+            f"to_batch_norm got a state of type {type(state).__name__} with {len(found)} "
+            "RunningMoments inside, expected one; there is no batch norm with the same "
+            "inference."
+        )
+    return found[0]
 
 
 def _below(stats: Any, name: str) -> Mapping[str, Any]:
@@ -209,6 +296,7 @@ def _below(stats: Any, name: str) -> Mapping[str, Any]:
 
 
 _BATCH_NORM = re.compile(r"^BatchNorm_(?=\d+$)")
+_NORM = re.compile(r"^Norm_(?=\d+$)")
 
 
 def _as_layer(layer: nn.Module) -> tuple[Layer, Any]:

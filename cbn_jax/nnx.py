@@ -227,6 +227,75 @@ def _with_running(state: Any, moments: RunningMoments) -> Any:
     return state
 
 
+def to_batch_norm(
+    module: Norm, *, momentum: float = 0.99, epsilon: float = 1e-5
+) -> nnx.BatchNorm:
+    """An ``nnx.BatchNorm`` that goes on where a trained ``Norm`` stands.
+
+    The inverse of ``from_batch_norm``: mean and variance are those of the one
+    ``RunningMoments`` in the state. With the estimator's ε it predicts what ``Norm`` did,
+    for ``batch_norm``, ``cross_iteration_batch_norm``, ``streaming_batch_norm`` and
+    ``replay_batch_norm``, also inside ``adaptive_batch_norm`` with ``inference="running"``.
+    It does not where inference looks at the example: ``corrected_inference`` and
+    ``fitted_inference`` lose their correction, and ``group_batch_norm`` has averages of
+    other activations.
+
+    Args:
+      module: the trained module; assign the result where it was. A ``Norm`` with a layer is
+        replaced by ``nnx.Sequential(module.layer, to_batch_norm(module))``.
+      momentum: decay of the new module's averages.
+      epsilon: that of the estimator.
+
+    Returns:
+      An ``nnx.BatchNorm`` with the module's parameters, running statistics, mode and axes.
+
+    Raises:
+      ValueError: a state without exactly one ``RunningMoments``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import cbn_jax
+      >>> from cbn_jax.nnx import Norm, to_batch_norm
+      >>> norm = Norm(cbn_jax.batch_norm(), num_features=4, rngs=nnx.Rngs(0))
+      >>> to_batch_norm(norm)(jnp.ones((2, 4)), use_running_average=True).shape
+      (2, 4)
+    """
+    moments = _running_in(module.state.get_value())
+    axis_name: Any = module.axis_name  # Flax hands on several names too
+    batch_norm = nnx.BatchNorm(
+        moments.mean.shape[-1],
+        use_running_average=bool(module.use_running_average),
+        axis=module.axis,
+        momentum=momentum,
+        epsilon=epsilon,
+        dtype=module.dtype,
+        use_bias=module.bias is not None,
+        use_scale=module.scale is not None,
+        axis_name=axis_name,
+        rngs=nnx.Rngs(0),
+    )
+    for mine, theirs in ((module.scale, batch_norm.scale), (module.bias, batch_norm.bias)):
+        if mine is not None and theirs is not None:
+            theirs.set_value(mine.get_value())
+    batch_norm.mean.set_value(moments.mean)
+    batch_norm.var.set_value(moments.var)
+    return batch_norm
+
+
+def _running_in(state: Any) -> RunningMoments:
+    """The one in the state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RunningMoments))
+    found = [node for node in nodes if isinstance(node, RunningMoments)]
+    if len(found) != 1:
+        raise ValueError(
+            f"to_batch_norm got a state of type {type(state).__name__} with {len(found)} "
+            "RunningMoments inside, expected one; there is no batch norm with the same "
+            "inference."
+        )
+    return found[0]
+
+
 def _as_layer(layer: nnx.Module) -> tuple[Layer, Any]:
     """The module as a pure function of its parameters, a plain dict of arrays."""
     graph, params, others = nnx.split(layer, nnx.Param, ...)

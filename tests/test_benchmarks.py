@@ -350,12 +350,16 @@ def test_help_reads_well(capsys):
         "seeds",
         "epochs",
         "learning-rate",
+        "precision",
         "output",
+        "checkpoint-dir",
     ):
         assert f"--{option}" in text
 
 
-@pytest.mark.parametrize("package", ["tensorflow_datasets", "optax", "tyro", "matplotlib"])
+@pytest.mark.parametrize(
+    "package", ["tensorflow_datasets", "optax", "orbax", "tyro", "matplotlib"]
+)
 def test_a_missing_dependency_is_one_sentence(package):
     code = f"import sys; sys.modules[{package!r}] = None; import benchmarks.small_batch"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

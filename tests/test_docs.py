@@ -20,6 +20,7 @@ from benchmarks import (
     report,
     robustness,
     samples,
+    small_batch,
     statistics_error,
     theory,
 )
@@ -41,7 +42,14 @@ def python_blocks(path):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/papers.md"]
+    "document",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/converting.md",
+        "docs/design.md",
+        "docs/papers.md",
+    ],
 )
 def test_documents_run(document):
     """All Python blocks of a document, in order, as one script."""
@@ -84,6 +92,7 @@ def test_methods_name_their_paper(factory):
 
 STUDIES = {
     "small_batch": report.markdown,
+    "small_batch_bfloat16": report.markdown,
     "robustness": robustness.markdown,
     "statistics_error": statistics_error.markdown,
     "theory": theory.markdown,
@@ -142,6 +151,20 @@ def test_verdicts_in_the_readme_are_the_measured_ones(study):
     text = (ROOT / "README.md").read_text()
     # A table's cell holds all its sentences on one line.
     assert verdict in text or verdict.replace("\n", " ") in text
+
+
+def test_precisions_are_compared_as_measured():
+    """The same job, but for the precision."""
+    compared = [
+        json.loads(results(name)) for name in ("small_batch_bfloat16", "small_batch")
+    ]
+    assert small_batch.compare(*compared) in (ROOT / "README.md").read_text()
+    usual = compared[1]["config"]
+    same = {name: compared[0]["config"][name] for name in usual} | {
+        "output": usual["output"]
+    }
+    assert same == usual
+    assert compared[0]["environment"] == compared[1]["environment"]
 
 
 @pytest.mark.parametrize("document", ["README.md", *sorted(map(str, DOCS))])

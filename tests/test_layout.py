@@ -13,6 +13,7 @@ PACKAGE = Path(cbn_jax.__file__).parent
 ROOT = PACKAGE.parent
 FOUNDATION = {
     "_checks",
+    "_fold",
     "_history",
     "_moments",
     "_running",
@@ -24,7 +25,7 @@ FOUNDATION = {
 }
 PRESETS = {"_small_batch"}  # a method with arguments filled in
 WRAPPERS = {"_adaptive", "_corrected"}  # around any method
-TOOLS = {"_figure", "assessment", "diagnostics", "landscape", "optax"}
+TOOLS = {"_figure", "assessment", "convert", "diagnostics", "landscape", "optax"}
 ADAPTERS = {"_adapter", "linen", "nnx"}
 METHODS = (
     {path.stem for path in PACKAGE.glob("*.py")}
@@ -82,6 +83,11 @@ def test_flax_enters_in_the_adapters_only():
         if path.stem in {"linen", "nnx"}:
             allowed |= {"flax", "re"}
         assert packages(path) <= allowed, path.name
+
+
+def test_conversion_needs_no_other_framework():
+    assert siblings(PACKAGE / "convert.py") <= FOUNDATION
+    assert packages(PACKAGE / "convert.py") <= {"collections", "jax", "numpy", "typing"}
 
 
 def test_importing_the_library_imports_no_flax():

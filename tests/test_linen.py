@@ -6,15 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, GROUPS, LAYERS
+from cases import CORRECTED, FACTORIES, GROUPS, LAYERS
 from flax import linen as nn
 from flax import serialization
 
 import cbn_jax as cbn
-from cbn_jax.linen import Norm, from_batch_norm
+from cbn_jax.linen import Norm, from_batch_norm, to_batch_norm
 
 estimators = pytest.mark.parametrize("name", FACTORIES)
 CBN = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
+DIMINISHING = {"diminishing_batch_norm", "diminishing_batch_norm-all_alike"}
 
 
 def assert_close(actual, expected, tolerance=1e-5):
@@ -548,3 +549,64 @@ def test_a_scanned_stack_is_converted(key):
     variables = {**variables, "batch_stats": stats}
     y, _ = ours.apply(from_batch_norm(variables), z, None)
     assert_close(y, theirs.apply(variables, z, None)[0])
+
+
+# And back.
+
+
+def test_back_again():
+    """Names, parameters and averages are what they were."""
+    back = to_batch_norm(from_batch_norm(trained_tower()))
+    assert jax.tree.structure(back) == jax.tree.structure(trained_tower())
+    jax.tree.map(np.testing.assert_array_equal, back, trained_tower())
+
+
+@pytest.mark.parametrize(
+    "name", sorted(FACTORIES.keys() - CORRECTED - GROUPS - DIMINISHING)
+)
+def test_flax_predicts_what_norm_did(name, key):
+    """For any state; layers made in the model stay where they are."""
+
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            norm = functools.partial(nn.BatchNorm, use_running_average=True, epsilon=1e-3)
+            z = norm()(nn.Conv(4, (3, 3), use_bias=False)(z))
+            return norm(name="last")(nn.Dense(3)(z.mean((1, 2))))
+
+    class Ours(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            estimator = FACTORIES[name](epsilon=1e-3)
+            norm = functools.partial(Norm, estimator, use_running_average=True)
+            z = norm(layer=nn.Conv(4, (3, 3), use_bias=False))(z)
+            return norm(name="last", layer=nn.Dense(3))(z.mean((1, 2)))
+
+    z = images(key, 2)
+    variables = jax.jit(Ours().init)(key, z)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.5, 2.0, leaf.shape), leaf.dtype), variables
+    )
+    actual = Plain().apply(to_batch_norm(variables), z)
+    assert_close(actual, Ours().apply(variables, z), 1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(DIMINISHING | {"group_norm_plus"}))
+def test_a_state_without_running_moments_cannot_go_back(name):
+    stats = {"Norm_0": {"state": FACTORIES[name]().init(4)}}
+    with pytest.raises(ValueError, match=r"with 0 RunningMoments inside, expected one"):
+        to_batch_norm({"batch_stats": stats})
+
+
+def test_nothing_to_convert_back(key):
+    variables = nn.Dense(4).init(key, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"^to_batch_norm got .*\['params'\] without"):
+        to_batch_norm(variables)
+
+
+def test_two_modules_cannot_have_one_name_going_back():
+    moments = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    stats = {"BatchNorm_0": moments, "Norm_0": {"state": cbn.running_moments(**moments)}}
+    with pytest.raises(ValueError, match=r"^to_batch_norm got .*names of their own"):
+        to_batch_norm({"batch_stats": stats})

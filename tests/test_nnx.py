@@ -11,7 +11,7 @@ from flax import nnx
 
 import cbn_jax as cbn
 from cbn_jax.linen import Norm as LinenNorm
-from cbn_jax.nnx import Norm, from_batch_norm
+from cbn_jax.nnx import Norm, from_batch_norm, to_batch_norm
 
 estimators = pytest.mark.parametrize("name", FACTORIES)
 
@@ -323,3 +323,44 @@ def test_a_method_without_running_moments_cannot_go_on(estimator):
     trained = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"without running moments, expected batch_norm"):
         from_batch_norm(trained, estimator)
+
+
+# And back.
+
+
+def test_back_again(key):
+    """Predictions, the next step and options are what they were."""
+    trained, z = trained_tower(key), images(key)
+    back = converted(trained, cbn.batch_norm(momentum=0.9, epsilon=1e-3))
+    for i, norm in enumerate(back.norms):
+        back.norms[i] = to_batch_norm(norm, momentum=0.9, epsilon=1e-3)
+    back.train()
+    assert_close(back(z), trained(z), 1e-4)
+    for model in (back, trained):
+        model.eval()
+    assert_close(back(z), trained(z), 1e-4)
+    assert back.norms[1].axis == 1
+    assert back.norms[1].scale is back.norms[1].bias is None
+
+
+def test_flax_predicts_what_norm_did(key):
+    """Also with a layer, and with averages inside a larger state."""
+    rngs = nnx.Rngs(0)
+    estimator = cbn.adaptive_batch_norm(cbn.cross_iteration_batch_norm(window=2))
+    norm = Norm(estimator, nnx.Linear(3, 4, rngs=rngs), dtype=jnp.float16, rngs=rngs)
+    norm.scale.set_value(jnp.linspace(1, 2, 4))
+    z = 1.0 + jax.random.normal(key, (8, 3))
+    norm(z)
+    norm.eval()
+    plain = nnx.Sequential(norm.layer, to_batch_norm(norm))
+    assert plain(z).dtype == jnp.float16
+    assert_close(plain(z), norm(z), 1e-2)
+
+
+@pytest.mark.parametrize(
+    "estimator", [cbn.diminishing_batch_norm(), cbn.group_norm_plus(0.5, num_groups=2)]
+)
+def test_a_method_without_running_moments_cannot_go_back(estimator):
+    norm = Norm(estimator, num_features=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"with 0 RunningMoments inside, expected one"):
+        to_batch_norm(norm)

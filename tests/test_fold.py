@@ -1,0 +1,219 @@
+"""A folded layer is the layer and its normalizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CORRECTED, FACTORIES, GROUPS, LAYERS, init
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+import cbn_jax as cbn
+from cbn_jax.linen import Norm as LinenNorm
+from cbn_jax.nnx import Norm
+
+REFUSED = CORRECTED | GROUPS
+SCALE, BIAS = jnp.array([0.5, -2.0, 1.0, 3.0]), jnp.array([1.0, 0.0, -1.0, 0.3])
+
+
+def some_state(name, layer):
+    """(estimator, a state that means nothing and is not fresh, parameters)."""
+    estimator, params = FACTORIES[name](), layer.params(jax.random.key(1))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.5, 2.0, leaf.shape), leaf.dtype),
+        init(estimator, layer, params),
+    )
+    return estimator, state, params
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES.keys() - REFUSED))
+def test_every_method_with_one_statistic_per_feature(name, key):
+    layer = LAYERS["dense"]
+    estimator, state, params = some_state(name, layer)
+    z = layer.data(key)
+    x = layer.fn(params, z)
+    expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
+    folded = cbn.fold(estimator, state, params, SCALE, BIAS)
+    np.testing.assert_allclose(layer.fn(folded, z), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_inference_that_looks_at_the_example_is_refused(name):
+    estimator = FACTORIES[name]()
+    with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
+        cbn.fold(estimator, None, jnp.ones((3, 4)))
+
+
+def test_statistics_per_example_are_refused_without_the_trait():
+    def infer(state, x):
+        return cbn.Statistics(x, jnp.ones_like(x))
+
+    estimator = cbn.batch_norm()._replace(infer=infer)
+    with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
+        cbn.fold(estimator, None, jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer(name, key):
+    layer = LAYERS[name]
+    estimator, state, params = some_state("batch_norm", layer)
+    z = layer.data(key)[:2]
+    x = layer.fn(params, z)
+    expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
+    params = params if layer.bias else params["kernel"]  # a kernel alone
+    folded = cbn.fold(estimator, state, params, SCALE, BIAS)
+    assert set(folded) == {"kernel", "bias"}
+    np.testing.assert_allclose(layer.fn(folded, z), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("affine", [(None, None), (SCALE, None), (None, BIAS)])
+def test_a_normalizer_without_scale_or_bias(affine, key):
+    layer = LAYERS["dense"]
+    estimator, state, params = some_state("batch_norm", layer)
+    z = layer.data(key)
+    x = layer.fn(params, z)
+    expected = cbn.normalize(x, estimator.infer(state, x), *affine)
+    folded = cbn.fold(estimator, state, params, *affine)
+    np.testing.assert_allclose(layer.fn(folded, z), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv(4, (3,)), (2, 5, 3)),
+        (nn.Conv(4, (2, 2, 2), use_bias=False), (1, 2, 2, 2, 2)),
+        (nn.ConvTranspose(4, (3, 3), strides=(2, 2)), (2, 3, 3, 2)),
+    ],
+    ids=["1d", "3d", "transposed"],
+)
+def test_convolutions_of_linen(layer, shape, key):
+    z = jax.random.normal(key, shape)
+    params = layer.init(key, z)["params"]
+    if layer.use_bias:
+        params = {**params, "bias": jax.random.normal(key, params["bias"].shape)}
+    estimator = cbn.batch_norm()
+    state = cbn.running_moments(BIAS, jnp.square(SCALE))
+    x = layer.apply({"params": params}, z)
+    expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
+    folded = cbn.fold(estimator, state, params, SCALE, BIAS)
+    with jax.numpy_rank_promotion("allow"):
+        actual = layer.clone(use_bias=True).apply({"params": folded}, z)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_linen_model(key):
+    estimator = cbn.batch_norm()
+
+    class Net(nn.Module):
+        folded: bool
+
+        @nn.compact
+        def __call__(self, z, train=False):
+            conv = nn.Conv(4, (3, 3), use_bias=self.folded, name="conv")
+            if self.folded:
+                return nn.Dense(2, name="head")(nn.relu(conv(z)).mean((1, 2)))
+            norm = LinenNorm(estimator, conv, use_running_average=not train, name="norm")
+            return nn.Dense(2, name="head")(nn.relu(norm(z)).mean((1, 2)))
+
+    z = 1.0 + jax.random.normal(key, (2, 5, 5, 3))
+    model = Net(folded=False)
+    variables = model.init(key, z)
+    _, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
+    variables = {**variables, **updates}
+    expected = model.apply(variables, z)
+    params, state = variables["params"], variables["batch_stats"]["norm"]["state"]
+    conv = cbn.fold(estimator, state, params["conv"], **params["norm"])
+    actual = Net(folded=True).apply({"params": {"conv": conv, "head": params["head"]}}, z)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_nnx_model(key):
+    rngs = nnx.Rngs(0)
+    estimator = cbn.cross_iteration_batch_norm(window=2)
+    norm = Norm(estimator, nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs), rngs=rngs)
+    model = nnx.Sequential(norm, nnx.relu)
+    z = 1.0 + jax.random.normal(key, (2, 5, 5, 3))
+    model(z)
+    model.eval()
+    params = nnx.to_pure_dict(nnx.state(norm, nnx.Param))
+    folded = cbn.fold(
+        estimator,
+        norm.state.get_value(),
+        params["layer"],
+        params["scale"],
+        params["bias"],
+    )
+    conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+    nnx.update(conv, folded)
+    actual = nnx.Sequential(conv, nnx.relu)(z)
+    np.testing.assert_allclose(actual, model(z), rtol=1e-4, atol=1e-5)
+
+
+def test_against_float64():
+    """Far from zero nothing is lost but the last digits."""
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(5, 4)), rng.normal(size=4)
+    mean, var = 100.0 * rng.normal(size=4), rng.uniform(0.01, 100.0, size=4)
+    scale, beta = rng.normal(size=4), rng.normal(size=4)
+    state = cbn.running_moments(*(jnp.asarray(v, jnp.float32) for v in (mean, var)))
+    float32 = [jnp.asarray(v, jnp.float32) for v in (kernel, bias, scale, beta)]
+    folded = cbn.fold(
+        cbn.batch_norm(epsilon=1e-3),
+        state,
+        dict(zip(("kernel", "bias"), float32[:2], strict=True)),
+        *float32[2:],
+    )
+    factor = scale / np.sqrt(var + 1e-3)
+    np.testing.assert_allclose(folded["kernel"], kernel * factor, rtol=1e-5)
+    np.testing.assert_allclose(folded["bias"], (bias - mean) * factor + beta, rtol=1e-5)
+
+
+def test_a_small_kernel_dtype_is_rounded_once():
+    kernel = jnp.full((1, 4), 3.0, jnp.bfloat16)
+    state = cbn.running_moments(BIAS, jnp.full(4, 1e4))
+    folded = cbn.fold(cbn.batch_norm(), state, kernel, 100.0 + SCALE, BIAS)
+    expected = 3.0 * (100.0 + SCALE) / 100.0
+    assert folded["kernel"].dtype == folded["bias"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(folded["kernel"][0], expected.astype(jnp.bfloat16))
+
+
+def test_under_jit_and_float64(key, x64):
+    del key
+    kernel = jnp.ones((3, 4), jnp.float64)
+    state = cbn.running_moments(BIAS, jnp.square(SCALE))
+    folded = jax.jit(lambda *args: cbn.fold(cbn.batch_norm(), *args))(state, kernel, SCALE)
+    assert folded["kernel"].dtype == jnp.float64
+    np.testing.assert_allclose(
+        folded["bias"], -BIAS * SCALE * lax.rsqrt(jnp.square(SCALE) + 1e-5), rtol=1e-5
+    )
+
+
+def test_a_gate_is_folded_as_it_is():
+    estimator = cbn.adaptive_batch_norm(cbn.batch_norm(), inference="gated")
+    state = estimator.init(4)._replace(state=cbn.running_moments(BIAS, jnp.square(SCALE)))
+    kernel = jnp.ones((3, 4))
+    shut = cbn.fold(estimator, cbn.set_gate(state, False), kernel)
+    np.testing.assert_array_equal(shut["kernel"], kernel)
+    assert (cbn.fold(estimator, state, kernel)["kernel"] != kernel).any()
+
+
+@pytest.mark.parametrize(
+    ("params", "scale", "message"),
+    [
+        (
+            {"bias": BIAS},
+            None,
+            r"params with \['bias'\], expected kernel .*the layer alone",
+        ),
+        ({"kernel": jnp.ones((3, 4)), "mask": BIAS}, None, r"\['kernel', 'mask'\]"),
+        ({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)}, None, r"\['bias'\] of shape"),
+        (jnp.ones((3, 4)), jnp.ones(3), r"\['scale'\] of shape \(3,\)"),
+        (jnp.ones((4, 3)), None, r"expected 4 features last as in its state"),
+    ],
+)
+def test_what_does_not_fit(params, scale, message):
+    estimator = cbn.batch_norm()
+    with pytest.raises(ValueError, match=message):
+        cbn.fold(estimator, estimator.init(4), params, scale)
