@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ._estimator import Estimator
 from ._layer import Patches, conv_patches
+from ._running import RunningMoments, find_running
 
 
 @contextlib.contextmanager
@@ -32,6 +33,18 @@ def estimator_of(
     if isinstance(estimator, Estimator):
         return estimator
     return estimator(jax.nn.sigmoid(mix()))
+
+
+def running_in(state: Any) -> RunningMoments:
+    """The running moments in a state, for a batch norm with the same inference."""
+    found = find_running(state)
+    if len(found) != 1:
+        raise ValueError(
+            f"to_batch_norm got a state of type {type(state).__name__} with {len(found)} "
+            "RunningMoments inside, expected one; there is no batch norm with the same "
+            "inference."
+        )
+    return found[0]
 
 
 def flag_of(constructor: bool | None, call: bool | None) -> bool:

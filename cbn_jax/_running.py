@@ -7,7 +7,7 @@ With α₁ = 1 there is nothing to debias: after one step the average is that st
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +136,18 @@ def running_moments(mean: jax.Array, var: jax.Array) -> RunningMoments:
             "expected [features] for both."
         )
     return RunningMoments(mean, var, jnp.full_like(mean, LONG))
+
+
+def find_running(states: Any) -> list[RunningMoments]:
+    """All running moments in a tree."""
+    return [
+        leaf for leaf in jax.tree.leaves(states, is_leaf=is_running) if is_running(leaf)
+    ]
+
+
+def is_running(node: Any) -> bool:
+    """Whether a node of a tree is one."""
+    return isinstance(node, RunningMoments)
 
 
 def weights(average: Averaging, steps: jax.Array) -> jax.Array:

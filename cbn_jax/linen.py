@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import estimator_of, flag_of, patches_of, require, to_last
+from ._adapter import estimator_of, flag_of, patches_of, require, running_in, to_last
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
-from ._running import RunningMoments, running_moments
+from ._running import running_moments
 from ._source import run_layer
 from ._statistics import normalize
 
@@ -273,21 +273,8 @@ def _batch_norm_of(stats: Mapping[str, Any]) -> dict[str, Any] | None:
     """What an ``nn.BatchNorm`` keeps, from what a ``Norm`` keeps."""
     if set(stats) != {"state"} or not isinstance(stats["state"], tuple):
         return None
-    running = _running_in(stats["state"])
+    running = running_in(stats["state"])
     return {"mean": running.mean, "var": running.var}
-
-
-def _running_in(state: Any) -> RunningMoments:
-    """The one in the state."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RunningMoments))
-    found = [node for node in nodes if isinstance(node, RunningMoments)]
-    if len(found) != 1:
-        raise ValueError(
-            f"to_batch_norm got a state of type {type(state).__name__} with {len(found)} "
-            "RunningMoments inside, expected one; there is no batch norm with the same "
-            "inference."
-        )
-    return found[0]
 
 
 def _below(stats: Any, name: str) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import estimator_of, flag_of, patches_of, require, to_last
+from ._adapter import estimator_of, flag_of, patches_of, require, running_in, to_last
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
@@ -261,7 +261,7 @@ def to_batch_norm(
       >>> to_batch_norm(norm)(jnp.ones((2, 4)), use_running_average=True).shape
       (2, 4)
     """
-    moments = _running_in(module.state.get_value())
+    moments = running_in(module.state.get_value())
     axis_name: Any = module.axis_name  # Flax hands on several names too
     batch_norm = nnx.BatchNorm(
         moments.mean.shape[-1],
@@ -281,19 +281,6 @@ def to_batch_norm(
     batch_norm.mean.set_value(moments.mean)
     batch_norm.var.set_value(moments.var)
     return batch_norm
-
-
-def _running_in(state: Any) -> RunningMoments:
-    """The one in the state."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, RunningMoments))
-    found = [node for node in nodes if isinstance(node, RunningMoments)]
-    if len(found) != 1:
-        raise ValueError(
-            f"to_batch_norm got a state of type {type(state).__name__} with {len(found)} "
-            "RunningMoments inside, expected one; there is no batch norm with the same "
-            "inference."
-        )
-    return found[0]
 
 
 def _as_layer(layer: nnx.Module) -> tuple[Layer, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ._adaptive import GateState
 from ._moments import Moments, pool_moments, pool_two
-from ._running import RunningMoments
+from ._running import RunningMoments, find_running, is_running
 
 States = Any  # the states of a model's normalizers, in any tree
 
@@ -69,7 +69,7 @@ def recompute(
     examples a batch they are half of the population's.
     """
     states = jax.tree.map(_fresh, states, is_leaf=_is_node)
-    totals = [Total(Moments(*r), r.steps) for r in _running_of(states)]
+    totals = [Total(Moments(*r), r.steps) for r in find_running(states)]
     if not totals:
         raise ValueError(
             "recompute got states without running moments, expected those of a model; pass "
@@ -78,7 +78,7 @@ def recompute(
     taken = 0
     for batch in batches:
         states = update(_with_running(states, _restarted), batch)
-        totals = _take_in(totals, _running_of(states), jnp.float32(size(batch)))
+        totals = _take_in(totals, find_running(states), jnp.float32(size(batch)))
         taken += 1
     if not taken:
         raise ValueError("recompute got no batches, expected at least one.")
@@ -114,12 +114,12 @@ def pool_replicas(states: States) -> States:
       >>> pool_replicas(replicas).var
       Array([2.], dtype=float32)
     """
-    if not _running_of(states):
+    if not find_running(states):
         raise ValueError(
             "pool_replicas got states without running moments, expected the batch_stats of "
             "a model, every leaf with a leading axis of replicas."
         )
-    each = iter(_running_of(states))
+    each = iter(find_running(states))
 
     def pooled(_):
         replicas = next(each)
@@ -158,7 +158,7 @@ def _fresh(node: Any) -> Any:
     """As ``init`` makes it: all zeros, but for variances and for gates, which stay."""
     if isinstance(node, GateState):
         return node._replace(state=jax.tree.map(_fresh, node.state, is_leaf=_is_node))
-    return _restarted(node) if _is_running(node) else jnp.zeros_like(node)
+    return _restarted(node) if is_running(node) else jnp.zeros_like(node)
 
 
 def _restarted(running: RunningMoments) -> RunningMoments:
@@ -170,21 +170,11 @@ def _is_node(node: Any) -> bool:
     return isinstance(node, RunningMoments | GateState)
 
 
-def _is_running(node: Any) -> bool:
-    return isinstance(node, RunningMoments)
-
-
-def _running_of(states: States) -> list[RunningMoments]:
-    return [
-        leaf for leaf in jax.tree.leaves(states, is_leaf=_is_running) if _is_running(leaf)
-    ]
-
-
 def _with_running(
     states: States, change: Callable[[RunningMoments], RunningMoments]
 ) -> States:
     return jax.tree.map(
-        lambda leaf: change(leaf) if _is_running(leaf) else leaf,
+        lambda leaf: change(leaf) if is_running(leaf) else leaf,
         states,
-        is_leaf=_is_running,
+        is_leaf=is_running,
     )

@@ -65,7 +65,7 @@ FACTORIES |= {
         )
     ),
     "adaptive_batch_norm-group": lambda **kwargs: cbn.adaptive_batch_norm(
-        cbn.group_batch_norm(0.7, num_groups=2, **kwargs)
+        cbn.group_batch_norm(0.7, **{"num_groups": 2} | kwargs)
     ),
     "cross_iteration_batch_norm-diminishing_average": functools.partial(
         cbn.cross_iteration_batch_norm, window=3, momentum=cbn.diminishing(1.0)

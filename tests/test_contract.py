@@ -42,8 +42,18 @@ def first(statistics, examples):
     return jax.tree.map(lambda s: s[:examples] if s.ndim > 1 else s, statistics)
 
 
-def run(name, layer, key, steps=4, dtype=jnp.float32):
-    """A few training calls with moving weights."""
+def run(name, layer, key, dtype=jnp.float32):
+    """Estimator, parameters, statistics and state after a few steps with moving weights."""
+    del key  # the same for all tests, which share what is computed
+    return _run(name, layer, dtype)
+
+
+@functools.cache
+def _run(name, layer, dtype):
+    return several_steps(name, layer, jax.random.key(0), dtype)
+
+
+def several_steps(name, layer, key, dtype=jnp.float32, steps=4):
     estimator = FACTORIES[name]()
     params = layer.params(key)
     state = init(estimator, layer, params)
@@ -150,7 +160,7 @@ def test_vmap_over_seeds(name, key):
     keys = jax.random.split(key, 3)
 
     def two_steps(key):
-        return run(name, layer, key, steps=2)[2:]
+        return several_steps(name, layer, key, steps=2)[2:]
 
     together = jax.vmap(two_steps)(keys)
     for i, one in enumerate(keys):
