@@ -72,6 +72,8 @@ FACTORIES |= {
     ),
 }
 
+# One of each public factory.
+KINDS = [name for name in FACTORIES if hasattr(cbn, name)]
 SAMPLING = {"small_batch_norm"}  # looks at some positions of a batch only
 # See every example by itself.
 GROUPS = {"group_batch_norm", "group_norm_plus", "adaptive_batch_norm-group"}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, LAYERS, init, train
+from cases import FACTORIES, KINDS, LAYERS, init, train
 from flax import nnx
 
 import cbn_jax as cbn
@@ -17,7 +17,7 @@ from cbn_jax.population import pool_replicas, recompute
 WITHOUT = {"group_norm_plus"} | {
     name for name in FACTORIES if "diminishing_batch_norm" in name
 }
-with_running = pytest.mark.parametrize("name", sorted(set(FACTORIES) - WITHOUT))
+with_running = pytest.mark.parametrize("name", sorted(set(KINDS) - WITHOUT))
 
 
 def running_of(state):
@@ -208,7 +208,7 @@ def test_replicas_are_pooled_by_total_variance(key):
     assert_close(pooled, cbn.RunningMoments(x.mean(0), x.var(0), jnp.full(4, 2.0)))
 
 
-@pytest.mark.parametrize("name", sorted(FACTORIES))
+@pytest.mark.parametrize("name", KINDS)
 def test_pooled_replicas_have_the_form_of_one(name, key):
     layer, estimator = LAYERS["conv"], FACTORIES[name]()
     state = init(estimator, layer, layer.params(key))

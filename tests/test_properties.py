@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FACTORIES, GROUPS, LAYERS, SAMPLING, init, train
+from cases import FACTORIES, GROUPS, KINDS, LAYERS, SAMPLING, init, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ LAYER = LAYERS["dense"]
 settings.register_profile("cbn", max_examples=15, deadline=None, derandomize=True)
 settings.load_profile("cbn")
 
-estimators = pytest.mark.parametrize("name", FACTORIES)
+estimators = pytest.mark.parametrize("name", KINDS)
 seeds = st.integers(0, 2**31 - 1)
 powers = st.integers(-8, 8).map(lambda p: 2.0**p)  # products with them are exact
 shifts = st.floats(-100, 100, width=32)
@@ -53,7 +53,7 @@ def assert_close(actual, expected, **tolerance):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(FACTORIES) - MIXED))
+@pytest.mark.parametrize("name", sorted(set(KINDS) - MIXED))
 @given(seed=seeds, factor=powers, shift=shifts)
 def test_neither_scale_nor_shift_of_the_layer_matters(name, seed, factor, shift):
     """What is normalized does not know in which units it was measured."""
@@ -135,7 +135,7 @@ def mapped(name):
     return jax.jit(both)
 
 
-@pytest.mark.parametrize("name", sorted(set(FACTORIES) - SAMPLING))
+@pytest.mark.parametrize("name", sorted(set(KINDS) - SAMPLING))
 @given(seed=seeds, counts=st.lists(st.booleans(), min_size=8, max_size=8))
 def test_synchronized_devices_are_one(name, seed, counts):
     """Whatever each device has to contribute."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, LAYERS, init, train
+from cases import FACTORIES, KINDS, LAYERS, init, train
 from flax import nnx
 from jax import export
 
@@ -16,7 +16,7 @@ import cbn_jax as cbn
 from cbn_jax import linen as cbn_linen
 from cbn_jax import nnx as cbn_nnx
 
-estimators = pytest.mark.parametrize("name", FACTORIES)
+estimators = pytest.mark.parametrize("name", KINDS)
 # One of each kind of state, in Flax models.
 flax_estimators = pytest.mark.parametrize(
     "name",
@@ -51,10 +51,19 @@ def test_checkpoint_recomputes_and_changes_nothing(name, key):
     f = functools.partial(
         loss_of, estimator, layer, init(estimator, layer, params), layer.data(key)
     )
-    with jax.checking_leaks():
-        plain = jax.jit(jax.value_and_grad(f, has_aux=True))(params)
-        again = jax.jit(jax.value_and_grad(jax.checkpoint(f), has_aux=True))(params)
+    plain = jax.jit(jax.value_and_grad(f, has_aux=True))(params)
+    again = jax.jit(jax.value_and_grad(jax.checkpoint(f), has_aux=True))(params)
     assert_close(again, plain)
+
+
+@estimators
+def test_no_tracer_leaks(name, key):
+    layer, estimator = LAYERS["dense"], FACTORIES[name]()
+    params = layer.params(key)
+    state = init(estimator, layer, params)
+    step = jax.jit(lambda s, z: train(estimator, s, layer, params, z)[2])
+    with jax.checking_leaks():
+        step(state, layer.data(key))
 
 
 @estimators
