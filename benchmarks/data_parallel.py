@@ -174,7 +174,7 @@ class Way(NamedTuple):
 
 
 def make_mesh(devices: int) -> Mesh:
-    """The first devices in a row; Auto, because convolutions refuse Explicit axes."""
+    """The first devices in a row; Auto, because not every operation takes Explicit axes."""
     chosen = jax.devices()[:devices]
     return jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=chosen)
 

@@ -1,13 +1,16 @@
 """The main job at its smallest size, and what it says when asked for the impossible."""
 
 import dataclasses
+import functools
 import gzip
 import json
+import re
 import struct
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,6 +23,7 @@ from benchmarks import (
     diminishing,
     landscape,
     methods,
+    networks,
     report,
     robustness,
     runs,
@@ -151,6 +155,41 @@ def test_every_method_trains(name, data_dir):
         state, dataset.train_images, dataset.train_labels, rows
     )
     assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "group_norm", "cross_iteration", "small_batch"]
+)
+def test_bfloat16_is_for_activations_and_products_alone(name, network, data_dir):
+    dataset = data.load("digits", data_dir, 16)
+    images, labels = dataset.train_images[:2], dataset.train_labels[:2]
+    method = methods.parse(name, 2)
+    run = runs.Run(network, method, 0.1, epochs=1, seed=0, precision="bfloat16")
+    trainer = run.trainer(dataset)
+    start = jax.eval_shape(trainer.init, jax.random.key(0))
+    rows = np.arange(2, dtype=np.int32)
+    state, loss = jax.eval_shape(trainer.step, start, images, labels, rows)
+    assert state == start
+    types = {leaf.dtype for leaf in jax.tree.leaves((state, loss))}
+    assert types <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+    program = str(jax.make_jaxpr(trainer.evaluate)(state, images, labels))
+    product = r":(\w+)\[[\d,]*\] = (?:dot_general|conv_general_dilated)\["
+    assert set(re.findall(product, program)) == {"bf16"}
+
+    model = networks.NETWORKS[network](method.norm(8), 10, dtype=jnp.bfloat16)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    apply = functools.partial(
+        model.apply, train=True, mutable=True, capture_intermediates=True
+    )
+    logits, kept = jax.eval_shape(apply, variables, images)
+    assert logits.dtype == jnp.float32
+    outputs = jax.tree.leaves(
+        {k: v for k, v in kept["intermediates"].items() if k != "__call__"}
+    )
+    assert len(outputs) >= 4
+    assert {leaf.dtype for leaf in outputs} == {jnp.dtype("bfloat16")}
 
 
 def test_robustness_writes_results_and_takes_them_up_again(tmp_path, data_dir):

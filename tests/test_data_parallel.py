@@ -1,7 +1,9 @@
 """The training steps to copy: eight devices give what one gives for the whole batch."""
 
 import functools
+import inspect
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
+ROOT = Path(__file__).parent.parent
 DEVICES = 8
 NAMES = [
     "batch_norm",
@@ -98,6 +101,17 @@ def test_the_study(tmp_path, capsys):
         assert cell["all_reduces"]["forward"] >= (0 if way == ONE else 2)
     assert cells[ONE]["all_reduces"] == {"forward": 0, "step": 0}
     assert cells["shard_map"]["all_reduces"]["forward"] == 2
+
+
+def test_the_document_quotes_the_step():
+    quoted = inspect.getsource(data_parallel.sharded_jit_step)
+    assert f"```py\n{quoted}```" in (ROOT / "docs/devices.md").read_text()
+
+
+def test_the_committed_table_is_made_from_the_committed_results():
+    folder = ROOT / "benchmarks/results/data_parallel"
+    results = json.loads((folder / "results.json").read_text())
+    assert data_parallel.markdown(results) == (folder / "table.md").read_text()
 
 
 def refuse(*arguments):

@@ -155,6 +155,8 @@ def test_a_folder_of_other_options_or_code_is_refused(tmp_path, data_dir, monkey
     )
     console = Console(width=80)
     first = small_batch.main(config, console)
+    assert first["config"]["precision"] == "bfloat16"
+    assert report.title(first).endswith("bfloat16")
     for name, value in OTHER.items():
         with pytest.raises(ValueError, match=f"holds runs with {name} .*, expected .* as"):
             small_batch.main(dataclasses.replace(config, **{name: value}), console)
