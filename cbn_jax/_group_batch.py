@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group and batch statistics, mixed by a learned weight."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -365,8 +366,8 @@ def _pool_groups(instance: Moments, num_groups: int) -> Moments:
 def _place_moments(x: jax.Array, axis_name: AxisName, mask: jax.Array | None) -> Moments:
     """Moments over the examples at each place, ``[1, ..., C]``."""
     if mask is not None:
-        mask = jnp.broadcast_to(mask, x.shape).reshape(len(x), -1)
-    rows = x.reshape(len(x), -1)
+        mask = jnp.broadcast_to(mask, x.shape).reshape(x.shape[0], -1)
+    rows = x.reshape(x.shape[0], -1)
     moments = batch_moments(rows, axis_name=axis_name, mask=mask)
     return jax.tree.map(lambda leaf: leaf.reshape(1, *x.shape[1:]), moments)
 
@@ -387,7 +388,7 @@ def _check_divides(method: str, features: int, num_groups: int) -> None:
 
 
 def _check_group_size(method: str, x: jax.Array, num_groups: int) -> None:
-    if x.size // len(x) == num_groups:
+    if math.prod(x.shape[1:]) == num_groups:
         raise ValueError(
             f"{method} got x of shape {x.shape} and num_groups={num_groups}, groups of "
             "one value, which would all become zero; write a smaller num_groups."

@@ -55,8 +55,10 @@ def moments_and_sample(
     patches are less than the derivatives, as large as θ, that each would make of its own.
     """
     part = device_moments(x, mask)
-    n = per_example(len(x), math.prod(x.shape[1:-1]), samples, axis_name)
-    sample = _take(source, lax.stop_gradient(x), n, step, mask)
+    positions = math.prod(x.shape[1:-1])
+    n = per_example(len(x), positions, samples, axis_name)
+    index = _strata(len(x), positions, n, step, axis_name)
+    sample = _take(source, lax.stop_gradient(x), index, mask)
     if axis_name is None:
         return about_zero(part), _weighted(sample)
     (parts, rows), _ = exchange((part, sample), (), axis_name)
@@ -64,17 +66,13 @@ def moments_and_sample(
     return pool_devices(parts), _weighted(sample)
 
 
-def _take(
-    source: Source, x: jax.Array, n: int, step: jax.Array, mask: jax.Array | None
-) -> Sample:
-    """``n`` positions of each example of this device, with weights 1 and 0."""
+def _take(source: Source, x: jax.Array, index: jax.Array, mask: jax.Array | None) -> Sample:
+    """The positions ``index`` ``[N, n]`` of this device, with weights 1 and 0."""
     assert source.patches is not None
     dtype = wide(x.dtype)
-    examples, positions = len(x), math.prod(x.shape[1:-1])
-    index = _strata(examples, positions, n, step)
 
     def at_index(values):
-        values = values.reshape(examples, positions, -1)
+        values = values.reshape(len(x), -1, values.shape[-1])
         return jnp.take_along_axis(values, index[..., None], 1).reshape(index.size, -1)
 
     patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
@@ -106,12 +104,18 @@ def device_count(axis_name: AxisName) -> int:
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
-def _strata(examples: int, positions: int, n: int, step: jax.Array) -> jax.Array:
+def _strata(
+    examples: int, positions: int, n: int, step: jax.Array, axis_name: AxisName
+) -> jax.Array:
     """Positions ``[examples, n]``, one in each of n equal parts of ``range(positions)``."""
     if n == positions:
         return jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (examples, n))
     key = jax.random.fold_in(jax.random.key(0), step.astype(jnp.uint32))
-    jitter = jax.random.uniform(key, (examples, n), jnp.float32)
+    # Drawn for the whole batch, so that many devices look where one would.
+    jitter = jax.random.uniform(key, (examples * device_count(axis_name), n), jnp.float32)
+    if axis_name is not None:
+        first = lax.axis_index(axis_name) * examples
+        jitter = lax.dynamic_slice_in_dim(jitter, first, examples)
     index = (jnp.arange(n, dtype=jnp.float32)[None] + jitter) * (positions / n)
     return jnp.minimum(index.astype(jnp.int32), positions - 1)
 

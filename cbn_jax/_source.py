@@ -75,7 +75,7 @@ def run_layer(
     cut = layer.patches
 
     def pullback(each: jax.Array, shared: jax.Array) -> tuple[Params, Params]:
-        return _pull_both(layer, _varying(fixed, axis_name), inputs, each, shared)
+        return _pull_both(layer, _varying(fixed, each), inputs, each, shared)
 
     def patches(index: jax.Array) -> Params:
         assert cut is not None
@@ -127,21 +127,14 @@ def _check_widened(layer, params, inputs, shape):
         )
 
 
-def _varying(params: Params, axis_name: AxisName) -> Params:
-    """A copy of replicated parameters that counts as different on each device.
+def _varying(params: Params, like: jax.Array) -> Params:
+    """A copy of replicated parameters that counts as different wherever ``like`` does.
 
     Inside ``shard_map`` the derivative with respect to a replicated value is summed over
-    the devices by JAX itself; a sum of our own on top would multiply it by their number.
-    With respect to a varying copy the derivative stays local, there as under ``pmap`` and
-    ``vmap``, and the estimator's one sum is right everywhere.
+    the devices by JAX itself; a sum of our own on top would multiply it by their number,
+    and groups of devices that normalize by themselves would be mixed. With respect to a
+    varying copy the derivative stays local, there as under ``pmap`` and ``vmap``, and the
+    estimator's one sum is right everywhere.
     """
-    if axis_name is None:
-        return params
-
-    def cast(leaf):
-        try:
-            return lax.pcast(leaf, axis_name, to="varying")
-        except ValueError:  # varying already, or an axis for which the notion is void
-            return leaf
-
-    return jax.tree.map(cast, params)
+    zero = lax.full_like(like, 0, shape=())
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), params)

@@ -96,8 +96,8 @@ def test_every_method_finds_the_population(name, key):
         groups = x.reshape(len(x), 2, 2)
         spread = jnp.sqrt(groups.var(axis=2, keepdims=True) + 1e-5)
         x = ((groups - groups.mean(axis=2, keepdims=True)) / spread).reshape(x.shape)
-    exact = "batch_norm" in name and "cross" not in name and "small" not in name
-    tolerance = {} if exact else {"rtol": 0.03, "atol": 0.05}
+    windows = {"streaming_batch_norm", "replay_batch_norm", "small_batch_norm"}
+    tolerance = {"rtol": 0.03, "atol": 0.05} if name in windows else {}
     assert_close(running.mean, x.mean(axis=0), **tolerance)
     assert_close(running.var, x.var(axis=0), **tolerance)
     assert jax.tree.structure(state) == jax.tree.structure(trained)
@@ -166,7 +166,7 @@ def test_recomputed_under_averaged_weights(average, key):
         return model.apply(given, z, True, mutable=["batch_stats"])[1]["batch_stats"]
 
     def first_error(stats):
-        x = z @ final["Dense_0"]["kernel"] + final["Dense_0"]["bias"]
+        x = nn.Dense(4).apply({"params": final["Dense_0"]}, z)
         return np.abs(running_of(stats["Norm_0"]).mean - x.mean(axis=0)).max()
 
     recomputed = recompute(update, stats, z.reshape(32, 2, 3))

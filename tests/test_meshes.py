@@ -146,11 +146,8 @@ def groups_on_one_device(estimator, layer, groups):
 
 
 @subgroups
-def test_an_axis_of_a_mesh_makes_groups(name, key, request):
+def test_an_axis_of_a_mesh_makes_groups(name, key):
     """Four devices are one, and know nothing of the other four."""
-    if name == "cross_iteration_batch_norm":
-        reason = "the pullback's derivatives are summed over the outer axis as well"
-        request.applymarker(pytest.mark.xfail(reason=reason))
     layer, estimator = LAYERS["dense"], make(name)
     step = make_step(estimator, layer, "inner", P("outer"))
     alone = groups_on_one_device(estimator, layer, OUTER)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FACTORIES, GROUPS, KINDS, LAYERS, SAMPLING, init, train
+from cases import CORRECTED, FACTORIES, GROUPS, KINDS, LAYERS, SAMPLING, init, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -61,7 +61,9 @@ def test_neither_scale_nor_shift_of_the_layer_matters(name, seed, factor, shift)
     other = {"kernel": factor * params["kernel"], "bias": factor * params["bias"] + shift}
     expected, _, predicted = step_of(name)(params, batches, masks)
     actual, _, again = step_of(name)(other, batches, masks)
-    assert_close((actual, again), (expected, predicted))
+    assert_close(actual, expected)
+    if name not in CORRECTED:  # their wrappers have an epsilon of their own
+        assert_close(again, predicted)
 
 
 @estimators
