@@ -19,6 +19,13 @@ def key():
 
 
 @pytest.fixture
+def loose():
+    """Implicit promotion of dtypes, which optax's counters need."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def x64():
     with jax.enable_x64(True):
         yield

@@ -49,6 +49,7 @@ def python_blocks(path):
         "docs/converting.md",
         "docs/design.md",
         "docs/papers.md",
+        "docs/training.md",
     ],
 )
 def test_documents_run(document):

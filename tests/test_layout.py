@@ -25,7 +25,15 @@ FOUNDATION = {
 }
 PRESETS = {"_small_batch"}  # a method with arguments filled in
 WRAPPERS = {"_adaptive", "_corrected"}  # around any method
-TOOLS = {"_figure", "assessment", "convert", "diagnostics", "landscape", "optax"}
+TOOLS = {
+    "_figure",
+    "assessment",
+    "convert",
+    "diagnostics",
+    "landscape",
+    "optax",
+    "population",
+}
 ADAPTERS = {"_adapter", "linen", "nnx"}
 METHODS = (
     {path.stem for path in PACKAGE.glob("*.py")}
