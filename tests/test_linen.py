@@ -202,49 +202,6 @@ def test_evaluation_leaves_the_state(key):
         model.apply(variables, images(key), train=True)
 
 
-def test_remat_updates_once(key):
-    class Body(nn.Module):
-        @nn.compact
-        def __call__(self, z):
-            return Norm(CBN, layer=nn.Dense(5), use_running_average=False)(z)
-
-    z = LAYERS["dense"].data(key)
-    plain, remat = Body(), nn.remat(Body)()
-    variables = plain.init(key, z)
-
-    def loss(params, module):
-        y, updates = module.apply(
-            {**variables, "params": params}, z, mutable=["batch_stats"]
-        )
-        return jnp.sin(y).sum(), updates
-
-    grad = jax.value_and_grad(loss, has_aux=True)
-    assert_close(grad(variables["params"], remat), grad(variables["params"], plain))
-
-
-def test_scan_over_layers(key):
-    class Body(nn.Module):
-        @nn.compact
-        def __call__(self, z, _):
-            return Norm(CBN, layer=nn.Dense(5), use_running_average=False)(z), None
-
-    stack = nn.scan(
-        Body,
-        variable_axes={"params": 0, "batch_stats": 0},
-        split_rngs={"params": True},
-        length=3,
-    )()
-    z = LAYERS["dense"].data(key)
-    variables = stack.init(key, z, None)
-    (y, _), updates = stack.apply(variables, z, None, mutable=["batch_stats"])
-    for i in range(3):
-        layer = jax.tree.map(lambda leaf: leaf[i], variables)  # noqa: B023
-        z, one = Body().apply(layer, z, None, mutable=["batch_stats"])
-        assert_close(jax.tree.map(lambda leaf: leaf[i], updates), one)  # noqa: B023
-        z = z[0]
-    assert_close(y, z)
-
-
 def test_options(key):
     x = jax.random.normal(key, (8, 5), jnp.bfloat16)
     module = Norm(
