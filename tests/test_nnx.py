@@ -8,6 +8,8 @@ import pytest
 from cases import FACTORIES, LAYERS
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
 from cbn_jax.linen import Norm as LinenNorm
@@ -364,3 +366,53 @@ def test_a_method_without_running_moments_cannot_go_back(estimator):
     norm = Norm(estimator, num_features=4, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"with 0 RunningMoments inside, expected one"):
         to_batch_norm(norm)
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map", "vmap"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "cross_iteration_batch_norm", "small_batch_norm"]
+)
+def test_many_devices_are_one(name, way, key):
+    """Gradients, outputs and statistics of a pure step around the module."""
+    assert jax.device_count() == 8
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = way != "jit"
+
+    def step(axis_name, params, stats, z):
+        def loss_of(params):
+            rngs = nnx.Rngs(0)
+            layer = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+            norm = Norm(FACTORIES[name](), layer, axis_name=axis_name, rngs=rngs)
+            nnx.update(norm, params, stats)
+            y = norm(z)
+            loss = jnp.square(y - 0.5).mean()
+            if axis_name is not None and way == "shard_map":
+                loss = jax.lax.pmean(loss, axis_name)
+            return loss, (y, nnx.state(norm, nnx.BatchStat))
+
+        gradients, (y, stats) = jax.grad(loss_of, has_aux=True)(params)
+        if axis_name is not None and way == "vmap":
+            gradients = jax.lax.pmean(gradients, axis_name)
+        return gradients, stats, y
+
+    rngs = nnx.Rngs(0)
+    norm = Norm(FACTORIES[name](), nnx.Conv(3, 4, (3, 3), rngs=rngs), rngs=rngs)
+    _, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
+    z = jax.random.normal(key, (16, 5, 5, 3))
+    expected = jax.jit(functools.partial(step, None))(params, stats, z)
+    run = functools.partial(step, "data" if spread else None)
+    if way == "jit":
+        split = NamedSharding(mesh, P("data"))
+        actual = jax.jit(run)(params, stats, jax.device_put(z, split))
+    elif way == "shard_map":
+        spec = {"in_specs": (P(), P(), P("data")), "out_specs": (P(), P(), P("data"))}
+        actual = jax.jit(jax.shard_map(run, mesh=mesh, **spec))(params, stats, z)
+    else:
+        mapped = jax.vmap(run, (None, None, 0), (None, None, 0), axis_name="data")
+        *same, y = jax.jit(mapped)(params, stats, z.reshape(8, 2, *z.shape[1:]))
+        actual = *same, y.reshape(16, *y.shape[2:])
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5),
+        actual,
+        expected,
+    )
