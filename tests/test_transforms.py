@@ -259,9 +259,13 @@ def test_linen_vmap_over_seeds(name, key):
 
 
 def nnx_norm(name, key):
-    rngs = nnx.Rngs(0)
+    rngs = nnx.Rngs(key)
     layer = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
     return cbn_nnx.Norm(FACTORIES[name](), layer=layer, rngs=rngs)
+
+
+def three_norms(name, key):
+    return nnx.vmap(functools.partial(nnx_norm, name))(jax.random.split(key, 3))
 
 
 def nnx_step(norm, x):
@@ -287,13 +291,7 @@ def test_nnx_remat(name, key):
 
 @flax_estimators
 def test_nnx_vmap_over_seeds(name, key):
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(key):
-        rngs = nnx.Rngs(key)
-        layer = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        return cbn_nnx.Norm(FACTORIES[name](), layer=layer, rngs=rngs)
-
-    ensemble = make(jax.random.split(key, 3))
+    ensemble = three_norms(name, key)
     graph, variables = nnx.split(ensemble)
     one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[1], variables))
     x = data(key)
@@ -305,13 +303,7 @@ def test_nnx_vmap_over_seeds(name, key):
 
 @flax_estimators
 def test_nnx_scan_over_layers(name, key):
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def make(key):
-        rngs = nnx.Rngs(key)
-        layer = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        return cbn_nnx.Norm(FACTORIES[name](), layer=layer, rngs=rngs)
-
-    tower = make(jax.random.split(key, 3))
+    tower = three_norms(name, key)
     graph, variables = nnx.split(tower)
     x = expected = data(key)
     for i in range(3):
