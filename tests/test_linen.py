@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CORRECTED, FACTORIES, GROUPS, LAYERS
+from cases import CORRECTED, FACTORIES, GROUPS, KINDS, LAYERS
 from flax import linen as nn
 from flax import serialization
 
 import cbn_jax as cbn
 from cbn_jax.linen import Norm, from_batch_norm, to_batch_norm
 
-estimators = pytest.mark.parametrize("name", FACTORIES)
+estimators = pytest.mark.parametrize("name", KINDS)
 CBN = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
 DIMINISHING = {"diminishing_batch_norm", "diminishing_batch_norm-all_alike"}
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, LAYERS
+from cases import FACTORIES, KINDS, LAYERS
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
@@ -15,7 +15,7 @@ import cbn_jax as cbn
 from cbn_jax.linen import Norm as LinenNorm
 from cbn_jax.nnx import Norm, from_batch_norm, to_batch_norm
 
-estimators = pytest.mark.parametrize("name", FACTORIES)
+estimators = pytest.mark.parametrize("name", KINDS)
 
 
 def assert_close(actual, expected, tolerance=1e-5):

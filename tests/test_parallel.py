@@ -28,7 +28,6 @@ estimators = pytest.mark.parametrize(
         "fitted_inference",
     ],
 )
-layers = pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +150,15 @@ def run(step, estimator, layer, key, steps=4):
     return jax.device_get((params, opt_state, state, history))
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize(
+    ("context", "layer"),
+    [
+        *((context, LAYERS["dense"]) for context in CONTEXTS),
+        ("sharded jit", LAYERS["conv"]),
+        ("shard_map", LAYERS["conv"]),
+    ],
+)
 @estimators
-@layers
 def test_many_devices_are_one(context, name, layer, key):
     estimator = make(name)
     expected = expected_of(name, layer)
