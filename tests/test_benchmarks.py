@@ -195,7 +195,7 @@ def test_bfloat16_is_for_activations_and_products_alone(name, network, data_dir)
 def test_robustness_writes_results_and_takes_them_up_again(tmp_path, data_dir):
     config = robustness.Config(
         networks=("mlp",),
-        batch_sizes=(1, 2),
+        batch_sizes=(2,),
         learning_rates=(0.1, 0.4),
         seeds=(0, 1),
         epochs=1,
@@ -205,13 +205,13 @@ def test_robustness_writes_results_and_takes_them_up_again(tmp_path, data_dir):
     )
     console = Console(width=100)
     results = robustness.main(config, console)
-    # Two batch sizes of two methods, and one that has its own; at two rates.
-    assert len(results["cells"]) == (2 * 2 + 1) * 2
+    # Two methods, and one that has a batch size of its own, at two rates.
+    assert len(results["cells"]) == 3 * 2
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert len(files) == len(results["cells"]) * 2
     table = (tmp_path / "table.md").read_text()
-    assert "| mlp | 1 | *minus batch_norm@32* |" in table
-    assert "0 of 20 runs ended with a loss that is not finite" in table
+    assert "| mlp | 2 | *minus batch_norm@32* |" in table
+    assert "0 of 12 runs ended with a loss that is not finite" in table
     assert (tmp_path / "robustness.png").stat().st_size > 10_000
     again = robustness.main(config, console)
     assert again["cells"] == results["cells"]
@@ -264,7 +264,7 @@ PAPERS = {
     "diminishing": (diminishing, {"alphas": ("batch_norm", "1/m"), "dataset": "digits"}),
     "corrected_inference": (
         corrected_inference,
-        {"networks": ("cnn",), "batch_sizes": (1, 4), "draws": ("random", "twice")},
+        {"networks": ("mlp",), "batch_sizes": (1, 4), "draws": ("random", "twice")},
     ),
     "adaptive": (adaptive, {"networks": ("mlp",), "batch_sizes": (4,)}),
     "landscape": (
@@ -272,7 +272,7 @@ PAPERS = {
         {"network": "mlp", "methods": ("group and batch",), "learning_rates": (0.01, 0.02)},
     ),
 }
-ROWS = {"diminishing": 4, "corrected_inference": 3, "adaptive": 3, "landscape": 1}
+ROWS = {"diminishing": 4, "corrected_inference": 2, "adaptive": 3, "landscape": 1}
 
 
 def test_the_papers_methods_cost_what_the_readme_says():

@@ -8,6 +8,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import jax
 import pytest
 
 import cbn_jax
@@ -55,7 +56,8 @@ def python_blocks(path):
 def test_documents_run(document):
     """All Python blocks of a document, in order, as one script."""
     script = "\n".join(python_blocks(ROOT / document))
-    exec(compile(script, document, "exec"), {"__name__": document})
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(script, document, "exec"), {"__name__": document})
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cbn_jax
+from cbn_jax._adapter import require
 
 PACKAGE = Path(cbn_jax.__file__).parent
 ROOT = PACKAGE.parent
@@ -127,3 +128,11 @@ def test_a_missing_flax_is_one_sentence(module):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
     assert f"cbn_jax.{module} needs Flax; install it with: pip install" in run.stderr
+
+
+def test_a_missing_package_is_named():
+    with (
+        pytest.raises(ModuleNotFoundError, match=r"cbn_jax.linen needs Flax; .*\[flax\]"),
+        require("Flax", "cbn_jax.linen"),
+    ):
+        raise ModuleNotFoundError("flax")

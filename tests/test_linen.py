@@ -567,3 +567,42 @@ def test_two_modules_cannot_have_one_name_going_back():
     stats = {"BatchNorm_0": moments, "Norm_0": {"state": cbn.running_moments(**moments)}}
     with pytest.raises(ValueError, match=r"^to_batch_norm got .*names of their own"):
         to_batch_norm({"batch_stats": stats})
+
+
+def test_a_mask_with_features_in_front(key):
+    """The mask's axes are those of the activations, wherever the features are."""
+    x = jax.random.normal(key, (6, 3, 5))
+    mask = jnp.arange(5) < 4
+    back = Norm(cbn.batch_norm(), axis=1, use_running_average=False)
+    front = Norm(cbn.batch_norm(), use_running_average=False)
+    variables = front.init(key, x.swapaxes(1, 2))
+    options = {"mutable": ["batch_stats"]}
+    y, stats = back.apply(variables, x, mask=mask[None, None], **options)
+    expected, right = front.apply(
+        variables, x.swapaxes(1, 2), mask=mask[None, :, None], **options
+    )
+    assert_close((y.swapaxes(1, 2), stats), (expected, right))
+
+
+def test_a_method_that_was_not_called(key):
+    with pytest.raises(TypeError, match=r"momentum is an array, .* Norm\(method\(...\)\)"):
+        Norm(cbn.batch_norm, use_running_average=False).init(key, jnp.ones((2, 3)))
+
+
+def test_a_layer_of_ones_own(key):
+    """No ``features`` that would have to change: its parameters say how many."""
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, z):
+            if self.is_initializing():
+                return z @ self.param("kernel", nn.initializers.lecun_normal(), (3, 4))
+            return z @ self.variables["params"]["kernel"]
+
+    estimator = cbn.cross_iteration_batch_norm(window=2)
+    own = Norm(estimator, layer=Own(), use_running_average=False)
+    dense = Norm(estimator, layer=nn.Dense(4, use_bias=False), use_running_average=False)
+    z = jax.random.normal(key, (6, 3))
+    variables = own.init(key, z)
+    options = {"mutable": ["batch_stats"]}
+    assert_close(own.apply(variables, z, **options), dense.apply(variables, z, **options))

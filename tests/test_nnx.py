@@ -416,3 +416,18 @@ def test_many_devices_are_one(name, way, key):
         actual,
         expected,
     )
+
+
+def test_a_view_without_a_mode_changes_none():
+    norm = Norm(cbn.batch_norm(), num_features=3, rngs=nnx.Rngs(0))
+    norm.set_view()
+    assert norm.use_running_average is False
+
+
+def test_what_a_converted_module_needs():
+    trained = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"expected an estimator; .*batch_norm\(...\)"):
+        from_batch_norm(trained, cbn.group_batch_norm)
+    trained.axis_index_groups = ((0, 1),)
+    with pytest.raises(ValueError, match="axis_index_groups, expected None; use a mesh"):
+        from_batch_norm(trained, cbn.batch_norm())

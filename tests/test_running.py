@@ -140,3 +140,8 @@ def test_flaxs_batch_stats_predict_as_in_flax(key):
     statistics = cbn.batch_norm().infer(state, x)
     y = cbn.normalize(x, statistics, scale, bias)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_moments_from_elsewhere_have_one_shape():
+    with pytest.raises(ValueError, match=r"mean of shape \(2,\) and var of shape \(3,\)"):
+        cbn.running_moments(jnp.ones(2), jnp.ones(3))
