@@ -1,6 +1,7 @@
 """What every estimator promises, checked for each through the same tests."""
 
 import functools
+import inspect
 import typing
 
 import jax
@@ -11,6 +12,7 @@ from cases import CORRECTED, FACTORIES, GROUPS, KINDS, LAYERS, SAMPLING, drift, 
 from jax.test_util import check_grads
 
 import cbn_jax as cbn
+from cbn_jax._estimator import Infer, Train
 
 pytestmark = pytest.mark.filterwarnings("error")
 ROUNDING = {"rtol": 2e-5, "atol": 2e-5}  # a few float32 operations on values around one
@@ -77,6 +79,18 @@ def test_every_public_factory_has_a_case():
         and typing.get_type_hints(value).get("return") is cbn.Estimator
     }
     assert factories == {name.split("-")[0] for name in FACTORIES}
+
+
+@estimators
+def test_signatures(name):
+    """Everything after the source is given by name."""
+    estimator = FACTORIES[name]()
+    for function, protocol in ((estimator.train, Train), (estimator.infer, Infer)):
+        expected = list(inspect.signature(protocol.__call__).parameters.values())[1:]
+        actual = inspect.signature(function).parameters.values()
+        assert [(p.name, p.kind, p.default) for p in actual] == [
+            (p.name, p.kind, p.default) for p in expected
+        ]
 
 
 @methods
