@@ -258,6 +258,25 @@ def test_linen_vmap_over_seeds(name, key):
     assert_close(jax.tree.map(lambda leaf: leaf[1], after), stats)
 
 
+@flax_estimators
+def test_linen_vmap_over_parts_of_a_batch(name, key):
+    """One model, whose statistics are those of all parts together."""
+    shared = nn.vmap(
+        Block,
+        in_axes=(0, None),
+        variable_axes={"params": None, "batch_stats": None},
+        split_rngs={"params": False},
+        axis_name="parts",
+    )(name, axis_name="parts")
+    x = data(key, examples=8)
+    variables = Block(name).init(key, x, True)
+    (_, (y, after)), gradient = linen_step(shared, variables, x.reshape(4, 2, WIDTH))
+    (_, (expected, stats)), right = linen_step(Block(name), variables, x)
+    assert_close((y.reshape(8, WIDTH), gradient), (expected, right), rtol=1e-4, atol=1e-4)
+    if "replay" not in name:  # the rows of a memory are in another order
+        assert_close(after, stats, rtol=1e-4, atol=1e-4)
+
+
 def nnx_norm(name, key):
     rngs = nnx.Rngs(key)
     layer = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
