@@ -126,3 +126,16 @@ def test_an_unbatched_image_has_no_patches(key):
     x, source = cbn.run_layer(spec, layer.params(key), layer.data(key)[0])
     with pytest.raises(ValueError, match=r"shape \(7, 7, 2\), .*inputs\[None\]"):
         source.patches(jnp.zeros((len(x), 1), jnp.int32))
+
+
+def test_a_draw_that_rounds_up_stays_inside(monkeypatch):
+    """The largest number below one, times many positions, is all of them in float32."""
+    almost = np.float32(1.0) - np.finfo(np.float32).epsneg
+    monkeypatch.setattr(
+        jax.random, "uniform", lambda key, shape, dtype: jnp.full(shape, almost)
+    )
+    layer = cbn.convolution()
+    params, z = jnp.ones((1, 1, 1, 2)), jnp.ones((1, 40, 40, 1))
+    x, source = cbn.run_layer(layer, params, z.at[0, -1, -1].set(7.0))
+    _, sample = moments_and_sample(source, x, 100, jnp.float32(0))
+    np.testing.assert_array_equal(sample.x[-1], [7.0, 7.0])
