@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cbn_jax as cbn
+from cbn_jax import _moments
+from cbn_jax._statistics import blend
 
 SHAPES = [(2, 3), (64, 3), (4, 16, 16, 3), (2, 1024, 3)]
 
@@ -146,3 +148,22 @@ def test_normalize_takes_statistics_per_example():
     mean, std = x.mean(1, keepdims=True), x.std(1, keepdims=True)
     y = cbn.normalize(x, cbn.Statistics(mean, 1 / std))
     np.testing.assert_allclose(y.mean(1), 0.0, atol=1e-6)
+
+
+def test_no_rounding_makes_a_variance_negative(monkeypatch):
+    """The two sums of a constant about a bad pivot do not cancel to the last digit."""
+    monkeypatch.setattr(_moments, "_pivot", lambda x: jnp.full(x.shape[-1], 1e3))
+    x = jnp.broadcast_to(jnp.linspace(0.1, 3.0, 200), (7, 200))
+    with jax.disable_jit():
+        var = cbn.batch_moments(x).var
+    assert (var >= 0.0).all()
+    assert (var == 0.0).any()
+
+
+def test_a_blend_of_scales_of_zero_has_a_mean():
+    """Variances that overflowed make everything zero, not NaN."""
+    one = cbn.Statistics(jnp.array([1.0]), jnp.array([0.0]))
+    other = cbn.Statistics(jnp.array([3.0]), jnp.array([0.0]))
+    mean, inv_std = blend(jnp.array([0.5]), one, other)
+    assert np.isfinite(mean).all()
+    assert inv_std == 0.0
