@@ -244,8 +244,7 @@ class Config(study.Options):
     """So many simulated devices of a CPU; the devices that are there if not given."""
     methods: tuple[str, ...] = ("batch_norm", "cross_iteration", "streaming_all")
     """Normalizers, all with statistics over a batch; NAME@SIZE sets a batch size of its
-    own. small_batch looks at positions drawn by each device for itself where there is an
-    axis name."""
+    own."""
     batch_size: int = 8
     """Examples per step, on all devices together."""
     learning_rate: float = 0.1

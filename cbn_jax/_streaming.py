@@ -89,7 +89,8 @@ def streaming_batch_norm(
         k = 1 is batch norm.
       samples: about how many positions of the batch are looked at for the terms with P,
         spread evenly over the examples and at random within; all where a batch has no
-        more, or for None. Moments of the current batch always take all.
+        more, or for None. Moments of the current batch always take all. Under an axis name
+        these positions are what the devices exchange, all of them for None.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a rule
         m ↦ α_m such as ``cumulative``.
       epsilon: added to the variance, inside the root.

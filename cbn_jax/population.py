@@ -31,7 +31,8 @@ def recompute(
     A running average remembers weights that training has left behind, and knows none that
     an optimizer averages (``optax.ema``, schedule-free). This takes one pass over the data
     in training mode, from fresh states, and pools the moments of all batches by the law of
-    total variance: means and variances are those of all values together.
+    total variance: means and variances are those of all values of the pass together. In it
+    a layer sees what the layers before it make of batches, as in training.
 
     Where a window holds more than a batch (streaming, replay, ``running="window"``), it
     fills during the pass, and windows take the place of batches; the first and last few
