@@ -81,6 +81,12 @@ GROUPS = {"group_batch_norm", "group_norm_plus", "adaptive_batch_norm-group"}
 CORRECTED = {name for name in FACTORIES if "corrected" in name or "fitted" in name}
 
 
+def make(name):
+    """An estimator whose groups are wide: those of two values become signs, and what is
+    left of gradients is rounding."""
+    return FACTORIES[name](**({"num_groups": 1} if name in GROUPS else {}))
+
+
 class Layer(NamedTuple):
     layer: cbn.Layer
     kernel: tuple[int, ...]

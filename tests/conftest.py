@@ -25,6 +25,18 @@ def key():
 
 
 @pytest.fixture
+def eight_devices():
+    """A parallel test that sees one device proves nothing."""
+    assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the benchmarks keep prepared data."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
 def loose():
     """Implicit promotion of dtypes, which optax's counters need."""
     with jax.numpy_dtype_promotion("standard"):

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("eight_devices", "loose")
 DEVICES = 8
 NAMES = [
     "batch_norm",
@@ -28,19 +29,6 @@ NAMES = [
     "streaming_batch_norm",
     "replay_batch_norm",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _devices():
-    """A parallel test that sees one device proves nothing."""
-    assert jax.device_count() == DEVICES
-
-
-@pytest.fixture(autouse=True)
-def _promotion():
-    """Optax's schedules mix integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FACTORIES, LAYERS, init, train
+from cases import FACTORIES, LAYERS, init, make, train
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
 DEVICES = 8
 OUTER, INNER = 2, 4
-PLAIN_GROUPS = {"group_batch_norm", "group_norm_plus"}
 BOTH = ("outer", "inner")
 WHOLE = P(BOTH)
 subgroups = pytest.mark.parametrize(
@@ -38,17 +38,6 @@ EXPLICIT = {
     "corrected_inference-diminishing_batch_norm",
     "adaptive_batch_norm",
 }
-
-
-@pytest.fixture(autouse=True)
-def _devices():
-    """A parallel test that sees one device proves nothing."""
-    assert jax.device_count() == DEVICES
-
-
-def make(name):
-    # Groups of two values become signs, and what is left of gradients is rounding.
-    return FACTORIES[name](**({"num_groups": 1} if name in PLAIN_GROUPS else {}))
 
 
 def make_loss(estimator, layer, axis_name=None):

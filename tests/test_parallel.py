@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, GROUPS, LAYERS, init, train
+from cases import FACTORIES, GROUPS, LAYERS, init, make, train
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
 
+pytestmark = pytest.mark.usefixtures("eight_devices")
 DEVICES = 8
 # One of each way to communicate.
 estimators = pytest.mark.parametrize(
@@ -28,17 +29,6 @@ estimators = pytest.mark.parametrize(
         "fitted_inference",
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _devices():
-    """A parallel test that sees one device proves nothing."""
-    assert jax.device_count() == DEVICES
-
-
-def make(name):
-    # Groups of two values become signs, and what is left of gradients is rounding.
-    return FACTORIES[name](**({"num_groups": 1} if name in GROUPS else {}))
 
 
 def mesh():
