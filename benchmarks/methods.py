@@ -20,6 +20,9 @@ from .training import OPTIMIZERS
 
 MOMENTUM = 0.99
 GROUPS = 8  # of group norm, as the networks are narrow
+WINDOW = 8  # of cross-iteration, as published
+
+MakeEstimator = Callable[[int, int], Any]
 
 
 # Weights of the current batch in diminishing batch norm, as in the paper's table.
@@ -45,7 +48,20 @@ class Method(NamedTuple):
 
     def norm(self, steps: int) -> NormFn:
         """The module factory, for a run of so many steps."""
-        return METHODS[self.name](self.batch_size, steps)
+        return LAYERS.get(self.name) or estimated(self.estimator(steps))
+
+    def estimator(self, steps: int) -> Any:
+        """The estimator, or the function of a learned weight that makes it."""
+        return ESTIMATORS[self.name](self.batch_size, steps)
+
+    @property
+    def pooled(self) -> int:
+        """The number of examples from which statistics come in training."""
+        if self.name.startswith(("small_batch", "streaming", "replay")):
+            return max(self.batch_size, 32)
+        if self.name.startswith(("cross_iteration", "naive")):
+            return WINDOW * self.batch_size
+        return self.batch_size
 
 
 def estimated(estimator: Any) -> NormFn:
@@ -57,20 +73,51 @@ def estimated(estimator: Any) -> NormFn:
     return norm
 
 
-class _GroupNorm(nn.Module):
+class _Grouped(nn.Module):
     """Flax's group norm behind a layer."""
+
+    layer: nn.Module
+    groups: int
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.layer(z)
+        return nn.GroupNorm(num_groups=self.groups, dtype=x.dtype)(x)
+
+
+class _Unnormalized(nn.Module):
+    """A learned scale and bias behind a layer, as normalizers have them."""
 
     layer: nn.Module
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         x = self.layer(z)
-        return nn.GroupNorm(num_groups=GROUPS, dtype=x.dtype)(x)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return x * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
-def _group_norm(layer: nn.Module, train: bool) -> nn.Module:
-    del train
-    return _GroupNorm(layer)
+class _FlaxBatchNorm(nn.Module):
+    """Flax's batch norm behind a layer."""
+
+    layer: nn.Module
+    train: bool
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = self.layer(z)
+        norm = nn.BatchNorm(not self.train, momentum=MOMENTUM, dtype=x.dtype)
+        return norm(x)
+
+
+# Modules that need no estimator.
+LAYERS: dict[str, NormFn] = {
+    "none": lambda layer, train: _Unnormalized(layer),
+    "layer_norm": lambda layer, train: _Grouped(layer, 1),
+    "group_norm": lambda layer, train: _Grouped(layer, GROUPS),
+    "flax_batch_norm": lambda layer, train: _FlaxBatchNorm(layer, train),
+}
 
 
 def _window(batch_size: int) -> int:
@@ -78,46 +125,44 @@ def _window(batch_size: int) -> int:
     return max(1, 32 // batch_size)
 
 
-def _cross_iteration(**options) -> NormFn:
-    return estimated(cbn_jax.cross_iteration_batch_norm(8, momentum=MOMENTUM, **options))
+def _cross_iteration(**options) -> cbn_jax.Estimator:
+    return cbn_jax.cross_iteration_batch_norm(WINDOW, momentum=MOMENTUM, **options)
 
 
-def _streaming(samples: int | None) -> Callable[[int, int], NormFn]:
-    return lambda batch_size, steps: estimated(
-        cbn_jax.streaming_batch_norm(
-            _window(batch_size), samples=samples, momentum=MOMENTUM
-        )
+def _streaming(samples: int | None) -> MakeEstimator:
+    return lambda size, steps: cbn_jax.streaming_batch_norm(
+        _window(size), samples=samples, momentum=MOMENTUM
     )
 
 
-def _diminishing(alpha: Any) -> Callable[[int, int], NormFn]:
-    return lambda size, steps: estimated(cbn_jax.diminishing_batch_norm(alpha))
+def _replay(samples: int) -> MakeEstimator:
+    return lambda size, steps: cbn_jax.replay_batch_norm(
+        _window(size), samples=max(samples, size), momentum=MOMENTUM
+    )
 
 
-def _group_batch(order: Any) -> Callable[[int, int], NormFn]:
+def _diminishing(alpha: Any) -> MakeEstimator:
+    return lambda size, steps: cbn_jax.diminishing_batch_norm(alpha)
+
+
+def _group_batch(order: Any) -> MakeEstimator:
     def make(mix):
         return cbn_jax.group_batch_norm(
             mix, num_groups=GROUPS, order=order, momentum=MOMENTUM
         )
 
-    return lambda size, steps: estimated(make)
+    return lambda size, steps: make
 
 
-def _replay(samples: int) -> Callable[[int, int], NormFn]:
-    return lambda batch_size, steps: estimated(
-        cbn_jax.replay_batch_norm(
-            _window(batch_size), samples=max(samples, batch_size), momentum=MOMENTUM
-        )
-    )
+def _averaged(batch_size: int) -> Any:
+    """A single example has no variance of its own to average."""
+    return "batch" if batch_size > 1 else "window"
 
 
 # Each takes the batch size and the number of steps of the run.
-METHODS: dict[str, Callable[[int, int], NormFn]] = {
-    "batch_norm": lambda size, steps: estimated(cbn_jax.batch_norm(MOMENTUM)),
-    "group_norm": lambda size, steps: _group_norm,
-    "small_batch": lambda size, steps: estimated(
-        cbn_jax.small_batch_norm(size, momentum=MOMENTUM)
-    ),
+ESTIMATORS: dict[str, MakeEstimator] = {
+    "batch_norm": lambda size, steps: cbn_jax.batch_norm(MOMENTUM),
+    "small_batch": lambda size, steps: cbn_jax.small_batch_norm(size, momentum=MOMENTUM),
     # As published: window 8, gradients through the current batch.
     "cross_iteration": lambda size, steps: _cross_iteration(running=_averaged(size)),
     # Plain batch norm for the first 40 %, while the weights move fast.
@@ -132,18 +177,14 @@ METHODS: dict[str, Callable[[int, int], NormFn]] = {
     "group_batch": _group_batch("group_first"),
     "group_batch_first": _group_batch("batch_first"),
     "group_batch_parallel": _group_batch("parallel"),
-    "group_plus": lambda size, steps: estimated(
+    "group_plus": lambda size, steps: (
         lambda mix: cbn_jax.group_norm_plus(mix, num_groups=GROUPS)
     ),
     "streaming_all": _streaming(None),
     **{f"streaming_{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
     **{f"replay_{n}": _replay(n) for n in (4, 8, 16, 32)},
 }
-
-
-def _averaged(batch_size: int) -> str:
-    """A single example has no variance of its own to average."""
-    return "batch" if batch_size > 1 else "window"
+METHODS = (*LAYERS, *ESTIMATORS)
 
 
 def parse(text: str, batch_size: int) -> Method:

@@ -52,6 +52,7 @@ class ResidualCNN(nn.Module):
     width: int = 16
     stages: int = 3
     blocks: int = 1
+    stem_stride: int = 1
     dtype: Any = None
 
     @nn.compact
@@ -64,7 +65,7 @@ class ResidualCNN(nn.Module):
             )
             return self.norm(layer=layer, train=train)
 
-        z = nn.relu(conv(self.width)(images))
+        z = nn.relu(conv(self.width, stride=self.stem_stride)(images))
         for stage, block in itertools.product(range(self.stages), range(self.blocks)):
             features = self.width * 2**stage
             stride = 2 if stage > 0 and block == 0 else 1
@@ -81,6 +82,7 @@ def _logits(network: MLP | ResidualCNN, z: jax.Array) -> jax.Array:
 NETWORKS = {
     "mlp": MLP,
     "cnn": ResidualCNN,
+    "cnn_halved": functools.partial(ResidualCNN, stem_stride=2),  # for 28x28
     "mlp300": functools.partial(MLP, width=300, depth=2),
     "mlp300_normalized_last": functools.partial(
         MLP, width=300, depth=2, normalize_last=True

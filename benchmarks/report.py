@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 import cbn_jax
 from cbn_jax._figure import COLORS as COLORS
@@ -76,6 +77,18 @@ def spread(values: list[float], digits: int) -> str:
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def mean_error(values: ArrayLike, digits: int = 1) -> str:
+    """Mean ± standard error over the seeds."""
+    mean, error = np.mean(values), standard_error(values)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def standard_error(values: ArrayLike) -> float:
+    """Of the mean; 0 of a single value, which says nothing of its spread."""
+    count = np.size(values)
+    return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
 
 
 def size(count: float) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ._optional import needed_for
 
 with needed_for("benchmarks"):
+    from flax import linen as nn
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -47,13 +48,18 @@ class Run(NamedTuple):
     def trainer(self, dataset: data.Dataset) -> training.Trainer:
         """Its pure functions; runs that differ in the seed alone can share them."""
         steps = self.steps(dataset)
-        model = networks.NETWORKS[self.network](
-            norm=self.method.norm(steps),
+        optimizer = training.OPTIMIZERS[self.method.optimizer](self.rate, steps)
+        return training.make_trainer(
+            self.model(dataset), dataset.train_images.shape[1:], optimizer
+        )
+
+    def model(self, dataset: data.Dataset) -> nn.Module:
+        """Its network."""
+        return networks.NETWORKS[self.network](
+            norm=self.method.norm(self.steps(dataset)),
             classes=dataset.classes,
             dtype=jnp.dtype(self.precision),
         )
-        optimizer = training.OPTIMIZERS[self.method.optimizer](self.rate, steps)
-        return training.make_trainer(model, dataset.train_images.shape[1:], optimizer)
 
     @property
     def rate(self) -> float:
