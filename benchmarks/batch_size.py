@@ -163,13 +163,14 @@ def outcome(run: runs.Run, programs: Programs, parts: Split, bar: runs.Bar) -> O
             bar.advance(100)
     mean = float(np.mean(jax.device_get(losses[-math.ceil(steps / 4) :])))
     bar.advance(steps % 100, _text(run, mean))
-    test = dataset.test_images, dataset.test_labels
-    evaluate = programs.trainer.evaluate
+    test: Any = dataset.test_images, dataset.test_labels
+    held_out: Any = parts.images, parts.labels
+    evaluate, corrected = programs.trainer.evaluate, programs.corrected
     return Outcome(
         mean,
-        float(evaluate(state, parts.images, parts.labels)),
+        float(evaluate(state, *held_out)),
         float(evaluate(state, *test)),
-        programs.corrected and float(programs.corrected.evaluate(state, *test)),
+        None if corrected is None else float(corrected.evaluate(state, *test)),
     )
 
 

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each method costs: FLOPs, bytes and state of a training step, and its time.
+"""What each method costs: time, FLOPs, bytes, memory, compile time and state of a step.
 
-FLOPs and bytes are XLA's count for the compiled step (forward, backward, SGD with
-momentum) on a ResNet-18 with the stem for 32x32 images and on the MLP; times are measured
-side by side in one process. Everything is given as a ratio to batch norm.
+A training step (forward, backward, SGD with momentum) of an MLP, of a basic stage of
+ResNet-18 and of the whole network with the stem for 32x32 images is compiled with every
+method. FLOPs and bytes are XLA's count, times are measured side by side in one process,
+each as a ratio to the same network with Flax's BatchNorm. Where a method takes longer
+than it should, a profile says where the time goes. The roofline is what the device would
+need for the FLOPs and bytes alone, at the rates it reached in the same call on a large
+matrix product and a large copy.
 
-Run it with ``python -m benchmarks.cost``.
+Run it with ``python -m benchmarks.cost``; on an accelerator with ``--device gpu --networks
+resnet50 --batch-sizes 1 2 4 8 --precision bfloat16``.
 """
 
 import dataclasses
 import itertools
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +29,45 @@ from ._optional import needed_for
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
-    from rich.markdown import Markdown
     from rich.progress import track
 
-from . import methods, networks, report, runs, timing, training
+from . import methods, networks, profile, report, runs, study, timing, training
 
-BASELINE = "batch_norm"
-SHAPES = {"mlp": (14, 14, 1), "cnn": (8, 8, 1), "resnet18": (32, 32, 3)}
+BASELINE = "flax_batch_norm"
+SHAPES = {
+    "mlp": (14, 14, 1),
+    "cnn": (8, 8, 1),
+    "stage": (32, 32, 3),
+    "resnet18": (32, 32, 3),
+    "resnet50": (224, 224, 3),
+}
+# Time as a ratio to Flax's batch norm that a method should not exceed.
+TARGETS = {"batch_norm": 1.02, "small_batch": 1.2, "cross_iteration": 1.4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Options of the comparison."""
 
-    networks: tuple[str, ...] = ("mlp", "resnet18")
-    """Networks to count."""
-    batch_sizes: tuple[int, ...] = (1, 2, 8)
+    networks: tuple[str, ...] = ("mlp", "stage", "resnet18")
+    """Networks to count and time; also resnet50, at 224x224."""
+    batch_sizes: tuple[int, ...] = (1, 2, 8, 32)
     """Examples per step; one example is left out where batch norm cannot train on it."""
     methods: tuple[str, ...] = (
+        "batch_norm",
         "group_norm",
+        "diminishing_0.5",
+        "group_batch",
         "small_batch",
-        "streaming_all",
         "cross_iteration",
         "cross_iteration_gradient",
         "replay_16",
     )
-    """Normalizers to compare with batch norm."""
+    """Normalizers to compare with Flax's batch norm."""
+    precision: runs.Precision = "float32"
+    """Of activations and products."""
+    device: Literal["cpu", "gpu", "tpu"] | None = None
+    """Where to run; JAX's own choice if not given."""
     timing_rounds: int = 10
     """Rounds of steps for the times; 0 counts without running anything."""
     timing_steps: int = 2
@@ -61,81 +79,121 @@ class Config:
 def main(config: Config, console: Console) -> dict:
     """Counts and times every cell, writes and shows the results."""
     runs.check_networks(config.networks)
+    device = _device(config.device)
     pairs = [
         (network, size)
         for network, size in itertools.product(config.networks, config.batch_sizes)
         if network != "mlp" or size > 1
     ]
-    cells = [
-        cell
-        for network, size in track(pairs, "counting and timing", console=console)
-        for cell in _cells(config, network, size)
-    ]
-    results = {
-        "config": report.plain(config),
-        "environment": report.environment(),
-        "cells": cells,
+    with jax.default_device(device):
+        rates = _rates() if config.timing_rounds else None
+        cells = [
+            cell
+            for network, size in track(pairs, "counting and timing", console=console)
+            for cell in _cells(config, network, size)
+        ]
+    return study.publish(
+        config,
+        {"rates": rates, "cells": cells},
+        console,
+        markdown,
+        device=device,
+    )
+
+
+def _device(platform: str | None) -> Any:
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError as error:
+        there = ", ".join(sorted({device.platform for device in jax.devices()}))
+        raise ValueError(
+            f"--device {platform} is not to be found, JAX sees {there}; install JAX for "
+            "it, as in pip install 'jax[cuda13]', or leave the option out."
+        ) from error
+
+
+def _rates() -> dict[str, float]:
+    """FLOPs and bytes per second that the device reaches, the best of some calls."""
+    square, long = jnp.ones((2048, 2048)), jnp.ones(2**26)
+    # Overwritten in place: new memory would cost time of its own.
+    negate = jax.jit(jnp.negative, donate_argnums=0)
+    return {
+        "flops": 2 * 2048**3 / _seconds(jax.jit(lambda x: x @ square), square),
+        "bytes": 2 * long.nbytes / _seconds(negate, long),
     }
-    report.write_json(config.output / "results.json", results)
-    (config.output / "table.md").write_text(markdown(results))
-    console.print(Markdown(markdown(results)))
-    console.print(f"written to {config.output}/: results.json, table.md")
-    return results
+
+
+def _seconds(function: Callable, x: jax.Array, calls: int = 8) -> float:
+    """The least of some calls, each on the result of the one before."""
+    seconds = []
+    for _ in range(calls):
+        begin = time.perf_counter()
+        x = jax.block_until_ready(function(x))
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+class Compiled(NamedTuple):
+    """A step as the compiler left it."""
+
+    step: Any
+    seconds: float  # to trace, lower and compile
+    params: int  # bytes
+    state: int  # bytes of batch_stats
 
 
 def flops(network: str, size: int, names: Sequence[str]) -> dict[str, float]:
     """FLOPs of a training step with each method, as ratios to batch norm's."""
-    shape = SHAPES[network]
     trainers = _trainers(network, size, (BASELINE, *names))
-    counts = {name: _count(t, shape, size)["flops"] for name, t in trainers.items()}
+    counts = {
+        name: _counts(_compile(trainer, SHAPES[network], size), name)["flops"]
+        for name, trainer in trainers.items()
+    }
     return {name: counts[name] / counts[BASELINE] for name in names}
 
 
-def _trainers(network: str, size: int, names: Sequence[str]) -> dict:
+def _trainers(
+    network: str, size: int, names: Sequence[str], precision: str = "float32"
+) -> dict[str, training.Trainer]:
     trainers = {}
     for name in names:
         norm = methods.parse(name, size).norm(steps=1000)
-        model = networks.NETWORKS[network](norm=norm, classes=10)
+        model = networks.NETWORKS[network](
+            norm=norm, classes=10, dtype=jnp.dtype(precision)
+        )
         trainers[name] = training.make_trainer(
             model, SHAPES[network], training.OPTIMIZERS["sgd"](0.01, 1000)
         )
     return trainers
 
 
-def _cells(config: Config, network: str, size: int) -> list[dict]:
-    shape = SHAPES[network]
-    names = (BASELINE, *config.methods)
-    trainers = _trainers(network, size, names)
-    counts = {name: _count(trainer, shape, size) for name, trainer in trainers.items()}
-    times = _times(config, trainers, shape, size)
-    return [
-        {
-            "network": network,
-            "batch_size": size,
-            "label": name,
-            **{
-                what: counts[name][what] / counts[BASELINE][what]
-                for what in ("flops", "bytes accessed")
-            },
-            "state": counts[name]["state"] / counts[name]["params"],
-            "time": times.get(name),
-        }
-        for name in names
-    ]
-
-
-def _count(trainer: training.Trainer, shape: tuple[int, ...], size: int) -> dict:
-    """XLA's count for one step; nothing is run."""
+def _compile(trainer: training.Trainer, shape: tuple[int, ...], size: int) -> Compiled:
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     labels, rows = (jax.ShapeDtypeStruct((size,), jnp.int32) for _ in range(2))
     step: Any = trainer.step
-    counted = step.lower(state, images, labels, rows).compile().cost_analysis()
+    begin = time.perf_counter()
+    compiled = step.lower(state, images, labels, rows).compile()
+    seconds = time.perf_counter() - begin
+    return Compiled(compiled, seconds, _bytes(state.params), _bytes(state.batch_stats))
+
+
+def _counts(compiled: Compiled, name: str) -> dict[str, float]:
+    """FLOPs, bytes accessed and greatest memory of a step.
+
+    XLA counts the body of a loop once. The one over the history turns for every slot: it
+    reads the slot and the parameters, and with their gradient the slot and two sums again.
+    """
+    counted, memory = compiled.step.cost_analysis(), compiled.step.memory_analysis()
+    turns = methods.WINDOW - 1 if name.startswith(("cross_iteration", "naive")) else 0
+    reads = 5 if name == "cross_iteration_gradient" else 2
     return {
-        "flops": counted["flops"],
-        "bytes accessed": counted["bytes accessed"],
-        "state": _bytes(state.batch_stats),
-        "params": _bytes(state.params),
+        "flops": counted["flops"] + turns * (reads // 2) * 2 * compiled.params / 4,
+        "bytes": counted["bytes accessed"] + turns * reads * compiled.params,
+        "memory": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
     }
 
 
@@ -143,15 +201,45 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _times(config, trainers, shape, size) -> dict:
+def _cells(config: Config, network: str, size: int) -> list[dict]:
+    names = (BASELINE, *config.methods)
+    trainers = _trainers(network, size, names, config.precision)
+    shape = SHAPES[network]
+    made = {name: _compile(trainer, shape, size) for name, trainer in trainers.items()}
+    # The compiled steps are run as they are, so that nothing is compiled twice.
+    trainers = {name: t._replace(step=made[name].step) for name, t in trainers.items()}
+    batch = _batch(shape, size)
+    times = _times(config, trainers, batch)
+    over = [BASELINE, *(name for name in TARGETS if _misses(name, times.get(name)))]
+    profiles = {name: _profile(trainers[name], batch) for name in over if len(over) > 1}
+    counts = {name: _counts(compiled, name) for name, compiled in made.items()}
+    return [
+        {
+            "network": network,
+            "batch_size": size,
+            "label": name,
+            **counts[name],
+            "compile": made[name].seconds,
+            "state": made[name].state,
+            "params": made[name].params,
+            "time": times.get(name),
+            "profile": profiles.get(name),
+        }
+        for name in names
+    ]
+
+
+def _batch(shape: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
+    images = np.random.default_rng(0).random((size, *shape), np.float32)
+    return images, np.zeros(size, np.int32)
+
+
+def _times(config: Config, trainers: dict, batch: tuple) -> dict[str, dict]:
     if config.timing_rounds == 0:
         return {}
-    rng = np.random.default_rng(0)
-    images = rng.random((size, *shape), np.float32)
     times = timing.time_steps(
-        {name: (trainer, size) for name, trainer in trainers.items()},
-        images,
-        np.zeros(size, np.int32),
+        {name: (trainer, len(batch[1])) for name, trainer in trainers.items()},
+        *batch,
         baseline=BASELINE,
         rounds=config.timing_rounds,
         steps=config.timing_steps,
@@ -159,44 +247,131 @@ def _times(config, trainers, shape, size) -> dict:
     return {name: value._asdict() for name, value in times.items()}
 
 
+def _misses(name: str, time: dict | None) -> bool:
+    return time is not None and time["ratio"] > TARGETS[name]
+
+
+def _profile(trainer: training.Trainer, batch: tuple) -> dict[str, float]:
+    rows = np.arange(len(batch[1]), dtype=np.int32)
+    state = trainer.init(jax.random.key(0))
+    return profile.parts(trainer.step, state, (*jax.device_put(batch), rows))
+
+
 def markdown(results: dict) -> str:
-    """One row a network, batch size and method."""
-    versions = results["environment"]
+    """One row a network, batch size and method; then targets and profiles."""
+    config = results["config"]
+    legend = (
+        "FLOPs, bytes and time of a training step as ratios to flax_batch_norm, whose "
+        "time is given in ms (time: median and quartiles of side-by-side ratios); memory: "
+        "arguments, results and temporary arrays; compile: to trace and compile, once, "
+        "seconds; state / θ: bytes of batch_stats over bytes of the parameters"
+    )
+    if results["rates"]:
+        legend += (
+            "; roofline: what the FLOPs and bytes take at the rates of a large matrix "
+            f"product and a large copy ({results['rates']['flops'] / 1e9:.0f} GFLOP/s, "
+            f"{results['rates']['bytes'] / 1e9:.1f} GB/s), over the measured time"
+        )
+    return (
+        f"{config['precision']}:\n\n{_table(results)}\n{legend}. Activations: "
+        f"{config['precision']}. {study.measured_on(results)}\n\n"
+        f"{verdict(results)}\n\n{_profiles(results)}"
+    )
+
+
+def _groups(results: dict) -> list[tuple[dict, list[dict]]]:
+    """(the cell of the baseline, its whole group) of each network and batch size."""
+    cells = results["cells"]
+    starts = [i for i, cell in enumerate(cells) if cell["label"] == BASELINE]
+    ends = [*starts[1:], len(cells)]
+    return [(cells[i], cells[i:j]) for i, j in zip(starts, ends, strict=True)]
+
+
+def _table(results: dict) -> str:
+    headings = ("net", "batch", "method", "FLOPs", "bytes", "time", "roofline", "memory")
     rows = [
         (
             cell["network"],
             str(cell["batch_size"]),
             cell["label"],
-            f"{cell['flops']:.2f}",
-            f"{cell['bytes accessed']:.2f}",
-            f"{cell['state']:.2f}",
-            _ratio(cell["time"]),
+            f"{cell['flops'] / base['flops']:.2f}",
+            f"{cell['bytes'] / base['bytes']:.2f}",
+            _time(cell),
+            _roofline(cell, results["rates"]),
+            report.size(cell["memory"]),
+            f"{cell['compile']:.1f}",
+            f"{cell['state'] / cell['params']:.2f}",
         )
-        for cell in results["cells"]
+        for base, cells in _groups(results)
+        for cell in cells
     ]
-    headings = ("net", "batch", "method", "FLOPs", "bytes", "state / θ", "time")
-    return (
-        f"{report.markdown_table(headings, rows)}\n"
-        "FLOPs, bytes and time of a training step as ratios to batch_norm (time: median "
-        "and quartiles of side-by-side ratios); state / θ: bytes of batch_stats over bytes "
-        f"of the parameters. JAX {versions['jax']}, Flax {versions['flax']}, Python "
-        f"{versions['python']}, {versions['device']}, {versions['processor']}.\n"
-    )
+    return report.markdown_table((*headings, "compile", "state / θ"), rows)
 
 
-def _ratio(time: dict | None) -> str:
+def _time(cell: dict) -> str:
+    time = cell["time"]
     if time is None:
         return "–"
+    if cell["label"] == BASELINE:
+        return f"{time['milliseconds']:.3g} ms"
     return f"{time['ratio']:.2f} ({time['ratio_low']:.2f}–{time['ratio_high']:.2f})"
+
+
+def _roofline(cell: dict, rates: dict | None) -> str:
+    if rates is None or cell["time"] is None:
+        return "–"
+    least = max(cell["flops"] / rates["flops"], cell["bytes"] / rates["bytes"])
+    return f"{1e5 * least / cell['time']['milliseconds']:.0f} %"
+
+
+def verdict(results: dict) -> str:
+    """In how many cells each target is met, and where it is missed most."""
+    sentences = []
+    for name, target in TARGETS.items():
+        cells = [c for c in results["cells"] if c["label"] == name and c["time"]]
+        if cells:
+            worst = max(cells, key=lambda cell: cell["time"]["ratio"])
+            met = sum(not _misses(name, cell["time"]) for cell in cells)
+            sentences.append(
+                f"{name} takes at most {target:.2f} times as long as Flax's batch norm in "
+                f"{met} of {len(cells)} cells; at worst {worst['time']['ratio']:.2f} "
+                f"({worst['network']}, batch size {worst['batch_size']})."
+            )
+    return "\n".join(sentences)
+
+
+def _profiles(results: dict) -> str:
+    """Where a target is missed: the parts of a step beside those of the baseline."""
+    rows, names = [], (*profile.PARTS, "copies and layouts")
+    for base, cells in _groups(results):
+        for cell in (cell for cell in cells if cell["profile"] and cell is not base):
+            here, usual = cell["profile"], base["profile"]
+            more = {name: here.get(name, 0.0) - usual.get(name, 0.0) for name in names}
+            rows.append(
+                (
+                    cell["network"],
+                    str(cell["batch_size"]),
+                    cell["label"],
+                    f"{sum(usual.values()):.3g}",
+                    *(f"{more[name]:+.2g}" for name in names),
+                )
+            )
+    if not rows:
+        return ""
+    headings = ("net", "batch", "method", "flax_batch_norm", *names)
+    return (
+        "Where a target is missed, the milliseconds of a step that each part takes more "
+        "than with flax_batch_norm (in all), summed over threads, from one profile each:"
+        f"\n\n{report.markdown_table(headings, rows)}\n"
+        "derivatives: those of the statistics with respect to θ; transport: the past moved "
+        "to today's θ; remember: what the state takes in; copies and layouts: added by the "
+        "compiler.\n"
+    )
 
 
 def cli(arguments: list[str] | None = None) -> None:
     """The command line."""
-    config = tyro.cli(Config, args=arguments, description=__doc__, prog="cost")
-    try:
-        main(config, Console())
-    except ValueError as error:
-        sys.exit(f"cost: {error}")
+    study.cli(Config, main, arguments)
 
 
 if __name__ == "__main__":

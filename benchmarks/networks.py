@@ -75,7 +75,39 @@ class ResidualCNN(nn.Module):
         return _logits(self, z.mean((1, 2)))
 
 
-def _logits(network: MLP | ResidualCNN, z: jax.Array) -> jax.Array:
+class BottleneckResNet(nn.Module):
+    """A stem for large images and bottleneck blocks, ResNet-50 as it stands."""
+
+    norm: NormFn
+    classes: int
+    width: int = 64
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits ``[N, classes]``."""
+
+        def conv(features: int, size: int = 1, stride: int = 1):
+            layer = nn.Conv(
+                features, (size, size), stride, use_bias=False, dtype=self.dtype
+            )
+            return self.norm(layer=layer, train=train)
+
+        z = nn.relu(conv(self.width, 7, 2)(images))
+        z = nn.max_pool(z, (3, 3), (2, 2), "SAME")
+        for stage, blocks in enumerate(self.blocks):
+            for block in range(blocks):
+                features = self.width * 2**stage
+                stride = 2 if stage > 0 and block == 0 else 1
+                shortcut = z if block else conv(4 * features, 1, stride)(z)
+                z = nn.relu(conv(features)(z))
+                z = nn.relu(conv(features, 3, stride)(z))
+                z = nn.relu(shortcut + conv(4 * features)(z))
+        return _logits(self, z.mean((1, 2)))
+
+
+def _logits(network: MLP | ResidualCNN | BottleneckResNet, z: jax.Array) -> jax.Array:
     return nn.Dense(network.classes, dtype=network.dtype)(z).astype(jnp.float32)
 
 
@@ -88,5 +120,7 @@ NETWORKS = {
         MLP, width=300, depth=2, normalize_last=True
     ),
     "deep": functools.partial(ResidualCNN, width=16, stages=4, blocks=2),
+    "stage": functools.partial(ResidualCNN, width=64, stages=1, blocks=2),
     "resnet18": functools.partial(ResidualCNN, width=64, stages=4, blocks=2),
+    "resnet50": BottleneckResNet,
 }

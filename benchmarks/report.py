@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from numpy.typing import ArrayLike
 
 import cbn_jax
 from cbn_jax._figure import COLORS as COLORS
@@ -26,10 +25,10 @@ with needed_for("benchmarks"):
     from rich.table import Table
 
 
-def environment() -> dict[str, str]:
+def environment(device: Any = None) -> dict[str, str]:
     """Versions and device, to go with every figure."""
     packages = ("cbn_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    device = jax.devices()[0]
+    device = device or jax.devices()[0]
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
@@ -79,13 +78,13 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
-def mean_error(values: ArrayLike, digits: int = 1) -> str:
+def mean_error(values: Any, digits: int = 1) -> str:
     """Mean ± standard error over the seeds."""
     mean, error = np.mean(values), standard_error(values)
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
-def standard_error(values: ArrayLike) -> float:
+def standard_error(values: Any) -> float:
     """Of the mean; 0 of a single value, which says nothing of its spread."""
     count = np.size(values)
     return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
@@ -94,10 +93,10 @@ def standard_error(values: ArrayLike) -> float:
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB"):
-        if count < 1024 or unit == "MiB":
+        if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
-    raise AssertionError
+    return f"{count:.1f} GiB"
 
 
 HEADINGS = ("net", "method", "train loss", "test, %", "step / BN", "state")

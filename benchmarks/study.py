@@ -42,16 +42,20 @@ class Options:
 
 
 def publish(
-    config: Options,
+    config: Any,
     found: dict[str, Any],
     console: Console,
     markdown: Callable[[dict], str],
+    device: Any = None,
     **figures: Callable[[dict, Path], None],
 ) -> dict:
-    """Writes results.json, table.md and the figures, and shows the table."""
+    """Writes results.json, table.md and the figures, and shows the table.
+
+    ``device`` is where it was measured; JAX's first one if not given.
+    """
     results = {
         "config": report.plain(config),
-        "environment": report.environment(),
+        "environment": report.environment(device),
         **found,
     }
     report.write_json(config.output / "results.json", results)

@@ -40,7 +40,7 @@ class CrossIterationState(NamedTuple):
 
     Attributes:
       running: averages for inference.
-      history: the last ``window − 1`` iterations (one empty slot where that is none).
+      history: the last ``window`` iterations, the current one included.
       slot: scalar, the slot that is overwritten next.
     """
 
@@ -152,7 +152,7 @@ def cross_iteration_batch_norm(
     Returns:
       An Estimator whose state is a ``CrossIterationState``. ``init`` needs the layer's
       parameters, ``train`` the layer's ``source`` (from ``run_layer``). The state holds
-      k − 1 arrays of the size of θ.
+      k arrays of the size of θ.
 
     Raises:
       ValueError: an argument out of range; parameters without features last; ``train``
@@ -198,16 +198,14 @@ def cross_iteration_batch_norm(
         check_count("burn_in", burn_in, 0)
     share_of_past = burn_in if callable(burn_in) else _two_stage(burn_in)
     average = averaging(momentum)
-    # Checkpointers refuse arrays of size zero: a window of 1 keeps one slot, left empty.
-    slots = max(window - 1, 1)
 
     def check(state, x):
         check_activations(name, x)
         check_state(name, state, CrossIterationState, lambda s: s.running.mean, x)
-        if state.history.mean.shape[0] != slots:
+        if state.history.mean.shape[0] != window:
             raise ValueError(
                 f"{name}(window={window}) got a state with {state.history.mean.shape[0]} "
-                f"past iterations, expected {slots}; make it with "
+                f"iterations, expected {window}; make it with "
                 f"cross_iteration_batch_norm(window={window}).init(features, params)."
             )
 
@@ -215,7 +213,7 @@ def cross_iteration_batch_norm(
         check_features_last(name, features, params)
         return CrossIterationState(
             running=init_running(features),
-            history=empty_history(slots, features, params, groups),
+            history=empty_history(window, features, params, groups),
             slot=jnp.zeros((), jnp.float32),
         )
 
@@ -230,19 +228,22 @@ def cross_iteration_batch_norm(
         params = source.params
         if gradient == "current":
             params = lax.stop_gradient(params)
-        past = _GUARDS[guard](transport(state.history, params, rho, moments.mean.dtype))
+        # Written first and read after: a ring that is still to be read would be copied.
+        history = push(state.history, entry, state.slot)
+        past = _GUARDS[guard](transport(history, params, rho, moments.mean.dtype))
+        age = (state.slot - jnp.arange(window, dtype=state.slot.dtype))[:, None] % window
         # A share a rounding error below a whole slot is that slot.
-        reach = jnp.floor(slots * share_of_past(state.running.steps) + 1e-3)[None]
-        in_use = _age(state.slot, slots) < reach
-        past = past._replace(size=jnp.where(in_use & (window > 1), past.size, 0.0))
+        reach = jnp.floor((window - 1) * share_of_past(state.running.steps) + 1e-3)[None]
+        in_use = (age > 0) & (age <= reach)
+        past = past._replace(size=jnp.where(in_use, past.size, 0.0))
         pooled = pool_moments(prepend(moments, past))
         if mask is not None:
             pooled = known_moments(pooled, state.running)
         seen = moments if running == "batch" else pooled._replace(size=moments.size)
         return statistics_of(pooled, epsilon), CrossIterationState(
             running=update_running(state.running, seen, average),
-            history=push(state.history, entry, state.slot),
-            slot=(state.slot + 1) % slots,
+            history=history,
+            slot=(state.slot + 1) % window,
         )
 
     def infer(state, x):
@@ -267,8 +268,3 @@ _GUARDS = {"max": _max, "drop": _drop}
 
 def _two_stage(burn_in: int) -> BurnIn:
     return lambda seen: (seen >= burn_in).astype(jnp.float32)
-
-
-def _age(slot: jax.Array, slots: int) -> jax.Array:
-    """Age of each slot, ``[S, 1]``: 0 for the one written last."""
-    return (slot - 1 - jnp.arange(slots, dtype=slot.dtype))[:, None] % slots

@@ -23,7 +23,7 @@ from ._source import Source
 
 
 class History(NamedTuple):
-    """Moments of past iterations as functions of the layer's parameters θ.
+    """Moments of iterations as functions of the layer's parameters θ.
 
     ``S`` slots in a ring; an iteration s in it had parameters θₛ. Only the products with
     θₛ are kept, not θₛ itself: ``⟨d, θ − θₛ⟩ = ⟨d, θ⟩ − ⟨d, θₛ⟩``.
@@ -70,8 +70,9 @@ def empty_history(slots: int, features: int, params: Params, groups: int) -> His
     )
 
 
+@jax.named_scope("transport")
 def transport(history: History, params: Params, rho: float, dtype: Any) -> Moments:
-    """Moments ``[S, C]`` of the past iterations, moved to today's parameters.
+    """Moments ``[S, C]`` of the iterations in the ring, moved to today's parameters.
 
     To first order: the variance may come out negative.
     """
@@ -114,6 +115,7 @@ def current(
     return moments, _entry(moments, d_mean, d_var, source.params)
 
 
+@jax.named_scope("derivatives")
 def _derivatives(
     seen: tuple[Moments, jax.Array], source: Source, mask: jax.Array | None
 ) -> tuple[Params, Params]:
@@ -147,6 +149,7 @@ def _entry(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> H
     )
 
 
+@jax.named_scope("remember")
 def push(history: History, entry: History, slot: jax.Array) -> History:
     """Overwrites one slot; features that are not finite leave theirs empty."""
     usable = usable_moments(Moments(entry.mean, entry.var, entry.size))
@@ -163,8 +166,5 @@ def push(history: History, entry: History, slot: jax.Array) -> History:
 
 def _inner(derivative: Params, params: Params) -> jax.Array:
     """``inner`` for every slot, ``[S, C]``."""
-    slots = len(jax.tree.leaves(derivative)[0])
-    # One reduction over all slots at once is slow on XLA's CPU backend, and so is a scan in
-    # the backward pass, which would copy the history.
-    each = [inner(jax.tree.map(lambda d: d[s], derivative), params) for s in range(slots)]  # noqa: B023
-    return jnp.stack(each)
+    # XLA's CPU backend is slow with all slots in one reduction, and with a loop unrolled.
+    return lax.map(lambda d: inner(d, params), derivative)

@@ -124,6 +124,7 @@ class Part(NamedTuple):
     moments: Moments
 
 
+@jax.named_scope("moments")
 def device_moments(x: jax.Array, mask: jax.Array | None = None) -> Part:
     """This device's part of ``batch_moments``."""
     check_activations("batch_moments", x)

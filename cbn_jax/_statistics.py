@@ -60,6 +60,7 @@ def blend(weight: jax.Array, one: Statistics, other: Statistics) -> Statistics:
     return Statistics(other.mean + share * (one.mean - other.mean), inv_std)
 
 
+@jax.named_scope("normalize")
 def normalize(
     x: jax.Array,
     statistics: Statistics,

@@ -173,8 +173,7 @@ def streaming_batch_norm(
         old = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), source.params)
         sample = _centered(sample, old.d_mean)
-        delta = jax.tree.map(jnp.subtract, params, old.params)
-        moved = product(sample.patches, lax.stop_gradient(delta))  # ⟨P − p, Δ⟩
+        delta, moved = _displaced(sample, params, old.params)
         spread = (sample.weight * jnp.square(moved)).sum(axis=0)
         spread = jnp.where(jnp.isfinite(spread), spread, 0.0)  # NaN now is not past
         past = _transported(old, delta, spread)
@@ -184,13 +183,15 @@ def streaming_batch_norm(
         pooled = pool_two(batch, past)
         if mask is not None:
             pooled = known_moments(pooled, old.running)
-        batch, past, params, believed = lax.stop_gradient((batch, past, params, pooled))
+        batch, params, believed = lax.stop_gradient((batch, params, pooled))
         seen = believed._replace(size=batch.size)
-        kept = past._replace(size=old.window.size), old.d_mean, old.d_var
-        new = believed, *_derivatives(old, batch, believed, sample, moved)
-        moments, d_mean, d_var = _where(usable_moments(seen), new, kept)
-        running = update_running(state.running, seen, average)
-        after = StreamingState(running, moments, d_mean, d_var, params)
+        new = StreamingState(
+            update_running(state.running, seen, average),
+            believed,
+            *_derivatives(old, batch, believed, sample, moved),
+            params,
+        )
+        after = _where(usable_moments(seen), new, old)
         return statistics_of(pooled, epsilon), jax.tree.map(_finite, after, state)
 
     def infer(state, x):
@@ -206,6 +207,14 @@ def _centered(sample: Sample, d_mean: Params) -> Sample:
     return sample._replace(patches=patches)
 
 
+@jax.named_scope("transport")
+def _displaced(sample: Sample, params: Params, old: Params) -> tuple[Params, jax.Array]:
+    """Δ, and how far it moves each of the sample, ⟨P − p, Δ⟩."""
+    delta = jax.tree.map(jnp.subtract, params, old)
+    return delta, product(sample.patches, lax.stop_gradient(delta))
+
+
+@jax.named_scope("transport")
 def _transported(old: StreamingState, delta: Params, spread: jax.Array) -> Moments:
     """The window's moments at today's parameters."""
     (d_mean,) = product(jax.tree.map(lambda p: p[None], old.d_mean), delta)  # ⟨p, Δ⟩
@@ -228,6 +237,7 @@ def _weight(
     return jnp.minimum(size, limit.reshape(-1))
 
 
+@jax.named_scope("derivatives")
 def _derivatives(
     old: StreamingState,
     batch: Moments,
@@ -250,6 +260,7 @@ def _derivatives(
     )
 
 
+@jax.named_scope("remember")
 def _where(usable: jax.Array, new: Any, old: Any) -> Any:
     """The new of what is usable, for leaves with features or groups last."""
 

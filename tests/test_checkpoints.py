@@ -54,7 +54,7 @@ OTHERS = {
     "cross_iteration_batch_norm": (
         functools.partial(cbn.cross_iteration_batch_norm, window=3),
         functools.partial(cbn.cross_iteration_batch_norm, window=5),
-        r"cross_iteration_batch_norm\(window=5\) got a state with 2 past iterations",
+        r"cross_iteration_batch_norm\(window=5\) got a state with 3 iterations",
     ),
     "replay_batch_norm": (
         functools.partial(cbn.replay_batch_norm, window=3, samples=8),

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def test_equals_the_oracle(name, burn_in, key):
         state.running.mean, weights @ oracle.means, rtol=1e-4, atol=1e-5
     )
     np.testing.assert_allclose(state.running.var, weights @ oracle.variances, rtol=1e-4)
-    newest = (int(state.slot) - 1) % 3
+    newest = (int(state.slot) - 1) % 4
     entry = jax.tree.map(lambda leaf: np.asarray(leaf[newest]), state.history)
     last = oracle.past[0]
     shape = layer.kernel
@@ -305,6 +306,29 @@ def test_costs_four_thirds_of_batch_norm():
         assert 4 / 3 - 0.02 < ratio <= 1.36
 
 
+@pytest.mark.parametrize("gradient", ["current", "window"])
+def test_the_history_is_never_copied(gradient):
+    """The donated ring is written in place, and read where it lies."""
+    kernel, window = jnp.ones((3, 3, 8, 16)), 5
+    estimator = cbn.cross_iteration_batch_norm(window, gradient=gradient)
+
+    def step(kernel, state, z):
+        def loss(kernel):
+            x, source = cbn.run_layer(cbn.convolution(), kernel, z)
+            statistics, after = estimator.train(state, x, source)
+            return jax.nn.relu(cbn.normalize(x, statistics)).mean(), after
+
+        gradient, after = jax.grad(loss, has_aux=True)(kernel)
+        return kernel - gradient, after
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    arguments = kernel, estimator.init(16, kernel), jnp.ones((2, 8, 8, 8))
+    program = jitted.lower(*arguments).compile().as_text()
+    ring = r"= f32\[5,3,3,8,16\]\S* "
+    assert re.search(ring + "(fusion|dynamic-update-slice)", program)
+    assert not re.search(ring + "copy", program)
+
+
 # The published method's options.
 
 
@@ -490,7 +514,7 @@ def test_a_state_of_another_window(key):
     estimator, _ = start(layer, key, window=8)
     _, state = start(layer, key, window=4)
     x, source = cbn.run_layer(layer.layer, layer.params(key), layer.data(key))
-    message = r"window=8\) got a state with 3 past iterations, expected 7"
+    message = r"window=8\) got a state with 4 iterations, expected 8"
     with pytest.raises(ValueError, match=message):
         estimator.train(state, x, source)
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a training step spends its time, by the parts of a normalizer."""
+
+import collections
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Part -> what the name of an operation holds; the first that fits. A normalizer's parts
+# carry the names that cbn_jax gives them in every profiler.
+PARTS = {
+    "layers": r"/(Conv|Dense)(_\d+)?/",
+    **{
+        name: rf"/{name}/"
+        for name in ("moments", "transport", "derivatives", "remember", "normalize")
+    },
+    "other of the norm": r"/(Norm|_\w+)_\d+",
+    "optimizer": r"jit\(step\)/\w+$",
+}
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = \S+ ([\w\-]+)\(")
+
+
+def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, float]:
+    """Milliseconds of a compiled step by part, summed over threads; the state is used up.
+
+    Operations without a name are copies and changes of layout that the compiler adds.
+    """
+    part_of = dict(_parts(step.as_text()))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                state, _ = step(state, *arguments)
+            jax.block_until_ready(state)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        recorded = jax.profiler.ProfileData.from_file(str(path))
+    total: collections.Counter[str] = collections.Counter()
+    for plane in recorded.planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name in part_of:
+                    total[part_of[event.name]] += event.duration_ns / 1e6 / steps
+    return dict(total)
+
+
+def _parts(program: str) -> Iterator[tuple[str, str]]:
+    """(operation, part) of a compiled program."""
+    for line in program.splitlines():
+        if found := _INSTRUCTION.match(line):
+            name, kind = found.groups()
+            named = re.search(r'op_name="([^"]*)"', line)
+            if kind != "while":  # what is inside is counted by itself
+                yield name, _part(named[1] if named else "")
+
+
+def _part(name: str) -> str:
+    fitting = (part for part, pattern in PARTS.items() if re.search(pattern, name))
+    return next(fitting, "other" if name else "copies and layouts")
