@@ -15,7 +15,7 @@ Run it with ``python -m benchmarks.batch_size``.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -76,6 +76,17 @@ class Config(study.Options):
     """Use at most so many images for training and validation, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/batch_size")
     """Folder for results.json, table.md, the figures and finished runs."""
+
+
+QUICK = Config(
+    batch_sizes=(1, 2),
+    methods=("batch_norm", "group_norm", "small_batch"),
+    networks=("mlp",),
+    learning_rates=(0.1, 0.4),
+    seeds=(1, 2),
+    epochs=1,
+    examples=60,
+)
 
 
 class Split(NamedTuple):
@@ -324,11 +335,38 @@ def markdown(results: dict) -> str:
     )
 
 
-def _accuracies(results: dict) -> str:
+def summary(results: dict) -> str:
+    """The accuracies of a few methods."""
+    return f"{study.setting(results)}:\n\n{_accuracies(results, DRAWN)}"
+
+
+def verdict(results: dict) -> str:
+    """From the greatest to the smallest batch size at which each method trains."""
+    sentences = []
+    for chosen in results["config"]["networks"]:
+        ways = [
+            f"{label} from {_mean(by_size, max)} to {_mean(by_size, min)}"
+            for network, label, by_size in _grid(results)
+            if network == chosen and label in VERDICT
+        ]
+        sentences.append(
+            f"{chosen}, {results['config']['dataset']}: from the greatest to the smallest "
+            f"batch size at which each trains, test accuracy goes {', '.join(ways)}."
+        )
+    return "\n".join(sentences)
+
+
+def _mean(by_size: dict[int, dict], choose) -> str:
+    size = choose(by_size)
+    return f"{percent(by_size[size]['test']).mean():.1f} % ({size})"
+
+
+def _accuracies(results: dict, methods: Sequence[str] | None = None) -> str:
     sizes = results["config"]["batch_sizes"]
     rows = [
         (network, label, *(_accuracy(results, by_size.get(size)) for size in sizes))
         for network, label, by_size in _grid(results)
+        if methods is None or label in methods
     ]
     headings = ("net", "method at batch size", *map(str, sizes))
     return report.markdown_table(headings, rows)
@@ -398,7 +436,8 @@ def _rates(results: dict) -> str:
     return report.markdown_table(("net", "method", *rates, "least", "lost"), rows)
 
 
-# Those that a figure has room for; the table has all.
+VERDICT = ("small_batch", "batch_norm", "group_norm")
+# Those that a figure and the summary have room for; the table has all.
 DRAWN = (
     "small_batch",
     "batch_norm",
@@ -469,4 +508,4 @@ def _line_of(axis, points: dict, color: str, name: str, heavy: bool) -> None:
 
 
 if __name__ == "__main__":
-    study.cli(Config, main)
+    study.cli(Config, main, quick=QUICK)

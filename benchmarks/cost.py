@@ -76,6 +76,14 @@ class Config:
     """Folder for results.json and table.md."""
 
 
+QUICK = Config(
+    networks=("mlp",),
+    batch_sizes=(1, 2),
+    methods=("batch_norm", "small_batch"),
+    timing_rounds=2,
+)
+
+
 def main(config: Config, console: Console) -> dict:
     """Counts and times every cell, writes and shows the results."""
     runs.check_networks(config.networks)
@@ -371,7 +379,7 @@ def _profiles(results: dict) -> str:
 
 def cli(arguments: list[str] | None = None) -> None:
     """The command line."""
-    study.cli(Config, main, arguments)
+    study.cli(Config, main, arguments, QUICK)
 
 
 if __name__ == "__main__":

@@ -272,18 +272,22 @@ def main(config: Config, console: Console) -> dict:
 
 def _devices(config: Config) -> int:
     """As many as there are, simulated before the first use of JAX if asked for."""
-    if config.devices is None:
-        return jax.local_device_count()
+    if config.devices is not None:
+        simulate(config.devices)
+    return jax.local_device_count()
+
+
+def simulate(devices: int) -> None:
+    """So many devices of a CPU, where JAX has not been used yet."""
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.devices)
+        jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:
         raise ValueError(
-            f"--devices {config.devices} came when JAX was in use with "
+            f"--devices {devices} came when JAX was in use with "
             f"{jax.local_device_count()}, expected a fresh process; run python -m "
-            f"benchmarks.data_parallel --devices {config.devices}."
+            f"benchmarks.data_parallel --devices {devices}."
         ) from error
-    return jax.local_device_count()
 
 
 def _run(config: Config, text: str, devices: int) -> runs.Run:

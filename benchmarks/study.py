@@ -87,12 +87,28 @@ def cli(
     config: type[Any],
     main: Callable[[Any, Console], dict],
     arguments: list[str] | None = None,
+    quick: Any = None,
 ) -> None:
-    """The command line of the module in which ``main`` stands."""
+    """The command line of the module in which ``main`` stands.
+
+    ``--quick`` begins with the options ``quick`` in place of the usual ones.
+    """
     module = inspect.getmodule(main)
     name = Path(str(inspect.getsourcefile(main))).stem
+    text = (module and module.__doc__) or ""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if quick is not None:
+        text = (
+            f"{text.strip()}\n\n--quick makes the smallest run, in seconds; other options "
+            "change it."
+        )
+    asked = quick is not None and "--quick" in given
     chosen = tyro.cli(
-        config, args=arguments, description=module and module.__doc__, prog=name
+        config,
+        args=[argument for argument in given if not (asked and argument == "--quick")],
+        default=quick if asked else None,
+        description=text,
+        prog=name,
     )
     try:
         main(chosen, Console())

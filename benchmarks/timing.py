@@ -2,6 +2,7 @@
 """Step times side by side: every round times each candidate once, ratios are per round."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,15 +30,32 @@ def time_steps(
 ) -> dict[str, StepTime]:
     """Median step time of each (trainer, batch size), interleaved in one process."""
     images, labels = jax.device_put((images, labels))
-    states = {name: t.init(jax.random.key(0)) for name, (t, _) in trainers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for _ in range(rounds + 1):
-        for name, (trainer, batch_size) in trainers.items():
-            rows = np.arange(batch_size, dtype=np.int32)
-            begin = time.perf_counter()
+
+    def runner(trainer: Trainer, batch_size: int) -> Callable[[int], None]:
+        rows = np.arange(batch_size, dtype=np.int32)
+        state = trainer.init(jax.random.key(0))
+
+        def run(steps: int) -> None:
+            nonlocal state
             for _ in range(steps):
-                states[name], _ = trainer.step(states[name], images, labels, rows)
-            jax.block_until_ready(states[name])
+                state, _ = trainer.step(state, images, labels, rows)
+            jax.block_until_ready(state)
+
+        return run
+
+    runners = {name: runner(*pair) for name, pair in trainers.items()}
+    return side_by_side(runners, baseline, rounds, steps)
+
+
+def side_by_side(
+    runners: dict[str, Callable[[int], None]], baseline: str, rounds: int, steps: int
+) -> dict[str, StepTime]:
+    """Median time of a step; a runner takes so many steps and waits for the last."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds + 1):
+        for name, run in runners.items():
+            begin = time.perf_counter()
+            run(steps)
             seconds[name].append((time.perf_counter() - begin) / steps)
     # The first round compiles.
     times = {name: np.array(values[1:]) for name, values in seconds.items()}

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and sentences in the documentation, from the committed results.
+
+A document holds ``<!-- FUNCTION STUDY -->``, what that function of the study's module made
+of the committed ``results.json``, and ``<!-- end -->``. This command makes it anew, in the
+README, in benchmarks/README.md and in docs/, so that no figure is ever typed.
+
+Run it with ``python -m benchmarks.tables`` in a checkout.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+from ._optional import needed_for
+
+with needed_for("benchmarks"):
+    import tyro
+    from rich.console import Console
+
+from . import (
+    adaptive,
+    batch_size,
+    claims,
+    corrected_inference,
+    cost,
+    data_parallel,
+    diminishing,
+    frameworks,
+    landscape,
+    report,
+    robustness,
+    samples,
+    scaling,
+    statistics_error,
+    study,
+    theory,
+)
+
+ROOT = Path(__file__).parent.parent
+# Folder of results -> the module that made them and writes them down.
+STUDIES: dict[str, ModuleType] = {
+    "small_batch": report,
+    "small_batch_bfloat16": report,
+    "batch_size": batch_size,
+    "batch_size_fashion_mnist": batch_size,
+    "claims": claims,
+    "cost": cost,
+    "scaling": scaling,
+    "frameworks": frameworks,
+    "data_parallel": data_parallel,
+    "robustness": robustness,
+    "statistics_error": statistics_error,
+    "theory": theory,
+    "samples": samples,
+    "diminishing": diminishing,
+    "corrected_inference": corrected_inference,
+    "adaptive": adaptive,
+    "landscape": landscape,
+    "group_batch": robustness,
+    "centralize": robustness,
+}
+_BLOCK = re.compile(r"(<!-- (\w+) (\w+) -->)(\s*)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the command."""
+
+    root: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = ROOT
+    """The checkout."""
+
+
+def main(config: Config, console: Console) -> dict:
+    """Rewrites the documents that are not up to date."""
+    changed = []
+    for path in documents(config.root):
+        before = path.read_text()
+        after = rendered(before)
+        if after != before:
+            path.write_text(after)
+            changed.append(str(path.relative_to(config.root)))
+    console.print("made anew: " + (", ".join(changed) or "nothing, all is up to date"))
+    return {"changed": changed}
+
+
+def documents(root: Path) -> Iterator[Path]:
+    """All that may hold a table."""
+    yield from (root / "README.md", root / "benchmarks/README.md")
+    yield from sorted((root / "docs").glob("*.md"))
+
+
+def results(name: str, file: str = "results.json") -> str:
+    """A committed file of a study."""
+    return (ROOT / "benchmarks/results" / name / file).read_text()
+
+
+def rendered(text: str) -> str:
+    """A document with every block made anew."""
+    return _BLOCK.sub(_block, text)
+
+
+def _block(found: re.Match[str]) -> str:
+    start, function, name, space, _, end = found.groups()
+    if name not in STUDIES or not hasattr(STUDIES[name], function):
+        raise ValueError(
+            f"{start} names no function of a study, expected one such as "
+            f"<!-- markdown cost -->; studies are {', '.join(STUDIES)}."
+        )
+    made = getattr(STUDIES[name], function)(json.loads(results(name))).strip()
+    if space.startswith("\n"):
+        return f"{start}\n\n{made}\n\n{end}"
+    return f"{start}{' '.join(made.split())}{end}"  # within a line, as in a table's cell
+
+
+if __name__ == "__main__":
+    study.cli(Config, main)
