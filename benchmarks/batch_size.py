@@ -195,6 +195,11 @@ def _text(run: runs.Run, loss: float) -> str:
 def main(config: Config, console: Console) -> dict:
     """Runs what is missing, writes and shows the results."""
     runs.check_networks(config.networks)
+    if config.every_rate_at not in config.batch_sizes:
+        raise ValueError(
+            f"--every-rate-at {config.every_rate_at} is none of --batch-sizes "
+            f"{' '.join(map(str, config.batch_sizes))}; choose one of them."
+        )
     chosen = [
         methods.parse(text, size)
         for text, size in itertools.product(config.methods, config.batch_sizes)
@@ -464,8 +469,8 @@ def rates_figure(results: dict, path: Path) -> None:
     config = results["config"]
 
     def points(by_size):
-        at_rates = by_size[config["every_rate_at"]]["at_rates"]
-        return {cell["rate"]: cell["test"] for cell in at_rates}
+        cell = by_size.get(config["every_rate_at"], {"at_rates": []})
+        return {each["rate"]: each["test"] for each in cell["at_rates"]}
 
     label = f"peak rate per 32 examples, batch size {config['every_rate_at']}"
     _draw(results, path, points, label, config["learning_rates"])

@@ -70,8 +70,8 @@ class Config:
     """Where to run; JAX's own choice if not given."""
     timing_rounds: int = 10
     """Rounds of steps for the times; 0 counts without running anything."""
-    timing_steps: int = 2
-    """Steps per round."""
+    timing_seconds: float = 0.2
+    """About how long a method is timed in each round, at least a step."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/cost")
     """Folder for results.json and table.md."""
 
@@ -81,6 +81,7 @@ QUICK = Config(
     batch_sizes=(1, 2),
     methods=("batch_norm", "small_batch"),
     timing_rounds=2,
+    timing_seconds=0.01,
 )
 
 
@@ -245,13 +246,10 @@ def _batch(shape: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
 def _times(config: Config, trainers: dict, batch: tuple) -> dict[str, dict]:
     if config.timing_rounds == 0:
         return {}
-    times = timing.time_steps(
-        {name: (trainer, len(batch[1])) for name, trainer in trainers.items()},
-        *batch,
-        baseline=BASELINE,
-        rounds=config.timing_rounds,
-        steps=config.timing_steps,
-    )
+    pairs = {name: (trainer, len(batch[1])) for name, trainer in trainers.items()}
+    runners = timing.make_runners(pairs, *batch)
+    steps = timing.steps_in(config.timing_seconds, runners[BASELINE])
+    times = timing.side_by_side(runners, BASELINE, config.timing_rounds, steps)
     return {name: value._asdict() for name, value in times.items()}
 
 
@@ -281,7 +279,7 @@ def markdown(results: dict) -> str:
             f"{results['rates']['bytes'] / 1e9:.1f} GB/s), over the measured time"
         )
     return (
-        f"{config['precision']}:\n\n{_table(results)}\n{legend}. Activations: "
+        f"{_table(results)}\n{legend}. Activations: "
         f"{config['precision']}. {study.measured_on(results)}\n\n"
         f"{verdict(results)}\n\n{_profiles(results)}"
     )

@@ -34,13 +34,12 @@ with needed_for("benchmarks"):
     from cbn_jax.linen import Norm
 
 from . import report, study, timing
+from .timing import Runner
 
 BASELINE = "flax batch_norm"
 GROUPS = 8
 SHAPES = ((8, 128), (32, 1024), (2, 32, 32, 64), (8, 16, 16, 128), (2, 56, 56, 256))
 OPTIONAL = {"keras": "Keras", "torch": "PyTorch"}
-
-Runner = Callable[[int], None]  # so many steps, and waits for the last
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ import numpy as np
 
 from .training import Trainer
 
+Runner = Callable[[int], None]  # takes so many steps, and waits for the last
+
 
 class StepTime(NamedTuple):
     """Time of a step, and its ratio to the baseline's in the same round."""
@@ -29,9 +31,17 @@ def time_steps(
     steps: int = 10,
 ) -> dict[str, StepTime]:
     """Median step time of each (trainer, batch size), interleaved in one process."""
+    runners = make_runners(trainers, images, labels)
+    return side_by_side(runners, baseline, rounds, steps)
+
+
+def make_runners(
+    trainers: dict[str, tuple[Trainer, int]], images: np.ndarray, labels: np.ndarray
+) -> dict[str, Runner]:
+    """Each trains on the same first examples again and again."""
     images, labels = jax.device_put((images, labels))
 
-    def runner(trainer: Trainer, batch_size: int) -> Callable[[int], None]:
+    def runner(trainer: Trainer, batch_size: int) -> Runner:
         rows = np.arange(batch_size, dtype=np.int32)
         state = trainer.init(jax.random.key(0))
 
@@ -43,14 +53,21 @@ def time_steps(
 
         return run
 
-    runners = {name: runner(*pair) for name, pair in trainers.items()}
-    return side_by_side(runners, baseline, rounds, steps)
+    return {name: runner(*pair) for name, pair in trainers.items()}
+
+
+def steps_in(seconds: float, run: Runner) -> int:
+    """How many steps take about so long, at least one."""
+    run(1)  # compiles
+    begin = time.perf_counter()
+    run(1)
+    return max(1, round(seconds / (time.perf_counter() - begin)))
 
 
 def side_by_side(
-    runners: dict[str, Callable[[int], None]], baseline: str, rounds: int, steps: int
+    runners: dict[str, Runner], baseline: str, rounds: int, steps: int
 ) -> dict[str, StepTime]:
-    """Median time of a step; a runner takes so many steps and waits for the last."""
+    """Median time of a step, and of its ratio to the baseline's in the same round."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds + 1):
         for name, run in runners.items():

@@ -191,8 +191,8 @@ def streaming_batch_norm(
             *_derivatives(old, batch, believed, sample, moved),
             params,
         )
-        after = _where(usable_moments(seen), new, old)
-        return statistics_of(pooled, epsilon), jax.tree.map(_finite, after, state)
+        after = _where(usable_moments(seen), new, state)
+        return statistics_of(pooled, epsilon), after
 
     def infer(state, x):
         check(state, x)
@@ -262,16 +262,11 @@ def _derivatives(
 
 @jax.named_scope("remember")
 def _where(usable: jax.Array, new: Any, old: Any) -> Any:
-    """The new of what is usable, for leaves with features or groups last."""
+    """The new of what is usable and finite, for leaves with features or groups last."""
 
     def choose(n, o):
         any_of_group = usable.reshape(n.shape[-1], -1).any(axis=1)
-        return jnp.where(align(any_of_group, n), n, o)
+        n = n.astype(o.dtype)
+        return jnp.where(align(any_of_group, n) & jnp.isfinite(n), n, o)
 
     return jax.tree.map(choose, new, old)
-
-
-def _finite(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Parameters that are not finite leave the state as it was."""
-    new = new.astype(old.dtype)
-    return jnp.where(jnp.isfinite(new), new, old)

@@ -451,6 +451,12 @@ def test_accuracy_against_batch_size(quick):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == files
 
 
+def test_a_batch_size_that_is_not_studied(quick):
+    config = dataclasses.replace(quick, every_rate_at=4)
+    with pytest.raises(ValueError, match="--every-rate-at 4 is none of --batch-sizes 1 2"):
+        batch_size.main(config, Console())
+
+
 def test_one_program_serves_all_rates(quick):
     """And gives what a program of its own for that rate gives."""
     parts = batch_size.split(quick.load())
