@@ -58,7 +58,6 @@ class Config(study.Options):
         "cross_iteration",
         "cross_iteration_burn_in",
         "cross_iteration_gradient",
-        "replay_8",
         "small_batch",
     )
     """Normalizers to compare."""
