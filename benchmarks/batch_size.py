@@ -454,7 +454,7 @@ DRAWN = (
 
 
 def figure(results: dict, path: Path) -> None:
-    """Test accuracy over the batch size, a panel a network."""
+    """Test error over the batch size, a panel a network."""
 
     def points(by_size):
         return {size: cell["test"] for size, cell in by_size.items()}
@@ -464,7 +464,7 @@ def figure(results: dict, path: Path) -> None:
 
 
 def rates_figure(results: dict, path: Path) -> None:
-    """Test accuracy over the learning rate at one batch size, a panel a network."""
+    """Test error over the learning rate at one batch size, a panel a network."""
     config = results["config"]
 
     def points(by_size):
@@ -485,18 +485,19 @@ def _draw(results: dict, path: Path, points, label: str, ticks) -> None:
                 index = DRAWN.index(name)
                 _line_of(axis, points(by_size), report.COLORS[index], name, index == 0)
         axis.set(title=f"{chosen.upper()}, {results['config']['dataset']}", xlabel=label)
-        axis.set_xscale("log")
+        axis.set(xscale="log", yscale="log")
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axis.minorticks_off()
         tidy(axis)
-    axes[0].set_ylabel("test accuracy, %")
-    axes[-1].legend(fontsize=7, frameon=False, loc="lower right")
+    axes[0].set_ylabel("test error, %")
+    axes[-1].legend(fontsize=7, frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
 
 
 def _line_of(axis, points: dict, color: str, name: str, heavy: bool) -> None:
-    values = [percent(accuracies) for accuracies in points.values()]
+    values = [100 - percent(accuracies) for accuracies in points.values()]
     axis.errorbar(
         list(points),
         [value.mean() for value in values],

@@ -348,7 +348,7 @@ def verdict(results: dict) -> str:
 
 def _profiles(results: dict) -> str:
     """Where a target is missed: the parts of a step beside those of the baseline."""
-    rows, names = [], (*profile.PARTS, "copies and layouts")
+    rows, names = [], (*profile.PARTS, profile.UNNAMED)
     for base, cells in _groups(results):
         for cell in (cell for cell in cells if cell["profile"] and cell is not base):
             here, usual = cell["profile"], base["profile"]
@@ -370,8 +370,9 @@ def _profiles(results: dict) -> str:
         "than with flax_batch_norm (in all), summed over threads, from one profile each:"
         f"\n\n{report.markdown_table(headings, rows)}\n"
         "derivatives: those of the statistics with respect to θ; transport: the past moved "
-        "to today's θ; remember: what the state takes in; copies and layouts: added by the "
-        "compiler.\n"
+        "to today's θ; remember: what the state takes in; unnamed: what the compiler left "
+        "without a name or added, weight gradients of convolutions (the derivatives' among "
+        "them), copies and changes of layout.\n"
     )
 
 

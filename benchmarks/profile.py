@@ -21,13 +21,14 @@ PARTS = {
     "other of the norm": r"/(Norm|_\w+)_\d+",
     "optimizer": r"jit\(step\)/\w+$",
 }
+UNNAMED = "unnamed"
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = \S+ ([\w\-]+)\(")
 
 
 def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, float]:
     """Milliseconds of a compiled step by part, summed over threads; the state is used up.
 
-    Operations without a name are copies and changes of layout that the compiler adds.
+    Operations that the compiler left without a name, or added, are a part of their own.
     """
     part_of = dict(_parts(step.as_text()))
     with tempfile.TemporaryDirectory() as folder:
@@ -58,4 +59,4 @@ def _parts(program: str) -> Iterator[tuple[str, str]]:
 
 def _part(name: str) -> str:
     fitting = (part for part, pattern in PARTS.items() if re.search(pattern, name))
-    return next(fitting, "other" if name else "copies and layouts")
+    return next(fitting, "other" if name else UNNAMED)

@@ -388,7 +388,7 @@ def test_operations_belong_to_parts():
         ("jit(step)/jvp(MLP)/_FlaxBatchNorm_0/BatchNorm_0/rsqrt", "other of the norm"),
         ("jit(step)/add", "optimizer"),
         ("jit(step)/jvp()/reduce_sum", "other"),
-        ("", "copies and layouts"),
+        ("", "unnamed"),
     ):
         assert profile._part(name) == part
 
