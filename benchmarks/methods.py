@@ -93,8 +93,9 @@ class _Unnormalized(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         x = self.layer(z)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
         return x * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
@@ -184,7 +185,7 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     **{f"streaming_{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
     **{f"replay_{n}": _replay(n) for n in (4, 8, 16, 32)},
 }
-METHODS = (*LAYERS, *ESTIMATORS)
+METHODS = (*ESTIMATORS, *LAYERS)
 
 
 def parse(text: str, batch_size: int) -> Method:

@@ -580,7 +580,7 @@ def refuse(*arguments, module=small_batch):
 
 def test_unknown_method():
     message = refuse("--methods", "batch_norm", "instance_norm")
-    assert "method 'instance_norm' is unknown; known are batch_norm, group_norm" in message
+    assert "method 'instance_norm' is unknown; known are batch_norm, small_batch" in message
 
 
 def test_unknown_dataset(tmp_path):
