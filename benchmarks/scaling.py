@@ -231,7 +231,7 @@ def _value(what: str, value: float) -> str:
 
 
 def figure(results: dict, path: Path) -> None:
-    """A panel a law, a line a method, logarithmic axes."""
+    """A panel a law, a line a method."""
     laws = list(dict.fromkeys((c["what"], c["against"]) for c in results["cells"]))
     made = new_figure("benchmarks", 3.0 * len(laws), 3.2)
     for axis, law in zip(made.subplots(1, len(laws)), laws, strict=True):
@@ -241,7 +241,10 @@ def figure(results: dict, path: Path) -> None:
             axis.plot(
                 cell["sizes"], values, "o-", color=color, label=cell["method"], ms=3, lw=1.4
             )
-        axis.set(xscale="log", yscale="log", xlabel=law[1], title=law[0])
+        scale = "log" if law[0] in ("state", "FLOPs") else "linear"
+        axis.set(xscale="log", yscale=scale, xlabel=law[1], title=law[0])
+        if scale == "linear":
+            axis.set_ylim(bottom=0)
         axis.set_ylabel(_UNITS[law[0]][1])
         axis.set_xticks(cells[0]["sizes"], [str(size) for size in cells[0]["sizes"]])
         axis.minorticks_off()
