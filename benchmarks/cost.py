@@ -68,7 +68,7 @@ class Config:
     """Of activations and products."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """Where to run; JAX's own choice if not given."""
-    timing_rounds: int = 10
+    timing_rounds: int = 7
     """Rounds of steps for the times; 0 counts without running anything."""
     timing_seconds: float = 0.2
     """About how long a method is timed in each round, at least a step."""

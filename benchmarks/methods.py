@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The normalizers that are compared, by name."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,16 +74,16 @@ def estimated(estimator: Any) -> NormFn:
     return norm
 
 
-class _Grouped(nn.Module):
-    """Flax's group norm behind a layer."""
+class _Behind(nn.Module):
+    """A layer, and a module of Flax behind it in the dtype of what the layer makes."""
 
     layer: nn.Module
-    groups: int
+    make: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         x = self.layer(z)
-        return nn.GroupNorm(num_groups=self.groups, dtype=x.dtype)(x)
+        return self.make(dtype=x.dtype)(x)
 
 
 class _Unnormalized(nn.Module):
@@ -99,25 +100,21 @@ class _Unnormalized(nn.Module):
         return x * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
-class _FlaxBatchNorm(nn.Module):
-    """Flax's batch norm behind a layer."""
+def _group_norm(groups: int) -> NormFn:
+    return lambda layer, train: _Behind(layer, functools.partial(nn.GroupNorm, groups))
 
-    layer: nn.Module
-    train: bool
 
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        x = self.layer(z)
-        norm = nn.BatchNorm(not self.train, momentum=MOMENTUM, dtype=x.dtype)
-        return norm(x)
+def _flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
+    make = functools.partial(nn.BatchNorm, not train, momentum=MOMENTUM)
+    return _Behind(layer, make)
 
 
 # Modules that need no estimator.
 LAYERS: dict[str, NormFn] = {
     "none": lambda layer, train: _Unnormalized(layer),
-    "layer_norm": lambda layer, train: _Grouped(layer, 1),
-    "group_norm": lambda layer, train: _Grouped(layer, GROUPS),
-    "flax_batch_norm": lambda layer, train: _FlaxBatchNorm(layer, train),
+    "layer_norm": _group_norm(1),
+    "group_norm": _group_norm(GROUPS),
+    "flax_batch_norm": _flax_batch_norm,
 }
 
 

@@ -385,7 +385,7 @@ def test_operations_belong_to_parts():
         ("jit(step)/jvp(MLP)/Dense_0/dot_general", "layers"),
         ("jit(step)/jvp(MLP)/Norm_1/transport/dot_general", "transport"),
         ("jit(step)/transpose(jvp(MLP))/Norm_1/normalize/mul", "normalize"),
-        ("jit(step)/jvp(MLP)/_FlaxBatchNorm_0/BatchNorm_0/rsqrt", "other of the norm"),
+        ("jit(step)/jvp(MLP)/_Behind_0/BatchNorm_0/rsqrt", "other of the norm"),
         ("jit(step)/add", "optimizer"),
         ("jit(step)/jvp()/reduce_sum", "other"),
         ("", "unnamed"),
