@@ -73,7 +73,7 @@ def main(config: Config, console: Console) -> dict:
         for composition, size in [c]
     ]
     found = {"cells": cells, "assessments": assessments}
-    return study.publish(config, found, console, markdown, assessments=figure)
+    return study.publish(config, found, console, markdown, **FIGURES)
 
 
 def compose(labels: np.ndarray, brightness: np.ndarray, how: str, size: int, seed: int):
@@ -259,14 +259,13 @@ def verdict(results: dict) -> str:
     )
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """Histograms of heterogeneity, threshold dashed."""
     found = results["assessments"]
     columns = len(results["config"]["batch_sizes"])
     lines = len(found) // columns
-    made = matplotlib.figure.Figure(
-        figsize=(2.8 * columns, 2.0 * lines), layout="constrained", dpi=150
-    )
+    made = matplotlib.figure.Figure((2.8 * columns, 2.0 * lines))
     axes = made.subplots(lines, columns, sharex=True, squeeze=False)
     for axis, one in zip(axes.flat, found, strict=True):
         edges = np.array(one["edges"])
@@ -284,13 +283,15 @@ def figure(results: dict, path: Path) -> None:
                 label=label,
             )
         axis.axvline(one["threshold"], color="black", lw=1, ls="--")
-        axis.set_title(f"{one['composition']}, batch size {one['batch_size']}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=7, frameon=False)
-    made.supxlabel(f"heterogeneity ({results['config']['measure']})", fontsize=9)
-    made.supylabel("training batches", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+        axis.set_title(f"{one['composition']}, batch size {one['batch_size']}")
+    axes[0, 0].legend()
+    made.supxlabel(f"heterogeneity ({results['config']['measure']})")
+    made.supylabel("training batches")
+    return made
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"assessments": figure}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Run it with ``python -m benchmarks.batch_size``.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-from cbn_jax._figure import new_figure, tidy
 
 from ._optional import needed_for
 
@@ -33,7 +31,7 @@ with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from . import methods, report, runs, study, training
+from . import batch_size_report, methods, runs, study, training
 from .data import Dataset
 
 # Those that keep running statistics of a batch: the others have nothing to correct.
@@ -214,9 +212,8 @@ def main(config: Config, console: Console) -> dict:
         config,
         {"cells": measured},
         console,
-        markdown,
-        batch_size=figure,
-        learning_rate=rates_figure,
+        batch_size_report.markdown,
+        **batch_size_report.FIGURES,
     )
 
 
@@ -291,225 +288,6 @@ def _found(end: Outcome) -> float:
 
 def _lost(ends: list[Outcome]) -> int:
     return sum(not np.isfinite(end.loss) for end in ends)
-
-
-def _grid(results: dict) -> Iterator[tuple[str, str, dict[int, dict]]]:
-    """(network, method, {batch size: cell}), without what the method refused."""
-    config = results["config"]
-    for network, label in itertools.product(config["networks"], config["methods"]):
-        yield (
-            network,
-            label,
-            {
-                cell["batch_size"]: cell
-                for cell in _trained(results)
-                if (cell["network"], cell["label"]) == (network, label)
-            },
-        )
-
-
-def _trained(results: dict) -> list[dict]:
-    return [cell for cell in results["cells"] if "refused" not in cell]
-
-
-def percent(values: list[float]) -> np.ndarray:
-    """Accuracies in percent."""
-    return 100 * np.array(values, float)
-
-
-def markdown(results: dict) -> str:
-    """Accuracy, what corrected inference adds, and accuracy at every rate."""
-    config = results["config"]
-    seen = config["epochs"]
-    return (
-        f"{study.setting(results)}; each method at its own best rate:\n\n"
-        f"{_accuracies(results)}\n"
-        "Test accuracy, %, mean ± standard error over seeds, the best of a network and "
-        "batch size and all within two standard errors of it bold. The rate is the best "
-        f"of {', '.join(f'{rate:g}' for rate in config['learning_rates'])} per 32 "
-        "examples on a validation part of the training images, "
-        f"with a seed of its own. {_edges(results)} All saw every training image {seen} "
-        "times.\n\n"
-        f"Points gained by corrected inference:\n\n{_corrections(results)}\n"
-        "Mean ± standard error over pairs.\n\n"
-        f"Batch size {config['every_rate_at']}, test accuracy, % at rate:\n\n"
-        f"{_rates(results)}\n"
-        "lost: runs whose loss is not finite. least: the worst of the rates, mean.\n\n"
-        f"{study.measured_on(results)}\n"
-    )
-
-
-def summary(results: dict) -> str:
-    """The accuracies of a few methods."""
-    return f"{study.setting(results)}:\n\n{_accuracies(results, DRAWN)}"
-
-
-def verdict(results: dict) -> str:
-    """From the greatest to the smallest batch size at which each method trains."""
-    sentences = []
-    for chosen in results["config"]["networks"]:
-        ways = [
-            f"{label} from {_mean(by_size, max)} to {_mean(by_size, min)}"
-            for network, label, by_size in _grid(results)
-            if network == chosen and label in VERDICT
-        ]
-        sentences.append(
-            f"{chosen}, {results['config']['dataset']}: from the greatest to the smallest "
-            f"batch size at which each trains, test accuracy goes {', '.join(ways)}."
-        )
-    return "\n".join(sentences)
-
-
-def _mean(by_size: dict[int, dict], choose) -> str:
-    size = choose(by_size)
-    return f"{percent(by_size[size]['test']).mean():.1f} % ({size})"
-
-
-def _accuracies(results: dict, methods: Sequence[str] | None = None) -> str:
-    sizes = results["config"]["batch_sizes"]
-    rows = [
-        (network, label, *(_accuracy(results, by_size.get(size)) for size in sizes))
-        for network, label, by_size in _grid(results)
-        if methods is None or label in methods
-    ]
-    headings = ("net", "method at batch size", *map(str, sizes))
-    return report.markdown_table(headings, rows)
-
-
-def _accuracy(results: dict, cell: dict | None) -> str:
-    if cell is None:
-        return "refused"
-    text = report.mean_error(percent(cell["test"]))
-    if cell["lost"]:
-        text = f"{text} ({cell['lost']} lost)"
-    return f"**{text}**" if _among_the_best(results, cell) else text
-
-
-def _among_the_best(results: dict, cell: dict) -> bool:
-    rivals = [
-        percent(other["test"])
-        for other in _trained(results)
-        if (other["network"], other["batch_size"]) == (cell["network"], cell["batch_size"])
-    ]
-    best, mine = max(rivals, key=np.mean), percent(cell["test"])
-    error = np.hypot(report.standard_error(best), report.standard_error(mine))
-    return bool(best.mean() - mine.mean() <= 2 * error)
-
-
-def _edges(results: dict) -> str:
-    """How often the grid may have been too short."""
-    rates = results["config"]["learning_rates"]
-    chosen = [cell["rate"] for cell in _trained(results)]
-    low, high = chosen.count(rates[0]), chosen.count(rates[-1])
-    return f"Of {len(chosen)} choices {low} are the lowest rate, {high} the highest."
-
-
-def _corrections(results: dict) -> str:
-    sizes = results["config"]["batch_sizes"]
-    rows = [
-        (network, label, *(_gain(by_size.get(size)) for size in sizes))
-        for network, label, by_size in _grid(results)
-        if by_size[max(by_size)]["corrected"][0] is not None
-    ]
-    return report.markdown_table(("net", "method at batch size", *map(str, sizes)), rows)
-
-
-def gains(cell: dict) -> np.ndarray:
-    """Points of each seed."""
-    return percent(cell["corrected"]) - percent(cell["test"])
-
-
-def _gain(cell: dict | None) -> str:
-    if cell is None:
-        return "refused"
-    gain = gains(cell)
-    return f"{gain.mean():+.1f} ± {report.standard_error(gain):.1f}"
-
-
-def _rates(results: dict) -> str:
-    size, rows = results["config"]["every_rate_at"], []
-    for network, label, by_size in _grid(results):
-        if size not in by_size:
-            continue
-        cells = by_size[size]["at_rates"]
-        least = min(percent(cell["test"]).mean() for cell in cells)
-        lost = sum(cell["lost"] for cell in cells)
-        shown = [report.mean_error(percent(cell["test"])) for cell in cells]
-        rows.append((network, label, *shown, f"{least:.1f}", str(lost)))
-    rates = [f"{rate:g}" for rate in results["config"]["learning_rates"]]
-    return report.markdown_table(("net", "method", *rates, "least", "lost"), rows)
-
-
-VERDICT = ("small_batch", "batch_norm", "group_norm")
-# Those that a figure and the summary have room for; the table has all.
-DRAWN = (
-    "small_batch",
-    "batch_norm",
-    "group_norm",
-    "cross_iteration",
-    "cross_iteration_burn_in",
-    "group_batch",
-    "none",
-)
-
-
-def figure(results: dict, path: Path) -> None:
-    """Test error over the batch size, a panel a network."""
-
-    def points(by_size):
-        return {size: cell["test"] for size, cell in by_size.items()}
-
-    sizes = results["config"]["batch_sizes"]
-    _draw(results, path, points, "examples per step", sizes)
-
-
-def rates_figure(results: dict, path: Path) -> None:
-    """Test error over the learning rate at one batch size, a panel a network."""
-    config = results["config"]
-
-    def points(by_size):
-        cell = by_size.get(config["every_rate_at"], {"at_rates": []})
-        return {each["rate"]: each["test"] for each in cell["at_rates"]}
-
-    label = f"peak rate per 32 examples, batch size {config['every_rate_at']}"
-    _draw(results, path, points, label, config["learning_rates"])
-
-
-def _draw(results: dict, path: Path, points, label: str, ticks) -> None:
-    networks = results["config"]["networks"]
-    made = new_figure("benchmarks", 4.6 * len(networks), 3.8)
-    axes = made.subplots(1, len(networks), squeeze=False)[0]
-    for axis, chosen in zip(axes, networks, strict=True):
-        for network, name, by_size in _grid(results):
-            if network == chosen and name in DRAWN:
-                index = DRAWN.index(name)
-                _line_of(axis, points(by_size), report.COLORS[index], name, index == 0)
-        axis.set(title=f"{chosen.upper()}, {results['config']['dataset']}", xlabel=label)
-        axis.set(xscale="log", yscale="log")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
-        axis.minorticks_off()
-        tidy(axis)
-    axes[0].set_ylabel("test error, %")
-    axes[-1].legend(fontsize=7, frameon=False, loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
-
-
-def _line_of(axis, points: dict, color: str, name: str, heavy: bool) -> None:
-    values = [100 - percent(accuracies) for accuracies in points.values()]
-    axis.errorbar(
-        list(points),
-        [value.mean() for value in values],
-        [report.standard_error(value) for value in values],
-        color=color,
-        label=name,
-        lw=2.4 if heavy else 1.4,
-        marker="o",
-        ms=3,
-        capsize=2,
-        zorder=3 if heavy else 2,
-    )
 
 
 if __name__ == "__main__":

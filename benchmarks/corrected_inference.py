@@ -79,9 +79,7 @@ def main(config: Config, console: Console) -> dict:
         cells = [_cell(config, dataset, bar, *cell) for cell in wanted]
         histograms = _histograms(config, dataset)
     found = {"cells": cells, "histograms": histograms}
-    return study.publish(
-        config, found, console, markdown, accuracy=figure, activations=activations
-    )
+    return study.publish(config, found, console, markdown, **FIGURES)
 
 
 def _is_possible(network: str, draw: str, size: int) -> bool:
@@ -323,12 +321,11 @@ def verdict(results: dict) -> str:
     return f"Points gained by corrected inference, {'; '.join(sentences)}."
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """Test error of every way, a panel a network and draw."""
     panels = list(dict.fromkeys((c["network"], c["draw"]) for c in results["cells"]))
-    made = matplotlib.figure.Figure(
-        figsize=(1 + 2.6 * len(panels), 3.4), layout="constrained", dpi=150
-    )
+    made = matplotlib.figure.Figure((1 + 2.6 * len(panels), 3.4))
     axes = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
         cells = [c for c in results["cells"] if (c["network"], c["draw"]) == panel]
@@ -339,42 +336,40 @@ def figure(results: dict, path: Path) -> None:
                 np.mean(errors, axis=1),
                 np.std(errors, axis=1),
                 linestyle="--" if way == "batch statistics" else "-",
-                color=report.COLORS[i],
+                **report.look(i),
                 label=way,
-                lw=1.4,
-                capsize=2,
             )
         sizes = [cell["batch_size"] for cell in cells]
         axis.set(title=f"{panel[0].upper()}, {panel[1]}", xscale="log", yscale="log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.set_xlabel("batch size in training")
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test error, %")
-    axes[0].legend(fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    axes[0].legend()
+    return made
 
 
-def activations(results: dict, path: Path) -> None:
+@report.drawn
+def activations(results: dict) -> Any:
     """Distributions of normalized activations in training and in inference."""
     found = results["histograms"]
-    made = matplotlib.figure.Figure(figsize=(5.6, 3.4), layout="constrained", dpi=150)
+    made = matplotlib.figure.Figure((5.6, 3.4))
     axis = made.subplots()
     middles = np.convolve(found["edges"], [0.5, 0.5], mode="valid")
     for i, (name, density) in enumerate(found["density"].items()):
-        axis.plot(middles, density, color=report.COLORS[i], label=name, lw=1.6)
+        axis.plot(middles, density, color=report.COLORS[i], label=name)
     axis.set(
         xlabel="normalized activation, last normalizer",
         ylabel="density",
         yscale="log",
         title=f"{found['network'].upper()}, batch norm at batch size {found['batch_size']}",
     )
-    axis.grid(alpha=0.25, linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
-    made.savefig(path)
+    axis.legend()
+    return made
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"accuracy": figure, "activations": activations}
 
 
 if __name__ == "__main__":

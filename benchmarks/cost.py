@@ -285,6 +285,31 @@ def markdown(results: dict) -> str:
     )
 
 
+def of(results: dict, *labels: str) -> str:
+    """What some methods cost beside Flax's batch norm, in short."""
+    headings = ("net", "batch", "method", "FLOPs", "bytes", "time", "state / θ")
+    rows = [
+        (
+            cell["network"],
+            str(cell["batch_size"]),
+            cell["label"],
+            f"{cell['flops'] / base['flops']:.2f}",
+            f"{cell['bytes'] / base['bytes']:.2f}",
+            _time(cell),
+            f"{cell['state'] / cell['params']:.2f}",
+        )
+        for base, cells in _groups(results)
+        for cell in cells
+        if cell["label"] in labels
+    ]
+    return (
+        f"{report.markdown_table(headings, rows)}\nA training step's FLOPs, bytes and time "
+        "as ratios to Flax's batch norm (time: median and quartiles of side-by-side "
+        "ratios); bytes of batch_stats over bytes of the parameters. "
+        f"{study.measured_on(results)}\n"
+    )
+
+
 def _groups(results: dict) -> list[tuple[dict, list[dict]]]:
     """(the cell of the baseline, its whole group) of each network and batch size."""
     cells = results["cells"]

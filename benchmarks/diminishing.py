@@ -13,7 +13,7 @@ Run it with ``python -m benchmarks.diminishing``; ``--dataset digits`` needs no 
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def main(config: Config, console: Console) -> dict:
     total = sum(run.steps(dataset) for run in chosen) * len(config.seeds)
     with runs.Bar(console, total) as bar:
         cells = [_cell(config, run, dataset, bar) for run in chosen]
-    return study.publish(config, {"cells": cells}, console, markdown, diminishing=figure)
+    return study.publish(config, {"cells": cells}, console, markdown, **FIGURES)
 
 
 NETWORKS = {"after": "mlp300_normalized_last", "before": "mlp300"}
@@ -160,12 +160,11 @@ def verdict(results: dict) -> str:
     return " ".join(sentences)
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """Test error of every weight after each epoch, a panel for each place."""
     places = results["config"]["places"]
-    made = matplotlib.figure.Figure(
-        figsize=(1.6 + 3.6 * len(places), 3.8), layout="constrained", dpi=150
-    )
+    made = matplotlib.figure.Figure((1.6 + 3.6 * len(places), 3.8))
     axes = made.subplots(1, len(places), sharey=True, squeeze=False)[0]
     for axis, place in zip(axes, places, strict=True):
         cells = [cell for cell in results["cells"] if cell["place"] == place]
@@ -176,20 +175,17 @@ def figure(results: dict, path: Path) -> None:
                 error.mean(axis=0),
                 error.std(axis=0),
                 linestyle="--" if i >= len(report.COLORS) else "-",
-                color=report.COLORS[i % len(report.COLORS)],
+                **report.look(i),
                 label=cell["alpha"],
-                lw=1.4,
-                capsize=2,
             )
         axis.set(xlabel="epoch", title=f"normalized {place} the activation")
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test error, %")
-    axes[-1].legend(
-        fontsize=8, frameon=False, title="α", loc="center left", bbox_to_anchor=(1, 0.5)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    axes[-1].legend(title="α", loc="center left", bbox_to_anchor=(1, 0.5))
+    return made
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"diminishing": figure}
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def main(config: Config, console: Console) -> dict:
                     "accuracy": accuracy,
                 }
             )
-    return study.publish(config, {"cells": cells}, console, markdown, landscape=figure)
+    return study.publish(config, {"cells": cells}, console, markdown, **FIGURES)
 
 
 def _noisy(config: Config, method: Any) -> Any:
@@ -227,6 +227,10 @@ def figure(results: dict, path: Path) -> None:
     }
     steps = next(iter(bands.values())).loss.shape[1]
     draw(bands, path, smooth=max(1, steps // 50))
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"landscape": figure}
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 """Results as a file, a table and a figure."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 
 import cbn_jax
 from cbn_jax._figure import COLORS as COLORS
+from cbn_jax._figure import look as look
+from cbn_jax._figure import styled
 
 from ._optional import needed_for
 
@@ -56,6 +59,19 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
+
+
+def drawn(draw: Callable[[dict], Any]) -> Callable[[dict, Path], None]:
+    """A function of results and a path, from one that makes the figure of the results."""
+
+    @functools.wraps(draw)
+    def write(results: dict, path: Path) -> None:
+        with styled("benchmarks"):
+            made = draw(results)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.savefig(path)
+
+    return write
 
 
 def plain(config: Any) -> dict:
@@ -165,34 +181,37 @@ def markdown(results: dict) -> str:
     return f"{title(results)}:\n\n{body}\n{legend(results)}\n"
 
 
-def figure(results: dict, path: Path) -> None:
+@drawn
+def figure(results: dict) -> Any:
     """Learning curves, one panel a network: mean over seeds, band from least to most."""
     networks = list(dict.fromkeys(cell["network"] for cell in results["cells"]))
-    made = matplotlib.figure.Figure(
-        figsize=(4.8 * len(networks), 3.6), layout="constrained", dpi=150
-    )
+    made = matplotlib.figure.Figure((4.8 * len(networks), 3.6))
     axes = made.subplots(1, len(networks), sharey=True, squeeze=False)[0]
     methods = list(dict.fromkeys(cell["label"] for cell in results["cells"]))
     for axis, network in zip(axes, networks, strict=True):
         for cell in (c for c in results["cells"] if c["network"] == network):
             _curve(axis, cell, methods.index(cell["label"]))
-        axis.set_title(network.upper(), fontsize=10)
+        axis.set_title(network.upper())
         axis.set_xlabel("training examples seen")
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy, %")
-    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
-    made.suptitle(title(results), fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    axes[-1].legend(loc="lower right")
+    made.suptitle(title(results))
+    return made
 
 
 def _curve(axis, cell: dict, index: int) -> None:
     examples = [cell["batch_size"] * point["step"] for point in cell["curves"][0]]
     accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
-    color = COLORS[index % len(COLORS)]
-    style = "--" if "@" in cell["label"] else "-"
-    axis.plot(examples, accuracy.mean(0), style, color=color, label=cell["label"], lw=1.6)
-    axis.fill_between(
-        examples, accuracy.min(0), accuracy.max(0), color=color, alpha=0.15, lw=0
-    )
+    line = {
+        **look(index),
+        "linestyle": "--" if "@" in cell["label"] else "-",
+        "markevery": (index, 8),  # here and there, not all in one place
+        "label": cell["label"],
+    }
+    axis.plot(examples, accuracy.mean(0), **line)
+    low, high = accuracy.min(0), accuracy.max(0)
+    axis.fill_between(examples, low, high, color=line["color"], alpha=0.15, lw=0)
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"curves": figure}

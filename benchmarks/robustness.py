@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -193,13 +193,12 @@ def _distance(judged: dict, other: dict) -> str:
     return f"**{text}**" if difference < -2 * error else text
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """One panel a network and batch size: test error over the learning rate."""
     config = results["config"]
     shape = len(config["networks"]), len(config["batch_sizes"])
-    made = matplotlib.figure.Figure(
-        figsize=(3.2 * shape[1], 2.8 * shape[0]), layout="constrained", dpi=150
-    )
+    made = matplotlib.figure.Figure((3.2 * shape[1], 2.8 * shape[0]))
     axes = made.subplots(*shape, sharex=True, sharey=True, squeeze=False)
     for axis, (network, size, by_label) in zip(axes.flat, _groups(results), strict=True):
         for index, (label, cells) in enumerate(by_label.items()):
@@ -211,22 +210,21 @@ def figure(results: dict, path: Path) -> None:
                 error.mean(axis=1),
                 error.std(axis=1),
                 linestyle=style,
-                color=report.COLORS[index],
+                **report.look(index),
                 label=label,
-                lw=1.6,
-                capsize=2,
             )
         axis.set(title=f"{network.upper()}, batch size {size}", xscale="log", yscale="log")
         axis.set_xticks(config["learning_rates"], config["learning_rates"])
         axis.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axis.minorticks_off()
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
-    made.supxlabel("peak learning rate, per 32 examples", fontsize=10)
-    made.supylabel("test error, %", fontsize=10)
-    axes[-1, 0].legend(fontsize=8, frameon=False, loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    made.supxlabel("peak learning rate, per 32 examples")
+    made.supylabel("test error, %")
+    axes[-1, 0].legend(loc="upper left")
+    return made
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"robustness": figure}
 
 
 def cli(arguments: list[str] | None = None) -> None:

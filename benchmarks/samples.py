@@ -12,7 +12,7 @@ Run it with ``python -m benchmarks.samples``.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -174,9 +174,10 @@ def markdown(results: dict) -> str:
     )
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """Error of the scale and accuracy over the FLOPs, a line for each kind of method."""
-    made = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained", dpi=150)
+    made = matplotlib.figure.Figure((8.4, 3.4))
     left, right = made.subplots(1, 2)
     for index, kind in enumerate(("streaming", "replay")):
         cells = [cell for cell in results["cells"] if cell["label"].startswith(kind)]
@@ -187,11 +188,7 @@ def figure(results: dict, path: Path) -> None:
                 flops,
                 values.mean(1),
                 values.std(1),
-                color=report.COLORS[index],
-                marker="o",
-                ms=4,
-                lw=1.4,
-                capsize=2,
+                **report.look(index),
                 label=kind,
             )
             for cell, x, y in zip(cells, flops, values.mean(1), strict=True):
@@ -202,12 +199,13 @@ def figure(results: dict, path: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("FLOPs of a step / batch norm's")
         axis.set_xscale("log")
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=8, frameon=False)
-    made.suptitle("numbers: positions looked at in each step", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    left.legend()
+    made.suptitle("numbers: positions looked at in each step")
+    return made
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"samples": figure}
 
 
 def cli(arguments: list[str] | None = None) -> None:

@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax
-from cbn_jax._figure import new_figure, tidy
 
 from ._optional import needed_for
 
 with needed_for("benchmarks"):
+    import matplotlib.figure
     import tyro
     from rich.console import Console
     from rich.progress import track
@@ -116,7 +116,7 @@ def main(config: Config, console: Console) -> dict:
                 "has": slope(sizes[against], values),
             }
         )
-    return study.publish(config, {"cells": cells}, console, markdown, scaling=figure)
+    return study.publish(config, {"cells": cells}, console, markdown, **FIGURES)
 
 
 def slope(sizes: tuple[int, ...], values: list[float]) -> float:
@@ -230,17 +230,16 @@ def _value(what: str, value: float) -> str:
     return f"{value:.2f} ms" if what == "time" else f"{value:g}"
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """A panel a law, a line a method."""
     laws = list(dict.fromkeys((c["what"], c["against"]) for c in results["cells"]))
-    made = new_figure("benchmarks", 3.0 * len(laws), 3.2)
+    made = matplotlib.figure.Figure((3.0 * len(laws), 3.2))
     for axis, law in zip(made.subplots(1, len(laws)), laws, strict=True):
         cells = [c for c in results["cells"] if (c["what"], c["against"]) == law]
-        for color, cell in zip(report.COLORS, cells, strict=False):
+        for i, cell in enumerate(cells):
             values = np.array(cell["values"]) * _UNITS[law[0]][0]
-            axis.plot(
-                cell["sizes"], values, "o-", color=color, label=cell["method"], ms=3, lw=1.4
-            )
+            axis.plot(cell["sizes"], values, label=cell["method"], **report.look(i))
         scale = "log" if law[0] in ("state", "FLOPs") else "linear"
         axis.set(xscale="log", yscale=scale, xlabel=law[1], title=law[0])
         if scale == "linear":
@@ -248,10 +247,8 @@ def figure(results: dict, path: Path) -> None:
         axis.set_ylabel(_UNITS[law[0]][1])
         axis.set_xticks(cells[0]["sizes"], [str(size) for size in cells[0]["sizes"]])
         axis.minorticks_off()
-        tidy(axis)
-    made.axes[0].legend(fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    made.axes[0].legend()
+    return made
 
 
 _UNITS = {
@@ -260,6 +257,10 @@ _UNITS = {
     "FLOPs": (1e-9, "GFLOP"),
     "all-reduces": (1.0, "count"),
 }
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"scaling": figure}
 
 
 if __name__ == "__main__":

@@ -249,6 +249,10 @@ def figure(results: dict, path: Path) -> None:
     draw(measured, path, layers=list(panels))
 
 
+# Name of the file -> what draws it from the results.
+FIGURES = {"statistics_error": figure}
+
+
 def cli(arguments: list[str] | None = None) -> None:
     """The command line."""
     config = tyro.cli(Config, args=arguments, description=__doc__, prog="statistics_error")

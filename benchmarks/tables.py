@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and sentences in the documentation, from the committed results.
 
-A document holds ``<!-- FUNCTION STUDY -->``, what that function of the study's module made
-of the committed ``results.json``, and ``<!-- end -->``. This command makes it anew, in the
-README, in benchmarks/README.md and in docs/, so that no figure is ever typed.
+A document holds ``<!-- FUNCTION STUDY -->``, what that function made of the study's
+committed ``results.json``, and ``<!-- end -->``; further words are arguments, as in
+``<!-- of cost batch_norm small_batch -->``. This command makes it anew, in the README, in
+benchmarks/README.md and in docs/, so that no figure is ever typed.
 
 Run it with ``python -m benchmarks.tables`` in a checkout.
 """
@@ -24,13 +25,14 @@ with needed_for("benchmarks"):
 
 from . import (
     adaptive,
-    batch_size,
+    batch_size_report,
     claims,
     corrected_inference,
     cost,
     data_parallel,
     diminishing,
     frameworks,
+    ideas,
     landscape,
     report,
     robustness,
@@ -42,18 +44,19 @@ from . import (
 )
 
 ROOT = Path(__file__).parent.parent
-# Folder of results -> the module that made them and writes them down.
+# Folder of results -> the module that writes them down.
 STUDIES: dict[str, ModuleType] = {
     "small_batch": report,
     "small_batch_bfloat16": report,
-    "batch_size": batch_size,
-    "batch_size_fashion_mnist": batch_size,
+    "batch_size": batch_size_report,
+    "batch_size_fashion_mnist": batch_size_report,
     "claims": claims,
     "cost": cost,
     "scaling": scaling,
     "frameworks": frameworks,
     "data_parallel": data_parallel,
     "robustness": robustness,
+    "ideas": ideas,
     "statistics_error": statistics_error,
     "theory": theory,
     "samples": samples,
@@ -64,7 +67,9 @@ STUDIES: dict[str, ModuleType] = {
     "group_batch": robustness,
     "centralize": robustness,
 }
-_BLOCK = re.compile(r"(<!-- (\w+) (\w+) -->)(\s*)(.*?)(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (\w+) (\w+)((?: \S+)*?) -->)(\s*)(.*?)(<!-- end -->)", re.DOTALL
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +78,13 @@ class Config:
 
     root: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = ROOT
     """The checkout."""
+    figures: bool = False
+    """Draw every figure anew too, from the same results."""
 
 
 def main(config: Config, console: Console) -> dict:
     """Rewrites the documents that are not up to date."""
-    changed = []
+    changed = redrawn(config.root) if config.figures else []
     for path in documents(config.root):
         before = path.read_text()
         after = rendered(before)
@@ -88,10 +95,21 @@ def main(config: Config, console: Console) -> dict:
     return {"changed": changed}
 
 
+def redrawn(root: Path) -> list[str]:
+    """Draws all figures of all studies, after a change of their look; their paths."""
+    made = []
+    for name, module in STUDIES.items():
+        for figure, draw in getattr(module, "FIGURES", {}).items():
+            path = root / "benchmarks/results" / name / f"{figure}.png"
+            draw(json.loads(results(name)), path)
+            made.append(str(path.relative_to(root)))
+    return made
+
+
 def documents(root: Path) -> Iterator[Path]:
     """All that may hold a table."""
     yield from (root / "README.md", root / "benchmarks/README.md")
-    yield from sorted((root / "docs").glob("*.md"))
+    yield from sorted((root / "docs").rglob("*.md"))
 
 
 def results(name: str, file: str = "results.json") -> str:
@@ -105,13 +123,14 @@ def rendered(text: str) -> str:
 
 
 def _block(found: re.Match[str]) -> str:
-    start, function, name, space, _, end = found.groups()
+    start, function, name, words, space, _, end = found.groups()
     if name not in STUDIES or not hasattr(STUDIES[name], function):
         raise ValueError(
             f"{start} names no function of a study, expected one such as "
             f"<!-- markdown cost -->; studies are {', '.join(STUDIES)}."
         )
-    made = getattr(STUDIES[name], function)(json.loads(results(name))).strip()
+    make = getattr(STUDIES[name], function)
+    made = make(json.loads(results(name)), *words.split()).strip()
     if space.startswith("\n"):
         return f"{start}\n\n{made}\n\n{end}"
     return f"{start}{' '.join(made.split())}{end}"  # within a line, as in a table's cell

@@ -3,8 +3,8 @@
 
 A layer with Gaussian inputs, whose true variance is known, has its weights turned by the
 same angle at every step. The variance that each method believes after six windows is
-compared with the truth over many independent runs; docs/streaming.md derives what it
-should be. Prints a table and draws a figure.
+compared with the truth over many independent runs; docs/methods/streaming.md derives
+what it should be. Prints a table and draws a figure.
 
 Run it with ``python -m benchmarks.theory``.
 """
@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,7 @@ def streaming_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
 
 
 def streaming_deviation(weights: np.ndarray, window: int, batch_size: int) -> float:
-    """√(Σ (1 − a)²ʲ · 2 tr(M²) / n), the M of docs/streaming.md."""
+    """√(Σ (1 − a)²ʲ · 2 tr(M²) / n), the M of docs/methods/streaming.md."""
     share = 1.0 / window
     keep = 1.0 - share
     now, total = weights[-1], 0.0
@@ -208,9 +208,10 @@ def markdown(results: dict) -> str:
     )
 
 
-def figure(results: dict, destination: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """Bias and deviation over the turn; lines are predictions, dots measurements."""
-    made = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained", dpi=150)
+    made = matplotlib.figure.Figure((8.4, 3.4))
     left, right = made.subplots(1, 2)
     for index, window in enumerate(results["config"]["windows"]):
         cells = [cell for cell in results["cells"] if cell["window"] == window]
@@ -220,23 +221,24 @@ def figure(results: dict, destination: Path) -> None:
             (left, "taylor", "bias", "--"),
             (right, "streaming", "deviation", "-"),
         ):
-            color = report.COLORS[index]
+            look = report.look(index)
             predicted = [100 * cell["predicted"][method][what] for cell in cells]
             measured = [100 * cell["measured"][method][what] for cell in cells]
             label = f"k = {window}, {method}"
-            axis.plot(turns, predicted, style, color=color, lw=1.4, label=label)
-            axis.plot(turns, measured, "o", color=color, ms=4)
+            axis.plot(turns, predicted, style, color=look["color"], label=label)
+            axis.plot(turns, measured, linestyle="", **look)
     left.set_ylabel("bias of the variance, %")
     right.set_ylabel("its standard deviation, %")
     left.set_ylim(-105, 10)
     for axis in (left, right):
         axis.set_xlabel("radians in k steps")
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
-    made.suptitle("lines: predicted, dots: measured", fontsize=10)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(destination)
+        axis.legend()
+    made.suptitle("lines: predicted, dots: measured")
+    return made
+
+
+# Name of the file -> what draws it from the results.
+FIGURES = {"theory": figure}
 
 
 def cli(arguments: list[str] | None = None) -> None:

@@ -114,7 +114,7 @@ def cross_iteration_batch_norm(
     """Cross-iteration batch normalization: statistics of the last k iterations.
 
     An iteration s steps ago saw other weights, so its moments are first moved to today's,
-    along their derivative with respect to the weights θ of the layer that made ``x``:
+    along their derivative with respect to the weights θ of the layer that made ``x``::
 
         μₛ(θₜ) = μₛ + ρ ⟨∂μₛ/∂θ, θₜ − θₛ⟩        νₛ(θₜ) = νₛ + ρ ⟨∂νₛ/∂θ, θₜ − θₛ⟩
 

@@ -1,24 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the figures of the tools share."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-# Distinct in print, in the dark and for color-blind readers (Okabe & Ito).
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
+MARKERS = "osD^vPX"
 
 
-def new_figure(name: str, width: float, height: float) -> Any:
-    """A matplotlib figure for the function ``name``; says what to install without it."""
+@contextlib.contextmanager
+def styled(name: str) -> Iterator[Any]:
+    """Gives matplotlib, in the library's style, to the function ``name``.
+
+    Without matplotlib it says what to install.
+    """
     try:
         import matplotlib.figure
+        import matplotlib.style
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{name} needs matplotlib; install it with: pip install matplotlib"
         ) from error
-    return matplotlib.figure.Figure((width, height), layout="constrained", dpi=150)
+    with matplotlib.style.context("cbn_jax.figures"):
+        yield matplotlib.figure.Figure
 
 
-def tidy(axis: Any) -> None:
-    """A faint grid, and no frame above and to the right."""
-    axis.grid(alpha=0.25, linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
+def look(index: int) -> dict[str, str]:
+    """Color and marker of the line ``index``, which differ in gray too."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }

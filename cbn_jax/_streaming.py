@@ -65,7 +65,7 @@ def streaming_batch_norm(
 
     The window's moments (μ, σ²) and their derivatives (p, G) are carried from step to
     step. With Δ = θₜ − θₜ₋₁, P what the layer saw at a position (its input patch, so that
-    x = ⟨P, θ⟩) and E the mean over the batch, one step is
+    x = ⟨P, θ⟩) and E the mean over the batch, one step is::
 
         μ'  = μ + ⟨p, Δ⟩
         σ²' = σ² + ⟨G, Δ⟩ + E[⟨P − p, Δ⟩²]

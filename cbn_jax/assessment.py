@@ -22,7 +22,7 @@ import numpy as np
 
 from ._adaptive import Measure, heterogeneity
 from ._checks import check_choice
-from ._figure import COLORS, new_figure, tidy
+from ._figure import COLORS, styled
 
 Threshold = Literal["mean", "median"] | Callable[[np.ndarray], float]
 
@@ -83,21 +83,21 @@ class Assessment:
         Raises:
           ModuleNotFoundError: matplotlib is not installed.
         """
-        figure = new_figure("Assessment.draw", 4.8, 3.2)
-        axis = figure.subplots()
         bins = np.histogram_bin_edges(self.values, bins="auto")
-        for chosen, label, color in (
-            (self.table, "to normalize", COLORS[0]),
-            (~self.table, "to leave", COLORS[1]),
-        ):
-            axis.hist(self.values[chosen], bins.tolist(), color=color, label=label)
-        axis.axvline(self.threshold, color="black", lw=1, ls="--", label="threshold")
-        axis.set_xlabel(f"heterogeneity ({self.measure})")
-        axis.set_ylabel("batches")
-        tidy(axis)
-        axis.legend(frameon=False, fontsize=8)
-        if path is not None:
-            figure.savefig(path)
+        with styled("Assessment.draw") as new_figure:
+            figure = new_figure((4.8, 3.2))
+            axis = figure.subplots()
+            for chosen, label, color in (
+                (self.table, "to normalize", COLORS[0]),
+                (~self.table, "to leave", COLORS[1]),
+            ):
+                axis.hist(self.values[chosen], bins.tolist(), color=color, label=label)
+            axis.axvline(self.threshold, color="black", lw=1, ls="--", label="threshold")
+            axis.set_xlabel(f"heterogeneity ({self.measure})")
+            axis.set_ylabel("batches")
+            axis.legend()
+            if path is not None:
+                figure.savefig(path)
         return figure
 
 

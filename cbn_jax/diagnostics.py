@@ -30,7 +30,7 @@ from jax import lax
 
 from ._checks import check_activations, check_choice, check_epsilon, check_state
 from ._estimator import Estimator, State
-from ._figure import COLORS, new_figure, tidy
+from ._figure import COLORS, styled
 from ._moments import Moments, batch_moments
 from ._running import usable_moments
 from ._statistics import Statistics
@@ -256,15 +256,16 @@ def draw(
     if not records:
         raise ValueError("draw got no records, expected [(step, errors(...)), ...].")
     layers = _chosen(list(records[0][1]), layers)
-    figure, grid = _empty_figure(layers)
-    for axes, kind in zip(grid, Errors._fields, strict=True):
-        for axis, layer in zip(axes, layers, strict=True):
-            _plot(axis, records, layer, kind)
-    lines, labels = grid[0][0].get_legend_handles_labels()
-    place = {"loc": "outside lower center", "ncols": len(labels), "frameon": False}
-    figure.legend(lines, labels, **place)
-    if path is not None:
-        figure.savefig(path)
+    with styled("cbn_jax.diagnostics.draw") as new_figure:
+        figure = new_figure((1.2 + 2.6 * len(layers), 5.2))
+        grid = _empty_grid(figure, layers)
+        for axes, kind in zip(grid, Errors._fields, strict=True):
+            for axis, layer in zip(axes, layers, strict=True):
+                _plot(axis, records, layer, kind)
+        lines, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
+        if path is not None:
+            figure.savefig(path)
     return figure
 
 
@@ -322,17 +323,16 @@ def _chosen(names: list[str], layers: Sequence[str] | None) -> list[str]:
     return list(layers)
 
 
-def _empty_figure(layers: Sequence[str]) -> tuple[Any, Any]:
+def _empty_grid(figure: Any, layers: Sequence[str]) -> Any:
     """Axes ``[2, layers]``, labelled."""
-    figure = new_figure("cbn_jax.diagnostics.draw", 1.2 + 2.6 * len(layers), 5.2)
     grid = figure.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False)
     for axis, layer in zip(grid[0], layers, strict=True):
-        axis.set_title(layer, fontsize=10)
+        axis.set_title(layer)
     grid[0][0].set_ylabel("error of the mean\n(standard deviations)")
     grid[1][0].set_ylabel("error of the scale\n(log of the ratio)")
     for axis in grid[1]:
         axis.set_xlabel("training step")
-    return figure, grid
+    return grid
 
 
 def _plot(axis: Any, records: Any, layer: str, kind: str) -> None:
@@ -344,4 +344,3 @@ def _plot(axis: Any, records: Any, layer: str, kind: str) -> None:
         look = {"lw": max(2.8 - 0.35 * i, 0.7), "ls": (0, (4, i)) if i else "-"}
         axis.plot(steps, values, color=COLORS[i % len(COLORS)], label=method, **look)
     axis.set_yscale("log")
-    tidy(axis)

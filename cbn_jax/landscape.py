@@ -26,7 +26,7 @@ from jax import lax
 
 from ._checks import check_activations, check_count, check_state_type
 from ._estimator import Estimator, State
-from ._figure import COLORS, new_figure, tidy
+from ._figure import COLORS, styled
 from ._moments import align, wide
 from ._statistics import Statistics
 
@@ -241,18 +241,19 @@ def draw(
             f"smooth is {smooth!r}, expected at most {longest}, the least number of losses "
             "or changes of the gradient in the bands."
         )
-    figure = new_figure("cbn_jax.landscape.draw", 1.2 + 2.4 * len(bands), 4.8)
-    grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
-    for column, (name, band) in enumerate(bands.items()):
-        for row, curves in enumerate(band):  # the first change is that to step 2
-            first = smooth + row
-            _band(grid[row][column], curves, first, smooth, COLORS[column % len(COLORS)])
-        grid[0][column].set_title(name, fontsize=10)
-        grid[1][column].set_xlabel("training step")
-    grid[0][0].set_ylabel("loss")
-    grid[1][0].set_ylabel("change of the gradient")
-    if path is not None:
-        figure.savefig(path)
+    with styled("cbn_jax.landscape.draw") as new_figure:
+        figure = new_figure((1.2 + 2.4 * len(bands), 4.8))
+        grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
+        for column, (name, band) in enumerate(bands.items()):
+            color = COLORS[column % len(COLORS)]
+            for row, curves in enumerate(band):  # the first change is that to step 2
+                _band(grid[row][column], curves, smooth + row, smooth, color)
+            grid[0][column].set_title(name)
+            grid[1][column].set_xlabel("training step")
+        grid[0][0].set_ylabel("loss")
+        grid[1][0].set_ylabel("change of the gradient")
+        if path is not None:
+            figure.savefig(path)
     return figure
 
 
@@ -281,4 +282,3 @@ def _band(axis: Any, curves: np.ndarray, first: int, smooth: int, color: str) ->
     low, high = curves.min(axis=0), curves.max(axis=0)
     axis.fill_between(steps, low, high, color=color, alpha=0.3, lw=0)
     axis.plot(steps, np.median(curves, axis=0), color=color, lw=1)
-    tidy(axis)

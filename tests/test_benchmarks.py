@@ -19,6 +19,7 @@ import cbn_jax
 from benchmarks import (
     adaptive,
     batch_size,
+    batch_size_report,
     claims,
     corrected_inference,
     cost,
@@ -429,6 +430,7 @@ def test_accuracy_against_batch_size(quick):
     cells = {(c["label"], c["batch_size"]): c for c in results["cells"]}
     assert len(cells) == 6
     assert "one value per feature" in cells["batch_norm", 1]["refused"]
+    folder = quick.output / "runs"
     for (label, size), cell in cells.items():
         if "refused" in cell:
             continue
@@ -436,15 +438,19 @@ def test_accuracy_against_batch_size(quick):
         assert cell["tuning"][chosen] == max(cell["tuning"])
         assert len(cell["test"]) == len(quick.seeds)
         assert len(cell["at_rates"]) == (2 if size == 2 else 0)
+        for rate in quick.learning_rates:
+            reported = size == 2 or rate == cell["rate"]
+            # The tuning seed, and two more for a rate that is reported.
+            ended = list(folder.glob(f"*-{label}-{size}-{rate:g}-*"))
+            assert len(ended) == (3 if reported else 1)
         assert (cell["corrected"][0] is None) == (label == "group_norm")
     table = (quick.output / "table.md").read_text()
     written = json.loads((quick.output / "results.json").read_text())
-    assert table == batch_size.markdown(written)
+    assert table == batch_size_report.markdown(written)
     assert "| mlp | batch_norm | refused |" in table
-    assert "mlp, digits: from the greatest" in batch_size.verdict(results)
+    assert "mlp, digits: from the greatest" in batch_size_report.verdict(results)
     for name in ("batch_size.png", "learning_rate.png"):
         assert (quick.output / name).stat().st_size > 10_000
-    folder = quick.output / "runs"
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = batch_size.main(quick, console)
     assert again["cells"] == results["cells"]
@@ -492,12 +498,13 @@ def test_rates_are_chosen_on_images_of_their_own(quick):
 
 
 def test_the_best_and_what_is_as_good():
+    """The others are 1.4 and 3 standard errors of the difference behind."""
     cells = [
         {"network": "mlp", "batch_size": 2, "label": str(i), "test": test, "lost": 0}
-        for i, test in enumerate([[0.90, 0.92], [0.89, 0.91], [0.70, 0.70]])
+        for i, test in enumerate([[0.90, 0.92], [0.88, 0.90], [0.88, 0.88]])
     ]
-    shown = [batch_size._accuracy({"cells": cells}, cell) for cell in cells]
-    assert shown == ["**91.0 ± 1.0**", "**90.0 ± 1.0**", "70.0 ± 0.0"]
+    shown = [batch_size_report._accuracy({"cells": cells}, cell) for cell in cells]
+    assert shown == ["**91.0 ± 1.0**", "**89.0 ± 1.0**", "88.0 ± 0.0"]
 
 
 def test_slopes(tmp_path):
@@ -511,7 +518,7 @@ def test_slopes(tmp_path):
             assert cell["values"] == [1, 1]
         if (cell["what"], cell["method"]) == ("state", "cross_iteration"):
             assert cell["has"] == pytest.approx(cell["should"], abs=0.2)
-    assert scaling.slope((2, 4, 8), [1.0, 3.0, 12.0]) == pytest.approx(2.0)
+    assert scaling.slope((1, 2, 8), [1.0, 3.0, 48.0]) == pytest.approx(2.0)
 
 
 def test_other_frameworks(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_the_study(tmp_path, capsys):
 
 def test_the_document_quotes_the_step():
     quoted = inspect.getsource(data_parallel.sharded_jit_step)
-    assert f"```py\n{quoted}```" in (ROOT / "docs/devices.md").read_text()
+    assert f"```py\n{quoted}```" in (ROOT / "docs/how_to/devices.md").read_text()
 
 
 def test_the_committed_table_is_made_from_the_committed_results():

@@ -15,7 +15,7 @@ import cbn_jax
 from benchmarks import small_batch, tables
 
 ROOT = Path(__file__).parent.parent
-DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 MODULES = [f"cbn_jax.{info.name}" for info in pkgutil.iter_modules(cbn_jax.__path__)]
 PUBLIC = sorted(name for name in vars(cbn_jax) if not name.startswith("_"))
 
@@ -32,14 +32,7 @@ def python_blocks(path):
 
 @pytest.mark.parametrize(
     "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/converting.md",
-        "docs/design.md",
-        "docs/papers.md",
-        "docs/training.md",
-    ],
+    [name for name in ("README.md", *DOCS) if python_blocks(ROOT / name)],
 )
 def test_documents_run(document):
     """All Python blocks of a document, in order, as one script."""
@@ -108,7 +101,7 @@ def test_precisions_are_compared_as_measured():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "benchmarks/README.md", *sorted(map(str, DOCS))]
+    "document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS]
 )
 def test_links_and_pictures_exist(document):
     path = ROOT / document

@@ -22,7 +22,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_library_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "cbn_jax/py.typed" in names
+    assert {"cbn_jax/py.typed", "cbn_jax/figures.mplstyle"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"cbn_jax"}
 

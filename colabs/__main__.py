@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the notebooks and writes them with their figures.
+
+The text of a notebook is its ``.py`` file, which any editor and Jupyter (with jupytext)
+open; its ``.ipynb`` is the same with outputs, and is made by this command. The address of
+the repository stands in pyproject.toml alone, and is put into every notebook from there.
+
+Run it with ``python -m colabs`` in a checkout.
+"""
+
+import dataclasses
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import jupytext
+import nbclient
+import nbformat
+import tyro
+from rich.console import Console
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
+# What a test sets in place of the notebook's own parameters.
+SMALL = {"EPOCHS": 1, "SEEDS": 1, "EXAMPLES": 128}
+_ADDRESS = re.compile(r"github(?:\.com)?/\w[\w-]*/[\w-]+(?=/blob/|\")")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the command."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Notebooks, such as batch_size_two; all if none is given."""
+    small: bool = False
+    """One epoch on a few images, to see that everything runs."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = FOLDER
+    """Where to write the .ipynb files."""
+
+
+def notebooks() -> list[Path]:
+    """The texts of all notebooks."""
+    return sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
+
+
+def main(config: Config, console: Console) -> list[Path]:
+    """Runs the chosen notebooks; the paths of what was written."""
+    known = {path.stem: path for path in notebooks()}
+    for name in config.names:
+        if name not in known:
+            raise ValueError(f"notebook {name!r} is unknown; known are {', '.join(known)}.")
+    written = []
+    for name in config.names or known:
+        with console.status(f"running {name}"):
+            notebook = run(read(known[name]), SMALL if config.small else {})
+        path = config.output / f"{name}.ipynb"
+        config.output.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, path)
+        console.print(f"written: {path}")
+        written.append(path)
+    return written
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    """The notebook of a text, which is given the repository's address on this way."""
+    text = path.read_text()
+    addressed = with_address(text, repository())
+    if addressed != text:
+        path.write_text(addressed)
+    notebook = jupytext.reads(addressed, fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"{path.stem}-{number}"  # of its own accord it would be random
+    return notebook
+
+
+def repository() -> str:
+    """Where the repository is, such as ``https://github.com/owner/name``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["urls"]["Repository"]
+
+
+def with_address(text: str, url: str) -> str:
+    """The text with this repository in place of whichever it had."""
+    slug = url.removeprefix("https://github.com/")
+    return _ADDRESS.sub(lambda found: f"{found[0].split('/')[0]}/{slug}", text)
+
+
+def run(
+    notebook: nbformat.NotebookNode, parameters: dict[str, int]
+) -> nbformat.NotebookNode:
+    """Executes a notebook in a new kernel; progress bars and warnings are left out."""
+    _override(notebook, parameters)
+    nbclient.NotebookClient(notebook, timeout=600, record_timing=False).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return notebook
+
+
+def _override(notebook: nbformat.NotebookNode, parameters: dict[str, int]) -> None:
+    """Appends assignments to the cell of parameters, of those that it has."""
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            chosen = {k: v for k, v in parameters.items() if f"{k} =" in cell.source}
+            cell.source += "".join(f"\n{name} = {value}" for name, value in chosen.items())
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__, prog="colabs"), Console())
+    except ValueError as error:
+        sys.exit(f"colabs: {error}")

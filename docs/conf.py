@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation site: ``sphinx-build -W -c docs . build/site`` in a checkout.
+
+The source is the whole repository, so that a link from one document to another, to a
+figure or a file is the same on the site and in the repository.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math import latex2mathml
+
+import cbn_jax
+
+ROOT = Path(__file__).parent.parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"][
+    "Repository"
+]
+
+project = "cbn_jax"
+author = copyright = "The cbn_jax authors"
+version = release = cbn_jax.__version__
+language = "en"
+
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**.md",
+    "colabs/*.ipynb",
+    "benchmarks/README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"  # the committed notebooks hold what their command made
+
+autodoc_typehints = "none"  # the docstrings say it
+autodoc_member_order = "bysource"
+napoleon_attr_annotations = False
+napoleon_custom_sections = [("Attributes", "params_style")]
+add_module_names = False
+
+html_title = "cbn_jax"
+html_theme = "sphinx_book_theme"
+html_additional_pages = {"index": "redirect.html"}
+templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "repository_url": REPOSITORY,
+    "repository_branch": "main",
+    "use_repository_button": True,
+    "use_download_button": False,
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+    "show_toc_level": 2,
+    "navbar_persistent": [],  # the sidebar has the search
+}
+
+
+def setup(app):
+    """Equations as MathML, which browsers draw by themselves, without a network."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+    app.connect("autodoc-process-signature", _readable)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+html_math_renderer = "mathml"
+
+
+def _readable(app, what, name, obj, options, signature, returned):
+    """A signature without what Flax adds to it, and with names for objects."""
+    signature = re.sub(r", parent=<.*?>, name=None", "", signature or "")
+    signature = re.sub(r"<class '[\w.]*?(\w+)'>|<function (\w+).*?>", r"\1\2", signature)
+    return signature or None, returned
+
+
+def _inline(writer, node):
+    writer.body.append(latex2mathml.tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(writer, node):
+    formula = latex2mathml.tex2mathml(node.astext(), as_block=True)
+    writer.body.append(f'<div class="equation">{formula}</div>')
+    raise nodes.SkipNode

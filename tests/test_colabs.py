@@ -1,0 +1,89 @@
+"""The notebooks run, hold their figures, and know where they come from."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from colabs import __main__ as colabs
+
+ROOT = Path(__file__).parent.parent
+NAMES = [path.stem for path in colabs.notebooks()]
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def figures(notebook):
+    return [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs(name, tmp_path, request):
+    """From top to bottom, in a kernel of its own, with small parameters."""
+    run = subprocess.run(
+        [sys.executable, "-m", "colabs", name, "--small", "--output", tmp_path],
+        cwd=ROOT,
+        env=os.environ
+        | {"JAX_COMPILATION_CACHE_DIR": str(request.config.cache.mkdir("jax"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert figures(nbformat.read(tmp_path / f"{name}.ipynb", as_version=4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_notebook_is_its_text_with_figures(name):
+    committed = nbformat.read(ROOT / f"colabs/{name}.ipynb", as_version=4)
+    text = jupytext.read(ROOT / f"colabs/{name}.py")
+    assert [cell.source for cell in committed.cells] == [c.source for c in text.cells]
+    assert figures(committed)
+    assert not any(output.output_type == "error" for output in outputs(committed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_address_stands_in_one_place(name):
+    text = (ROOT / f"colabs/{name}.py").read_text()
+    assert colabs.with_address(text, colabs.repository()) == text
+    moved = colabs.with_address(text, "https://github.com/some-one/else")
+    assert "colab.research.google.com/github/some-one/else/blob/main/colabs/" in moved
+    assert '@ git+https://github.com/some-one/else"' in moved
+    assert colabs.repository().rsplit("github.com/", 1)[1] not in moved
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_begins_alike(name):
+    """The first cell of code installs and reports the devices; nothing else differs."""
+    first, usual = (
+        next(
+            c.source
+            for c in jupytext.read(ROOT / f"colabs/{n}.py").cells
+            if c.cell_type == "code"
+        )
+        for n in (name, "batch_size_two")
+    )
+    simulated = 'jax.config.update("jax_num_cpu_devices", 8)'
+    assert [
+        line for line in first.splitlines() if simulated not in line
+    ] == usual.splitlines()
+
+
+def test_parameters_are_overridden_where_there_are_any():
+    cell = nbformat.v4.new_code_cell("EPOCHS = 4", metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(
+        cells=[cell, nbformat.v4.new_code_cell("EPOCHS = 5")]
+    )
+    colabs._override(notebook, {"EPOCHS": 1, "SEEDS": 2})
+    assert [c.source for c in notebook.cells] == ["EPOCHS = 4\nEPOCHS = 1", "EPOCHS = 5"]
+
+
+def test_an_unknown_notebook_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"notebook 'more' is unknown; known are .*two"):
+        colabs.main(colabs.Config(("more",), output=tmp_path), colabs.Console())
