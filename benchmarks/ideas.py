@@ -153,7 +153,8 @@ def _gradient(config: Config) -> dict:
 
 def _assessment(config: Config) -> dict:
     """Training batches of four digits: the two extremes, and all in a histogram."""
-    images = load_digits().images.astype(np.float32) / 16
+    digits: Any = load_digits()
+    images = digits.images.astype(np.float32) / 16
     order = np.random.default_rng(config.seed).permutation(len(images))
     batches = images[order[: len(images) // 4 * 4]].reshape(-1, 4, 8, 8, 1)
     found = assess(batches, "examples")
@@ -202,8 +203,8 @@ def markdown(results: dict) -> str:
     return (
         report.markdown_table(("method", "error", "range"), rows)
         + "\nOf the deviation believed, as the log of its ratio to the true one, means "
-        f"over the steps from {WINDOW} on: how far the median of {config['runs']} runs is from 0, "
-        "and how far the ninetieth of a hundred from the tenth. "
+        f"over the steps from {WINDOW} on: how far the median of {config['runs']} runs is "
+        "from 0, and how far the ninetieth of a hundred from the tenth. "
         f"{study.measured_on(results)}\n"
     )
 
@@ -253,8 +254,8 @@ def _draw_response(results: dict) -> Any:
     axis.fill_between(found["x"], low, high, color=report.COLORS[6], alpha=0.3, lw=0)
     axis.plot(found["x"], middle, color=report.COLORS[6], label="in training")
     for name, index, style in (("ordinary", 0, "--"), ("corrected", 2, "-")):
-        line = {"color": report.COLORS[index], "linestyle": style}
-        axis.plot(found["x"], found[name], label=f"{name} inference", **line)
+        label = f"{name} inference"
+        axis.plot(found["x"], found[name], style, color=report.COLORS[index], label=label)
     axis.set_xlabel("value of an example, true standard deviations")
     axis.set_ylabel("normalized")
     axis.set_title(f"batch size {1 + COMPANIONS}; training: median, 10 to 90 %")
@@ -270,7 +271,7 @@ def _draw_gradient(results: dict) -> Any:
     most = np.abs(found["before"]).max()
     for column, name in zip(axes.T, ("before", "after"), strict=True):
         gradient = np.array(found[name])
-        image = column[0].imshow(gradient, "PuOr", aspect="auto", vmin=-most, vmax=most)
+        column[0].imshow(gradient, "PuOr", aspect="auto", vmin=-most, vmax=most)
         column[0].set_title(f"gradient of a kernel, {name}")
         column[0].grid(visible=False)
         column[1].bar(np.arange(gradient.shape[1]), gradient.mean(0), color="0.3")
@@ -278,7 +279,7 @@ def _draw_gradient(results: dict) -> Any:
         column[1].set_ylim(axes[1][0].get_ylim())
     axes[0][0].set_ylabel("input")
     axes[1][0].set_ylabel("mean")
-    made.colorbar(image, ax=axes[0], shrink=0.9)
+    made.colorbar(axes[0][0].images[0], ax=axes[0], shrink=0.9)
     return made
 
 
@@ -286,10 +287,10 @@ def _draw_gradient(results: dict) -> Any:
 def _draw_assessment(results: dict) -> Any:
     found = results["assessment"]
     made = matplotlib.figure.Figure((8.6, 2.8))
-    left, right = made.subfigures(1, 2, width_ratios=[1, 1.2])
-    for row, (name, images) in zip(
-        left.subplots(2, 4), found["extremes"].items(), strict=True
-    ):
+    halves: Any = made.subfigures(1, 2, width_ratios=[1, 1.2])
+    left, right = halves
+    rows = left.subplots(2, 4)
+    for row, (name, images) in zip(rows, found["extremes"].items(), strict=True):
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image, "gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
@@ -321,12 +322,12 @@ def _draw_means(results: dict) -> Any:
     most = np.abs(found["x"]).max()
     axes = made.subplots(1, 4, sharey=True)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        image = axis.imshow(found[name], "PuOr", vmin=-most, vmax=most)
+        axis.imshow(found[name], "PuOr", vmin=-most, vmax=most)
         axis.axvline(3.5, color="black", lw=1)
         axis.set(title=title, xlabel="feature, two groups", xticks=[], yticks=[])
         axis.grid(visible=False)
     axes[0].set_ylabel("example")
-    made.colorbar(image, ax=axes, shrink=0.8)
+    made.colorbar(axes[0].images[0], ax=axes, shrink=0.8)
     return made
 
 

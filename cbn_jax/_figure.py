@@ -26,7 +26,7 @@ def styled(name: str) -> Iterator[Any]:
         yield matplotlib.figure.Figure
 
 
-def look(index: int) -> dict[str, str]:
+def look(index: int) -> dict[str, Any]:
     """Color and marker of the line ``index``, which differ in gray too."""
     return {
         "color": COLORS[index % len(COLORS)],
