@@ -19,8 +19,8 @@ def small_batch_norm(
 
     Args:
       batch_size: examples per iteration, at least 1, on all devices together where
-        statistics are synchronized (sharded ``jit``, ``axis_name``); the micro-batch under
-        gradient accumulation.
+        statistics are synchronized (sharded ``jit``, ``axis_name``), on one of them where
+        they are not; the micro-batch under gradient accumulation.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a rule
         m ↦ α_m such as ``cumulative``.
       epsilon: added to the variance, inside the root.

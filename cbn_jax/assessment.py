@@ -171,4 +171,6 @@ def _track(batches: Iterable) -> Iterator:
         from rich.progress import track
     except ModuleNotFoundError:
         return iter(batches)
-    return iter(track(batches, "assessing batches", console=Console(stderr=True)))
+    # As text in a notebook too, where rich would ask for widgets.
+    console = Console(stderr=True, force_jupyter=False)
+    return iter(track(batches, "assessing batches", console=console))

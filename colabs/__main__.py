@@ -92,7 +92,9 @@ def run(
 ) -> nbformat.NotebookNode:
     """Executes a notebook in a new kernel; progress bars and warnings are left out."""
     _override(notebook, parameters)
-    nbclient.NotebookClient(notebook, timeout=600, record_timing=False).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=600, record_timing=False, coalesce_streams=True
+    ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
