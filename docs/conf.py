@@ -42,6 +42,7 @@ extensions = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # the committed notebooks hold what their command made
+nb_render_markdown_format = "myst"  # tables in outputs
 
 autodoc_typehints = "none"  # the docstrings say it
 autodoc_member_order = "bysource"
