@@ -13,6 +13,9 @@ which statistics to believe. Three more functions do the rest::
 ``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models.
 """
 
+import importlib
+from typing import Any
+
 from ._adaptive import GateState as GateState
 from ._adaptive import adaptive_batch_norm as adaptive_batch_norm
 from ._adaptive import heterogeneity as heterogeneity
@@ -58,3 +61,21 @@ from ._streaming import StreamingState as StreamingState
 from ._streaming import streaming_batch_norm as streaming_batch_norm
 
 __version__ = "0.1.0"
+
+# Imported where they are first asked for: most of them need more than JAX.
+_MODULES = {
+    "assessment",
+    "convert",
+    "diagnostics",
+    "landscape",
+    "linen",
+    "nnx",
+    "optax",
+    "population",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

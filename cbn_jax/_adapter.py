@@ -35,6 +35,40 @@ def estimator_of(
     return estimator(jax.nn.sigmoid(mix()))
 
 
+def check_modules(estimator: Any, layer: Any, module: type) -> None:
+    """The estimator is none of Flax's modules, and the layer is one."""
+    if not callable(estimator) and not isinstance(estimator, Estimator):
+        came = f"{estimator!r} as its estimator"
+    elif isinstance(estimator, module):
+        came = f"a module, {type(estimator).__name__}, as its estimator"
+    elif layer is not None and not isinstance(layer, module):
+        came = f"layer={layer!r}, no module"
+    else:
+        return
+    raise TypeError(
+        f"Norm got {came}, expected an estimator and a module that was made, such as "
+        "Norm(cbn_jax.small_batch_norm(2), layer=Conv(...)); a number of features is "
+        "num_features=..., in nnx alone."
+    )
+
+
+def with_running(state: Any, moments: RunningMoments) -> Any:
+    """The state with the moments in their place; everything else must be fresh."""
+    found = []
+
+    def put(node):
+        found.append(isinstance(node, RunningMoments))
+        return moments if found[-1] else node
+
+    state = jax.tree.map(put, state, is_leaf=lambda n: isinstance(n, RunningMoments))
+    if not any(found):
+        raise ValueError(
+            "from_batch_norm got an estimator without running moments, expected "
+            "batch_norm(...), small_batch_norm(...) or another that has them."
+        )
+    return state
+
+
 def running_in(state: Any) -> RunningMoments:
     """The running moments in a state, for a batch norm with the same inference."""
     found = find_running(state)

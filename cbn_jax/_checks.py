@@ -78,7 +78,8 @@ def check_features_last(method: str, features: int, params: Any) -> None:
     if not leaves:
         raise ValueError(
             f"{method} got params={params!r}, expected the parameters of the layer "
-            "before it; write estimator.init(features, params)."
+            "before it; write Norm(estimator, layer=...) and give it the layer's input, or "
+            "estimator.init(features, params)."
         )
     for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or leaf.shape[-1] != features:
@@ -134,11 +135,11 @@ def check_patches(method: str, source: _Source) -> None:
     """The layer knows what it saw."""
     if source.patches is None:
         raise ValueError(
-            f"{method} got a source without patches, expected a layer that knows them; "
-            "write run_layer(cbn_jax.dense, ...) or run_layer(cbn_jax.convolution(...), "
-            "...), take a Flax Dense or Conv (padding SAME, VALID or numbers; no input "
-            "dilation, no kernel mask), or use cross_iteration_batch_norm, which asks for "
-            "none."
+            f"{method} got a source without patches, expected a dense layer or a "
+            "convolution: run_layer(cbn_jax.dense, ...), run_layer(cbn_jax.convolution("
+            "...), ...), or a Flax Dense or Conv (padding SAME, VALID or numbers; no input "
+            "dilation, no kernel mask); for ConvTranspose and others write "
+            "cross_iteration_batch_norm(), which asks for none."
         )
 
 
@@ -200,5 +201,8 @@ def check_epsilon(value: float) -> None:
 
 def check_count(name: str, value: int, least: int) -> None:
     """A whole number from ``least`` on."""
+    check_number(name, value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected a whole number from {least} on.")
+        raise ValueError(
+            f"{name} is {value!r}, expected a whole number from {least} on, an int."
+        )

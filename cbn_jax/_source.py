@@ -121,9 +121,9 @@ def _check_widened(layer, params, inputs, shape):
     if came != shape:
         raise ValueError(
             f"a layer with groups={layer.groups} was run with one more feature per group "
-            f"and gave {came}, expected {shape}; let it read its width off its parameters, "
-            "and if it is a grouped convolution write "
-            "run_layer(Layer(layer_fn, groups=...), ...)."
+            f"and gave {came}, expected {shape}; let it read its width off its parameters "
+            "and be linear in them (activations come after the normalizer), and if it is a "
+            "grouped convolution write run_layer(Layer(layer_fn, groups=...), ...)."
         )
 
 

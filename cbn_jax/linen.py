@@ -8,11 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import estimator_of, flag_of, patches_of, require, running_in, to_last
+from ._adapter import (
+    check_modules,
+    estimator_of,
+    flag_of,
+    patches_of,
+    require,
+    running_in,
+    to_last,
+    with_running,
+)
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
-from ._running import running_moments
+from ._running import RunningMoments, running_moments
 from ._source import run_layer
 from ._statistics import normalize
 
@@ -102,6 +111,8 @@ class Norm(nn.Module):
         Returns:
           Normalized activations.
         """
+        check_modules(self.estimator, self.layer, nn.Module)
+        self._check_variables()
         running = flag_of(self.use_running_average, use_running_average)
         estimator = estimator_of(
             self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
@@ -125,6 +136,13 @@ class Norm(nn.Module):
         y = back(normalize(x, statistics, scale, bias))
         return y if self.dtype is None else y.astype(self.dtype)
 
+    def _check_variables(self):
+        if self.has_variable("batch_stats", "mean"):
+            raise ValueError(
+                "Norm got mean and var of an nn.BatchNorm in batch_stats, "
+                "expected its own state; write cbn_jax.linen.from_batch_norm(variables)."
+            )
+
     def _run_layer(self, inputs):
         if self.layer is None:
             return inputs, None
@@ -143,21 +161,31 @@ class Norm(nn.Module):
         )
 
 
-def from_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
+def from_batch_norm(
+    variables: Mapping[str, Any], into: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Variables of a model with ``nn.BatchNorm``, for the same model with ``Norm``.
 
     Parameters stay as they are; in ``batch_stats``, mean and variance become a
     ``RunningMoments``. Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``; give
     the estimator the ε that the model was trained with.
 
+    A method that remembers more than running moments begins that anew: give the fresh
+    variables of the new model, from its ``init``, as ``into``. It predicts as the old model
+    did, and trains on.
+
     Args:
       variables: what ``init`` and training gave, with ``params`` and ``batch_stats``.
+      into: variables of the model with ``Norm``, of the same structure; None for those of
+        ``Norm(batch_norm(...))``, also inside ``corrected_inference``.
 
     Returns:
-      The variables for ``Norm(batch_norm(...))``, also inside ``corrected_inference``.
+      The variables for the model with ``Norm``.
 
     Raises:
-      ValueError: no ``nn.BatchNorm`` in them; a ``Norm_0`` beside a ``BatchNorm_0``.
+      ValueError: no ``nn.BatchNorm`` in them; a ``Norm_0`` beside a ``BatchNorm_0``;
+        modules or shapes that are not those of ``into``, or a state in it without running
+        moments.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -176,7 +204,25 @@ def from_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
             f"from_batch_norm got collections {sorted(variables)} without mean and var, "
             "expected the batch_stats of a model with nn.BatchNorm; pass all variables."
         )
-    return made
+    return made if into is None else _put(made, into, "variables")
+
+
+def _put(trained: Any, fresh: Any, name: str) -> Any:
+    """What was trained, with the fresh state around the running moments."""
+    if isinstance(trained, RunningMoments):
+        return with_running(fresh, trained)
+    if isinstance(trained, Mapping) and isinstance(fresh, Mapping):
+        if set(trained) == set(fresh):
+            return {key: _put(trained[key], fresh[key], key) for key in trained}
+        came, expected = sorted(trained), sorted(fresh)
+    else:
+        came, expected = getattr(trained, "shape", None), getattr(fresh, "shape", None)
+        if came == expected:
+            return trained
+    raise ValueError(
+        f"from_batch_norm got {came} in {name} of the trained model, expected {expected} "
+        "as in the new one; give both models the same modules and names."
+    )
 
 
 def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._adapter import estimator_of, flag_of, patches_of, require, running_in, to_last
+from ._adapter import (
+    check_modules,
+    estimator_of,
+    flag_of,
+    patches_of,
+    require,
+    running_in,
+    to_last,
+    with_running,
+)
 from ._estimator import Estimator
 from ._layer import Layer, dense_patches
 from ._moments import AxisName
-from ._running import RunningMoments, running_moments
+from ._running import running_moments
 from ._source import run_layer
 from ._statistics import normalize
 
@@ -81,6 +90,7 @@ class Norm(nnx.Module):
         axis_name: AxisName = None,
         rngs: nnx.Rngs,
     ):
+        check_modules(estimator, layer, nnx.Module)
         spec, params = (None, None) if layer is None else _as_layer(layer)
         features = _features(num_features, params)
         self.estimator = estimator
@@ -155,13 +165,18 @@ class Norm(nnx.Module):
         return run_layer(layer, params, inputs, axis_name=self.axis_name)
 
 
-def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
+def from_batch_norm(
+    module: nnx.BatchNorm, estimator: Estimator, layer: nnx.Module | None = None
+) -> Norm:
     """A ``Norm`` that goes on where a trained ``nnx.BatchNorm`` stands.
 
     Args:
       module: the trained module; assign the result where it was.
-      estimator: ``batch_norm`` with the module's ε, also inside ``corrected_inference`` and
-        other wrappers.
+      estimator: ``batch_norm`` with the module's ε, or any other with running moments,
+        such as ``small_batch_norm``, also inside ``corrected_inference`` and other
+        wrappers. It predicts as the module did, and what it remembers besides begins anew.
+      layer: the trained layer before the module, for methods that look at it; it is run
+        by the ``Norm`` from then on.
 
     Returns:
       A ``Norm`` with the module's parameters, running statistics, mode and axes.
@@ -193,6 +208,7 @@ def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
         )
     norm = Norm(
         estimator,
+        layer=layer,
         num_features=module.num_features,
         use_running_average=module.use_running_average,
         axis=module.axis,
@@ -206,25 +222,8 @@ def from_batch_norm(module: nnx.BatchNorm, estimator: Estimator) -> Norm:
         if mine is not None and theirs is not None:
             mine.set_value(theirs.get_value())
     moments = running_moments(module.mean.get_value(), module.var.get_value())
-    norm.state.set_value(_with_running(norm.state.get_value(), moments))
+    norm.state.set_value(with_running(norm.state.get_value(), moments))
     return norm
-
-
-def _with_running(state: Any, moments: RunningMoments) -> Any:
-    """The state with the moments in their place; everything else must be fresh."""
-    found = []
-
-    def put(node):
-        found.append(isinstance(node, RunningMoments))
-        return moments if found[-1] else node
-
-    state = jax.tree.map(put, state, is_leaf=lambda n: isinstance(n, RunningMoments))
-    if not any(found):
-        raise ValueError(
-            "from_batch_norm got an estimator without running moments, expected "
-            "batch_norm(...) or a wrapper around it."
-        )
-    return state
 
 
 def to_batch_norm(

@@ -77,9 +77,6 @@ def setup(app):
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
-html_math_renderer = "mathml"
-
-
 def _readable(app, what, name, obj, options, signature, returned):
     """A signature without what Flax adds to it, and with names for objects."""
     signature = re.sub(r", parent=<.*?>, name=None", "", signature or "")

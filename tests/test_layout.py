@@ -91,6 +91,8 @@ def test_flax_enters_in_the_adapters_only():
             allowed |= {"dataclasses", "matplotlib", "numpy", "optax", "pathlib", "rich"}
         if path.stem in {"linen", "nnx"}:
             allowed |= {"flax", "re"}
+        if path.stem == "__init__":
+            allowed |= {"importlib"}
         assert packages(path) <= allowed, path.name
 
 
@@ -102,6 +104,13 @@ def test_conversion_needs_no_other_framework():
 def test_importing_the_library_imports_no_flax():
     code = "import sys, cbn_jax; sys.exit('flax' in sys.modules or 'optax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modules_are_there_when_they_are_asked_for():
+    code = "import cbn_jax; cbn_jax.nnx.Norm, cbn_jax.population.recompute; cbn_jax.linea"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AttributeError: module 'cbn_jax' has no attribute 'linea'" in run.stderr
+    assert {path.stem for path in PACKAGE.glob("[!_]*.py")} == cbn_jax._MODULES
 
 
 def test_the_oracles_import_numpy_alone():

@@ -469,6 +469,113 @@ def test_a_converted_model_trains_on(key):
     assert_close(actual, theirs.apply(flax_variables, z, train=False), 1e-4)
 
 
+class Layers(nn.Module):
+    """Each layer and its normalizer by one function, as in a model that is to change."""
+
+    norm: functools.partial
+
+    @nn.compact
+    def __call__(self, z, train):
+        z = nn.relu(self.norm(nn.Conv(4, (3, 3)), z, train))
+        return self.norm(nn.Dense(3), z, train)
+
+
+def behind(layer, z, train):
+    norm = nn.BatchNorm(use_running_average=not train, momentum=0.5, epsilon=1e-3)
+    return norm(layer(z))
+
+
+@functools.cache
+def trained_layers():
+    key = jax.random.key(0)
+    variables = Layers(behind).init(key, images(key), False)
+    z = 2.0 + images(key)
+    _, updates = Layers(behind).apply(variables, z, True, mutable=["batch_stats"])
+    return {**variables, **updates}
+
+
+def around(estimator):
+    return lambda layer, z, train: Norm(estimator, layer, use_running_average=not train)(z)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        cbn.small_batch_norm(2, epsilon=1e-3),
+        cbn.cross_iteration_batch_norm(4, running="window", epsilon=1e-3),
+        cbn.adaptive_batch_norm(cbn.replay_batch_norm(2, samples=8, epsilon=1e-3)),
+    ],
+    ids=["small_batch", "cross_iteration", "adaptive_replay"],
+)
+def test_any_method_goes_on_from_batch_norm(estimator, key):
+    """It predicts as before, begins its window anew, and trains."""
+    model, z = Layers(around(estimator)), images(key)
+    fresh = model.init(key, z, False)
+    variables = from_batch_norm(trained_layers(), into=fresh)
+    assert jax.tree.structure(variables) == jax.tree.structure(fresh)
+    expected = Layers(behind).apply(trained_layers(), z, False)
+    assert_close(model.apply(variables, z, False), expected)
+    assert jnp.abs(model.apply(fresh, z, False) - expected).max() > 0.1
+    y, updates = model.apply(variables, z, True, mutable=["batch_stats"])
+    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(
+        variables["batch_stats"]
+    )
+    assert jnp.isfinite(y).all()
+
+
+@pytest.mark.parametrize(
+    ("features", "named", "came"),
+    [
+        (5, None, r"\(3, 3, 2, 4\) in kernel .*expected \(3, 3, 2, 5\)"),
+        (4, "last", r"got \['Conv_0', .*'last'\]"),
+    ],
+)
+def test_what_goes_on_has_the_same_modules(features, named, came, key):
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, z, train):
+            norm = around(cbn.batch_norm())
+            z = norm(nn.Conv(features, (3, 3)), z, train)
+            return norm(nn.Dense(3, name=named), z, train)
+
+    fresh = Other().init(key, images(key), False)
+    with pytest.raises(ValueError, match=came):
+        from_batch_norm(trained_layers(), into=fresh)
+
+
+def test_a_method_without_running_moments_does_not_go_on(key):
+    fresh = Layers(around(cbn.diminishing_batch_norm())).init(key, images(key), False)
+    with pytest.raises(ValueError, match="without running moments, expected batch_norm"):
+        from_batch_norm(trained_layers(), into=fresh)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norms_own_state_is_not_taken_for_ours(train, key):
+    """With equal names Flax would begin a state beside it, and lose the averages."""
+    z = images(key)
+    norm = nn.BatchNorm(use_running_average=True)
+    variables = nn.Sequential([norm]).init(key, z)
+    ours = nn.Sequential([Norm(cbn.batch_norm(), use_running_average=not train)])
+    with pytest.raises(
+        ValueError, match=r"mean and var of an nn.BatchNorm .*from_batch_norm"
+    ):
+        ours.apply(variables, z, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "came"),
+    [
+        ((nn.Dense(3), CBN), "a module, Dense, as its estimator"),
+        ((3,), "3 as its estimator"),
+        ((CBN, nn.Dense), "layer=.*Dense.*, no module"),
+        ((CBN, jnp.sin), "layer=.*sin.*, no module"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, came, key):
+    with pytest.raises(TypeError, match=f"Norm got {came}.*expected an estimator"):
+        Norm(*arguments, use_running_average=False).init(key, jnp.ones((2, 3)))
+
+
 def test_nothing_to_convert(key):
     variables = nn.Dense(4).init(key, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"collections \['params'\] .*pass all variables"):
@@ -584,9 +691,14 @@ def test_a_mask_with_features_in_front(key):
     assert_close((y.swapaxes(1, 2), stats), (expected, right))
 
 
-def test_a_method_that_was_not_called(key):
-    with pytest.raises(TypeError, match=r"momentum is an array, .* Norm\(method\(...\)\)"):
-        Norm(cbn.batch_norm, use_running_average=False).init(key, jnp.ones((2, 3)))
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [(cbn.batch_norm, "momentum"), (cbn.small_batch_norm, "batch_size")],
+)
+def test_a_method_that_was_not_called(method, argument, key):
+    message = rf"{argument} is an array, .* Norm\(method\(...\)\)"
+    with pytest.raises(TypeError, match=message):
+        Norm(method, use_running_average=False).init(key, jnp.ones((2, 3)))
 
 
 def test_a_layer_of_ones_own(key):

@@ -318,6 +318,32 @@ def test_a_converted_module_keeps_its_options():
     assert norm(jnp.ones((2, 3)), use_running_average=True).dtype == jnp.bfloat16
 
 
+def test_any_method_goes_on_from_batch_norm(key):
+    """Around the layer before it: it predicts as before, and trains."""
+    trained, z = trained_tower(key), images(key)
+    estimator = cbn.small_batch_norm(2, epsilon=1e-3)
+    norm = from_batch_norm(trained.norms[0], estimator, layer=trained.conv)
+    expected = trained.norms[0](trained.conv(z), use_running_average=True)
+    assert_close(norm(z, use_running_average=True), expected)
+    norm(z, use_running_average=False)
+    assert norm.state.get_value().window.size[0] == z[..., 0].size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "came"),
+    [
+        (
+            (nnx.Linear(3, 3, rngs=nnx.Rngs(0)), cbn.batch_norm()),
+            "a module, Linear, as its estimator",
+        ),
+        ((cbn.batch_norm(), 16), "layer=16, no module"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, came):
+    with pytest.raises(TypeError, match=f"Norm got {came}.*num_features"):
+        Norm(*arguments, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     "estimator", [cbn.diminishing_batch_norm(), cbn.group_norm_plus(0.5, num_groups=2)]
 )
