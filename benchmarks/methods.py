@@ -187,6 +187,8 @@ METHODS = (*ESTIMATORS, *LAYERS)
 
 def parse(text: str, batch_size: int) -> Method:
     """``name``, also ``name+optimizer``, ``name@batch_size`` or both in this order."""
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}, expected at least 1.")
     rest, _, size = text.partition("@")
     name, _, optimizer = rest.partition("+")
     optimizer = optimizer or "sgd"

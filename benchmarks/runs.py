@@ -97,9 +97,8 @@ def curve(
                 found.append(point._asdict())
                 advance(
                     point.step - done,
-                    f"{run.network} {run.method} rate {run.learning_rate:g} "
-                    f"seed {run.seed}: loss {point.loss:.3f}, "
-                    f"accuracy {100 * point.accuracy:.1f} %",
+                    f"{run.network} {run.method}, seed {run.seed}: "
+                    f"{100 * point.accuracy:.0f} %",
                 )
                 done = point.step
         return found
@@ -161,7 +160,7 @@ class Bar:
     def __init__(self, console: Console, total: int):
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=12),  # with the rest in 80 columns
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),

@@ -74,6 +74,10 @@ _AROUND = ("timing_rounds", "output", "data_dir", "checkpoint_dir")
 def main(config: Config, console: Console) -> dict:
     """Runs what is missing, measures step times, writes and shows the results."""
     chosen = [methods.parse(text, config.batch_size) for text in config.methods]
+    if config.timing_rounds < 1:
+        raise ValueError(
+            f"--timing-rounds is {config.timing_rounds}, expected at least 1 for a median."
+        )
     runs.check_networks(config.networks)
     dataset = data.load(config.dataset, config.data_dir, config.examples)
     total = sum(
@@ -120,14 +124,16 @@ def _cells(config, network, chosen, dataset, bar) -> list[dict]:
         for method in chosen
     }
     trainers = {method: run.trainer(dataset) for method, run in run_of.items()}
-    bar.advance(0, f"timing {network}")
-    times = timing.time_steps(
+    runners = timing.make_runners(
         {str(method): (trainers[method], method.batch_size) for method in chosen},
         dataset.train_images,
         dataset.train_labels,
-        baseline=_baseline(config),
-        rounds=config.timing_rounds,
     )
+    for name, run in runners.items():
+        bar.advance(0, f"compiling {network} {name}")
+        run(1)
+    bar.advance(0, f"timing {network}")
+    times = timing.side_by_side(runners, _baseline(config), config.timing_rounds, steps=10)
     return [
         {
             "network": network,

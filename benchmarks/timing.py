@@ -22,19 +22,6 @@ class StepTime(NamedTuple):
     ratio_high: float
 
 
-def time_steps(
-    trainers: dict[str, tuple[Trainer, int]],
-    images: np.ndarray,
-    labels: np.ndarray,
-    baseline: str,
-    rounds: int,
-    steps: int = 10,
-) -> dict[str, StepTime]:
-    """Median step time of each (trainer, batch size), interleaved in one process."""
-    runners = make_runners(trainers, images, labels)
-    return side_by_side(runners, baseline, rounds, steps)
-
-
 def make_runners(
     trainers: dict[str, tuple[Trainer, int]], images: np.ndarray, labels: np.ndarray
 ) -> dict[str, Runner]:

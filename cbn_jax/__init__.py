@@ -13,8 +13,8 @@ which statistics to believe. Three more functions do the rest::
 ``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models.
 """
 
-import importlib
-from typing import Any
+import importlib as _importlib
+from typing import Any as _Any
 
 from ._adaptive import GateState as GateState
 from ._adaptive import adaptive_batch_norm as adaptive_batch_norm
@@ -75,7 +75,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -607,6 +607,12 @@ def test_batch_larger_than_the_data(small):
     assert "smaller --batch-size" in message
 
 
+def test_numbers_that_leave_nothing_to_do(small):
+    for option in ("--batch-size", "--timing-rounds"):
+        message = refuse(option, "0", "--data-dir", str(small.data_dir))
+        assert "is 0, expected at least 1" in message
+
+
 def test_help_reads_well(capsys):
     with pytest.raises(SystemExit, match="0"):
         small_batch.cli(["--help"])

@@ -5,14 +5,18 @@ import inspect
 import json
 import pkgutil
 import re
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 
 import cbn_jax
 from benchmarks import small_batch, tables
+from cbn_jax.linen import Norm
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
@@ -107,6 +111,29 @@ def test_links_and_pictures_exist(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert "://" in target or (path.parent / target).exists(), target
+
+
+def test_the_layers_that_the_documentation_names(key):
+    """Those that streaming cannot look into, and cross-iteration can."""
+    images, tokens = jnp.ones((2, 8, 8, 3)), jnp.arange(16).reshape(2, 8)
+    layers = [
+        (nn.ConvTranspose(4, (3, 3), (2, 2)), images),
+        (nn.Embed(20, 4), tokens),
+        (nn.DenseGeneral(4), images),
+        *(
+            (nn.Conv(4, (3,), padding=padding), images[:, 0])
+            for padding in ("CIRCULAR", "REFLECT", "CAUSAL")
+        ),
+    ]
+    for layer, z in layers:
+        for estimator, works in (
+            (cbn_jax.small_batch_norm(batch_size=2), False),
+            (cbn_jax.cross_iteration_batch_norm(window=8), True),
+        ):
+            norm = Norm(estimator, layer.copy(), use_running_average=False)
+            variables = norm.init(key, z)
+            with nullcontext() if works else pytest.raises(ValueError, match="patches"):
+                norm.apply(variables, z, mutable=["batch_stats"])
 
 
 def test_changelog_knows_the_version():
