@@ -57,7 +57,10 @@ def test_the_address_stands_in_one_place(name):
     moved = colabs.with_address(text, "https://github.com/some-one/else")
     assert "colab.research.google.com/github/some-one/else/blob/main/colabs/" in moved
     assert '@ git+https://github.com/some-one/else"' in moved
-    assert colabs.repository().rsplit("github.com/", 1)[1] not in moved
+    slug = colabs.repository().removeprefix("https://github.com/")
+    assert slug not in moved
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/*.py")]
+    assert not [path for path in documents if slug in path.read_text()]
 
 
 @pytest.mark.parametrize("name", NAMES)
