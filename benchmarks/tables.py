@@ -101,6 +101,7 @@ def redrawn(root: Path) -> list[str]:
     for name, module in STUDIES.items():
         for figure, draw in getattr(module, "FIGURES", {}).items():
             path = root / "benchmarks/results" / name / f"{figure}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
             draw(json.loads(results(name)), path)
             made.append(str(path.relative_to(root)))
     return made

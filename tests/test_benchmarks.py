@@ -579,6 +579,19 @@ def test_tables_are_made_anew(tmp_path):
         tables.rendered("<!-- verdict weather --><!-- end -->")
 
 
+def test_all_figures_are_drawn_anew(tmp_path):
+    """From the committed results; and no other picture is committed."""
+    config = tables.Config(tmp_path, figures=True)
+    for name in ("benchmarks/README.md", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    made = tables.main(config, Console())["changed"]
+    committed = tables.ROOT.glob("benchmarks/results/*/*.png")
+    assert set(made) == {str(path.relative_to(tables.ROOT)) for path in committed}
+    for path in made:
+        assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
 def refuse(*arguments, module=small_batch):
     with pytest.raises(SystemExit) as error:
         module.cli(list(arguments))

@@ -3,6 +3,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 from cases import FACTORIES, LAYERS, init, train
@@ -293,6 +294,9 @@ def test_a_figure_is_written(tmp_path):
     assert [axes.get_title() for axes in figure.axes] == ["one", "another", "", ""]
     labels = [axes.get_ylabel() for axes in figure.axes]
     assert labels == ["loss", "", "change of the gradient", ""]
+    # In the library's look, which is nobody else's afterwards.
+    assert not any(axes.spines["top"].get_visible() for axes in figure.axes)
+    assert matplotlib.rcParams["axes.spines.top"]
 
 
 @pytest.mark.parametrize("smooth", [1, 3])
