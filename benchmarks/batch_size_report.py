@@ -222,7 +222,7 @@ def _line(axis, points: dict, name: str) -> None:
         list(points),
         [value.mean() for value in values],
         [report.standard_error(value) for value in values],
-        **report.look(index),
+        **report.look_of(name, index),
         label=name,
         lw=1.4 if index else 2.4,  # the first stands out
         zorder=2 if index else 3,

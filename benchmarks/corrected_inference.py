@@ -345,7 +345,8 @@ def figure(results: dict) -> Any:
         axis.minorticks_off()
         axis.set_xlabel("batch size in training")
     axes[0].set_ylabel("test error, %")
-    axes[0].legend()
+    lines = axes[0].get_legend_handles_labels()
+    made.legend(*lines, loc="outside lower center", ncols=len(INFERENCES))
     return made
 
 

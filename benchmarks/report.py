@@ -115,6 +115,28 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+# One color and marker a method in all figures; where two share one, no figure has both.
+_PLACES = {
+    "batch_norm": 0,
+    "cross_iteration": 1,
+    "small_batch": 2,
+    "streaming": 2,
+    "group_norm": 3,
+    "cross_iteration_burn_in": 4,
+    "batch_norm+sgd_centralized": 4,
+    "group_batch": 5,
+    "replay": 5,
+    "none": 6,
+    "group_plus": 6,
+    "batch_norm@32": 6,
+}
+
+
+def look_of(label: str, index: int) -> dict[str, Any]:
+    """Color and marker of a method; of the line ``index`` where it has none of its own."""
+    return look(_PLACES.get(label, index))
+
+
 HEADINGS = ("net", "method", "train loss", "test, %", "step / BN", "state")
 
 
@@ -203,7 +225,7 @@ def _curve(axis, cell: dict, index: int) -> None:
     examples = [cell["batch_size"] * point["step"] for point in cell["curves"][0]]
     accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
     line = {
-        **look(index),
+        **look_of(cell["label"], index),
         "linestyle": "--" if "@" in cell["label"] else "-",
         "markevery": (index, 8),  # here and there, not all in one place
         "label": cell["label"],

@@ -210,7 +210,7 @@ def figure(results: dict) -> Any:
                 error.mean(axis=1),
                 error.std(axis=1),
                 linestyle=style,
-                **report.look(index),
+                **report.look_of(label, index),
                 label=label,
             )
         axis.set(title=f"{network.upper()}, batch size {size}", xscale="log", yscale="log")

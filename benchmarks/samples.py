@@ -188,7 +188,7 @@ def figure(results: dict) -> Any:
                 flops,
                 values.mean(1),
                 values.std(1),
-                **report.look(index),
+                **report.look_of(kind, index),
                 label=kind,
             )
             for cell, x, y in zip(cells, flops, values.mean(1), strict=True):

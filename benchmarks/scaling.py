@@ -239,7 +239,8 @@ def figure(results: dict) -> Any:
         cells = [c for c in results["cells"] if (c["what"], c["against"]) == law]
         for i, cell in enumerate(cells):
             values = np.array(cell["values"]) * _UNITS[law[0]][0]
-            axis.plot(cell["sizes"], values, label=cell["method"], **report.look(i))
+            look = report.look_of(cell["method"], i)
+            axis.plot(cell["sizes"], values, label=cell["method"], **look)
         scale = "log" if law[0] in ("state", "FLOPs") else "linear"
         axis.set(xscale="log", yscale=scale, xlabel=law[1], title=law[0])
         if scale == "linear":
@@ -247,7 +248,8 @@ def figure(results: dict) -> Any:
         axis.set_ylabel(_UNITS[law[0]][1])
         axis.set_xticks(cells[0]["sizes"], [str(size) for size in cells[0]["sizes"]])
         axis.minorticks_off()
-    made.axes[0].legend()
+    lines = made.axes[0].get_legend_handles_labels()
+    made.legend(*lines, loc="outside lower center", ncols=len(lines[0]))
     return made
 
 
