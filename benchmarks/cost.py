@@ -287,15 +287,10 @@ def markdown(results: dict) -> str:
 
 def of(results: dict, *labels: str) -> str:
     """What some methods cost beside Flax's batch norm, in short."""
-    headings = ("net", "batch", "method", "FLOPs", "bytes", "time", "state / θ")
+    headings = (*BESIDE, "state / θ")
     rows = [
         (
-            cell["network"],
-            str(cell["batch_size"]),
-            cell["label"],
-            f"{cell['flops'] / base['flops']:.2f}",
-            f"{cell['bytes'] / base['bytes']:.2f}",
-            _time(cell),
+            *_beside(base, cell),
             f"{cell['state'] / cell['params']:.2f}",
         )
         for base, cells in _groups(results)
@@ -319,15 +314,10 @@ def _groups(results: dict) -> list[tuple[dict, list[dict]]]:
 
 
 def _table(results: dict) -> str:
-    headings = ("net", "batch", "method", "FLOPs", "bytes", "time", "roofline", "memory")
+    headings = (*BESIDE, "roofline", "memory", "compile", "state / θ")
     rows = [
         (
-            cell["network"],
-            str(cell["batch_size"]),
-            cell["label"],
-            f"{cell['flops'] / base['flops']:.2f}",
-            f"{cell['bytes'] / base['bytes']:.2f}",
-            _time(cell),
+            *_beside(base, cell),
             _roofline(cell, results["rates"]),
             report.size(cell["memory"]),
             f"{cell['compile']:.1f}",
@@ -336,7 +326,22 @@ def _table(results: dict) -> str:
         for base, cells in _groups(results)
         for cell in cells
     ]
-    return report.markdown_table((*headings, "compile", "state / θ"), rows)
+    return report.markdown_table(headings, rows)
+
+
+BESIDE = ("net", "batch", "method", "FLOPs", "bytes", "time")
+
+
+def _beside(base: dict, cell: dict) -> tuple[str, ...]:
+    """The columns ``BESIDE``, of which three are ratios to the baseline."""
+    return (
+        cell["network"],
+        str(cell["batch_size"]),
+        cell["label"],
+        f"{cell['flops'] / base['flops']:.2f}",
+        f"{cell['bytes'] / base['bytes']:.2f}",
+        _time(cell),
+    )
 
 
 def _time(cell: dict) -> str:
