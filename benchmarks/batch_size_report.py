@@ -15,7 +15,7 @@ with needed_for("benchmarks"):
 from . import report, study
 
 VERDICT = ("small_batch", "batch_norm", "group_norm")
-# Those that a figure and the summary have room for; the table has all.
+# Those that a figure has room for; the table has all.
 DRAWN = (
     "small_batch",
     "batch_norm",

@@ -36,7 +36,8 @@ class Norm(nn.Module):
     ``Norm(estimator, layer=nn.Conv(...))(z)`` runs the layer first and lets the estimator
     see its parameters; every method accepts that form, cross-iteration methods need it.
     The layer's parameters stay where they were: ``Conv_0/kernel`` remains
-    ``Conv_0/kernel``.
+    ``Conv_0/kernel``. In ``setup``, make the layer an attribute first; one made within the
+    call of ``Norm`` there is below it, as ``layer``.
 
     Learned ``scale`` and ``bias`` are in the collection ``params``, the estimator's state
     is in ``batch_stats``: make that one mutable in training, as for ``nn.BatchNorm``. While
