@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """cbn_jax: normalization for small batches, in JAX and Flax.
 
-A method is an ``Estimator``: pure functions ``init``, ``train`` and ``infer`` that say
-which statistics to believe. Three more functions do the rest::
+A method is an ``Estimator``: pure functions ``init``, ``train`` and ``infer`` that estimate
+the statistics to normalize with. Three more functions do the rest::
 
     estimator = small_batch_norm(batch_size=2)
-    state = estimator.init(features, params)
+    state = estimator.init(features, layer, params)
     x, source = run_layer(layer, params, inputs)
     statistics, state = estimator.train(state, x, source)
     y = normalize(x, statistics, scale, bias)
@@ -14,68 +14,107 @@ which statistics to believe. Three more functions do the rest::
 """
 
 import importlib as _importlib
+from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-from ._adaptive import GateState as GateState
-from ._adaptive import adaptive_batch_norm as adaptive_batch_norm
-from ._adaptive import heterogeneity as heterogeneity
-from ._adaptive import set_gate as set_gate
-from ._batch_norm import batch_norm as batch_norm
-from ._corrected import Fit as Fit
-from ._corrected import FittedState as FittedState
-from ._corrected import corrected_inference as corrected_inference
-from ._corrected import fitted_inference as fitted_inference
-from ._cross_iteration import CrossIterationState as CrossIterationState
-from ._cross_iteration import cross_iteration_batch_norm as cross_iteration_batch_norm
-from ._cross_iteration import epochs_to_steps as epochs_to_steps
-from ._cross_iteration import ramp as ramp
-from ._diminishing import Convergence as Convergence
-from ._diminishing import DiminishingState as DiminishingState
-from ._diminishing import diminishing_batch_norm as diminishing_batch_norm
-from ._diminishing import diminishing_convergence as diminishing_convergence
-from ._estimator import Estimator as Estimator
-from ._fold import fold as fold
-from ._group_batch import GroupNormPlusState as GroupNormPlusState
-from ._group_batch import group_batch_norm as group_batch_norm
-from ._group_batch import group_norm_plus as group_norm_plus
-from ._layer import Layer as Layer
-from ._layer import convolution as convolution
-from ._layer import dense as dense
-from ._moments import Moments as Moments
-from ._moments import batch_moments as batch_moments
-from ._moments import pool_moments as pool_moments
-from ._replay import Memory as Memory
-from ._replay import ReplayState as ReplayState
-from ._replay import replay_batch_norm as replay_batch_norm
-from ._running import RunningMoments as RunningMoments
-from ._running import cumulative as cumulative
-from ._running import diminishing as diminishing
-from ._running import exponential as exponential
-from ._running import running_moments as running_moments
-from ._small_batch import small_batch_norm as small_batch_norm
-from ._source import Source as Source
-from ._source import run_layer as run_layer
-from ._statistics import Statistics as Statistics
-from ._statistics import normalize as normalize
-from ._streaming import StreamingState as StreamingState
-from ._streaming import streaming_batch_norm as streaming_batch_norm
+from .core.estimator import Estimator
+from .core.layers import Layer, convolution, dense
+from .core.moments import Moments, batch_moments, pool_moments
+from .core.running import RunningMoments, from_batch_stats
+from .core.schedules import Schedule, cumulative, diminishing, exponential, ramp
+from .core.source import Source, run_layer
+from .core.statistics import Statistics, normalize
+from .core.values import factory
+from .methods.batch_norm import batch_norm
+from .methods.cross_iteration import CrossIterationState, cross_iteration_batch_norm
+from .methods.diminishing import DiminishingState, diminishing_batch_norm
+from .methods.group_batch import group_batch_norm
+from .methods.group_norm import group_norm
+from .methods.group_norm_plus import group_norm_plus
+from .methods.replay import ReplayState, replay_batch_norm
+from .methods.small_batch import small_batch_norm
+from .methods.streaming import StreamingState, streaming_batch_norm
+from .tools.fold import fold
+from .wrappers.adaptive import GateState, adaptive_batch_norm, heterogeneity, set_gate
+from .wrappers.corrected import corrected_inference
+from .wrappers.fitted import FittedState, fitted_inference
+from .wrappers.learned import Learned, learned
+
+if TYPE_CHECKING:
+    from . import assessment as assessment
+    from . import convert as convert
+    from . import diagnostics as diagnostics
+    from . import figures as figures
+    from . import linen as linen
+    from . import nnx as nnx
+    from . import optax as optax
+    from . import population as population
 
 __version__ = "0.1.0"
 
-# Imported where they are first asked for: most of them need more than JAX.
-_MODULES = {
+# Imported at the first use: most of them need more than JAX.
+_MODULES = [
     "assessment",
     "convert",
     "diagnostics",
-    "landscape",
+    "figures",
     "linen",
     "nnx",
     "optax",
     "population",
-}
+]
+
+__all__ = [
+    "CrossIterationState",
+    "DiminishingState",
+    "Estimator",
+    "FittedState",
+    "GateState",
+    "Layer",
+    "Learned",
+    "Moments",
+    "ReplayState",
+    "RunningMoments",
+    "Schedule",
+    "Source",
+    "Statistics",
+    "StreamingState",
+    "adaptive_batch_norm",
+    "batch_moments",
+    "batch_norm",
+    "convolution",
+    "corrected_inference",
+    "cross_iteration_batch_norm",
+    "cumulative",
+    "dense",
+    "diminishing",
+    "diminishing_batch_norm",
+    "exponential",
+    "factory",
+    "fitted_inference",
+    "fold",
+    "from_batch_stats",
+    "group_batch_norm",
+    "group_norm",
+    "group_norm_plus",
+    "heterogeneity",
+    "learned",
+    "normalize",
+    "pool_moments",
+    "ramp",
+    "replay_batch_norm",
+    "run_layer",
+    "set_gate",
+    "small_batch_norm",
+    "streaming_batch_norm",
+]
 
 
 def __getattr__(name: str) -> _Any:
     if name in _MODULES:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES, "__version__"])

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running moments: averages over the batches of training, for inference.
+
+All averages are ``r ← r + α_m (batch − r)``; they differ in α_m, the weight of batch m.
+With α₁ = 1 there is nothing to debias: after one step the average is that step's value.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .moments import Moments
+from .schedules import ScheduleFn, weights
+
+
+class RunningMoments(NamedTuple):
+    """Average of the moments of all batches so far.
+
+    Attributes:
+      mean: ``[C]``, 0 before the first batch.
+      var: ``[C]``, biased as in Flax, 1 before the first batch.
+      steps: ``[C]``, the number m of batches seen.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+    steps: jax.Array
+
+
+LONG = 1e6  # batches behind an average from elsewhere: weights no longer change
+
+
+def from_batch_stats(mean: jax.Array, var: jax.Array) -> RunningMoments:
+    """A state of ``batch_norm`` from the ``batch_stats`` of a trained Flax layer.
+
+    The averages have the weight of very many batches. An exponential average then
+    continues at its own pace, and an average over all batches hardly changes.
+
+    Args:
+      mean: ``[C]``.
+      var: ``[C]``, biased (Flax's is; PyTorch's times (n − 1)/n, n values per feature).
+
+    Returns:
+      A ``RunningMoments``, also the state of wrappers around ``batch_norm`` that add none.
+
+    Raises:
+      ValueError: shapes that differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> batch_stats = {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}
+      >>> cbn.from_batch_stats(**batch_stats).var
+      Array([4.], dtype=float32)
+    """
+    mean, var = jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32)
+    if mean.shape != var.shape:
+        raise ValueError(
+            f"from_batch_stats got mean of shape {mean.shape} and var of shape "
+            f"{var.shape}, expected [features] for both."
+        )
+    return RunningMoments(mean, var, jnp.full_like(mean, LONG))
+
+
+def find_running(states: Any) -> list[RunningMoments]:
+    """All running moments in a tree."""
+    return [
+        leaf for leaf in jax.tree.leaves(states, is_leaf=is_running) if is_running(leaf)
+    ]
+
+
+def is_running(node: Any) -> bool:
+    """Whether a node of a tree is one."""
+    return isinstance(node, RunningMoments)
+
+
+def init_running(features: int) -> RunningMoments:
+    """Running moments before the first batch."""
+    return RunningMoments(
+        mean=jnp.zeros(features, jnp.float32),
+        var=jnp.ones(features, jnp.float32),
+        steps=jnp.zeros(features, jnp.float32),
+    )
+
+
+def update_running(
+    running: RunningMoments, moments: Moments, average: ScheduleFn
+) -> RunningMoments:
+    """Takes one batch into the average; a feature without usable moments stays as it is."""
+    running, moments = lax.stop_gradient((running, moments))
+    moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moments)
+    usable = usable_moments(moments)
+    steps = running.steps + usable.astype(jnp.float32)
+    # The first batch is all there is to average, whatever the schedule.
+    alpha = jnp.where(steps > 1, weights(average, jnp.maximum(steps, 1.0)), 1.0)
+
+    def blend(old, new):
+        return old + jnp.where(usable, alpha * (new - old), 0.0)
+
+    return RunningMoments(
+        mean=blend(running.mean, moments.mean),
+        var=blend(running.var, moments.var),
+        steps=steps,
+    )
+
+
+def usable_moments(moments: Moments) -> jax.Array:
+    """True for features whose moments are finite and come from at least one value.
+
+    One overflow or NaN must not enter a state: it shows in its own step and in no other.
+    """
+    # A mean that is not finite makes the variance NaN.
+    return jnp.isfinite(moments.var) & (moments.size > 0)
+
+
+def known_moments(moments: Moments, running: RunningMoments) -> Moments:
+    """The batch's moments, or the running ones for features without a single value."""
+    empty = moments.size == 0
+    return Moments(
+        mean=jnp.where(empty, running.mean.astype(moments.mean.dtype), moments.mean),
+        var=jnp.where(empty, running.var.astype(moments.var.dtype), moments.var),
+        size=moments.size,
+    )

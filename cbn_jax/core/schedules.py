@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules: functions of the number of batches, such as the weights of an average."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .checks import check_count, check_fraction
+from .values import Value, factory, is_factory
+
+ScheduleFn = Callable[[jax.Array], jax.Array]  # a Schedule, or one of optax
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Schedule(Value):
+    """A function of a number of batches that compares, prints and pickles as its call.
+
+    Methods that take a schedule also take a plain function, such as a schedule of optax.
+    A plain function compares by identity.
+
+    Attributes:
+      rule: the function.
+    """
+
+    rule: ScheduleFn
+
+    def __call__(self, steps: jax.Array) -> jax.Array:
+        """The value after so many batches."""
+        return self.rule(steps)
+
+
+@factory
+def exponential(momentum: float = 0.99) -> Schedule:
+    """Weights of an exponential average with decay β, debiased: α_m = (1 − β) / (1 − βᵐ).
+
+    The weights of the last batches fall off as 1, β, β², … and sum to one at every step.
+
+    Args:
+      momentum: the decay β in [0, 1), the fraction kept; 0 keeps the last batch only.
+
+    Returns:
+      The schedule m ↦ α_m, the weight of the m-th batch.
+
+    Raises:
+      ValueError: ``momentum`` outside [0, 1).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> cbn.exponential(0.5)(jnp.array([1.0, 2.0]))
+      Array([1.       , 0.6666667], dtype=float32)
+
+    Differs from Flax and PyTorch, whose averages start at 0 and 1 and stay biased
+    towards them for several times 1 / (1 − β) steps.
+    """
+    check_fraction("momentum", momentum)
+    log_decay = math.log(momentum) if momentum else -math.inf
+    return Schedule(lambda m: jnp.expm1(log_decay) / jnp.expm1(log_decay * m))
+
+
+@factory
+def cumulative() -> Schedule:
+    """Weights of the plain mean of all batches: α_m = 1 / m.
+
+    Returns:
+      The schedule m ↦ α_m, the weight of the m-th batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> cbn.cumulative()(jnp.array([1.0, 4.0]))
+      Array([1.  , 0.25], dtype=float32)
+    """
+    return Schedule(lambda m: 1.0 / m)
+
+
+@factory
+def diminishing(power: float = 1.0) -> Schedule:
+    """Weights that shrink as a power: α_m = 1 / mᵖ.
+
+    With p = 1 all batches have the same weight (``cumulative``). With p > 1 early batches
+    have more: with p = 2 the first batch keeps half of all weight forever. With p < 1 late
+    batches have more.
+
+    Args:
+      power: p, not negative; 0 keeps the last batch only.
+
+    Returns:
+      The schedule m ↦ α_m, the weight of the m-th batch.
+
+    Raises:
+      ValueError: a negative ``power``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> cbn.diminishing(2.0)(jnp.array([1.0, 4.0]))
+      Array([1.    , 0.0625], dtype=float32)
+    """
+    if not power >= 0.0:
+        raise ValueError(f"power is {power!r}, expected p from 0 on in α_m = 1 / m**p.")
+    return Schedule(lambda m: m**-power)
+
+
+@factory
+def ramp(steps: int) -> Schedule:
+    """A burn-in that lengthens the window gradually, from 1 to k in ``steps`` iterations.
+
+    Args:
+      steps: iterations until the whole window is in use, at least 1.
+
+    Returns:
+      The schedule for ``cross_iteration_batch_norm(burn_in=...)``, iterations so far ↦
+      share of the past iterations in use.
+
+    Raises:
+      ValueError: ``steps`` is not a whole number from 1 on.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> cbn.ramp(4)(jnp.array([0.0, 1.0, 8.0]))
+      Array([0.  , 0.25, 1.  ], dtype=float32)
+    """
+    check_count("steps", steps, 1)
+    return Schedule(lambda seen: jnp.minimum(seen / steps, 1.0))
+
+
+def averaging(momentum: float | ScheduleFn) -> ScheduleFn:
+    """A schedule unchanged; a number as the decay of an exponential average."""
+    check_schedule("momentum", momentum)
+    return momentum if callable(momentum) else exponential(momentum)
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """``cumulative`` without parentheses makes a schedule and is none."""
+    if is_factory(value):
+        raise TypeError(
+            f"{name} is the function {value.__name__}, expected a number or a schedule; "
+            f"write {name}={value.__name__}(...)."
+        )
+
+
+def weights(average: ScheduleFn, steps: jax.Array) -> jax.Array:
+    """α_m of each feature. Schedules of optax take one count at a time."""
+    return jax.vmap(average)(steps)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every estimator returns, and the one formula that uses it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .moments import Moments, align, wide
+
+
+class Statistics(NamedTuple):
+    """Location and inverse scale by which activations are normalized.
+
+    The inverse standard deviation already holds ε. That is what lets one noun serve
+    methods which average σ instead of σ², leave a batch exactly as it is
+    (``mean=0, inv_std=1``), use statistics per example, or mix two normalizations
+    (a mix of affine maps of ``x`` is an affine map of ``x``).
+
+    Attributes:
+      mean: broadcastable against ``x``; ``[C]`` for batch statistics.
+      inv_std: the same, 1 / √(variance + ε).
+    """
+
+    mean: jax.Array
+    inv_std: jax.Array
+
+
+def statistics_of(moments: Moments, epsilon: float) -> Statistics:
+    """Mean and 1 / √(variance + ε) of the given moments."""
+    return Statistics(moments.mean, jax.lax.rsqrt(moments.var + epsilon))
+
+
+def std_of(var: jax.Array) -> jax.Array:
+    """√var; where nothing varies 0, with gradient 0."""
+    constant = var == 0
+    return jnp.where(constant, 0.0, jnp.sqrt(jnp.where(constant, 1.0, var)))
+
+
+def identity_where(condition: jax.Array, statistics: Statistics) -> Statistics:
+    """Mean 0 and scale 1, which leave ``x`` exactly as it is, where the condition holds."""
+    return Statistics(
+        jnp.where(condition, 0.0, statistics.mean),
+        jnp.where(condition, 1.0, statistics.inv_std),
+    )
+
+
+def compose(first: Statistics, then: Statistics) -> Statistics:
+    """Normalizing by ``first``, and what comes out by ``then``, in one step."""
+    # A scale of 0 (the variance overflowed) makes everything 0, whatever the means.
+    scale = jnp.where(first.inv_std > 0, first.inv_std, 1.0)
+    return Statistics(first.mean + then.mean / scale, first.inv_std * then.inv_std)
+
+
+def blend(weight: jax.Array, one: Statistics, other: Statistics) -> Statistics:
+    """``weight`` of what ``one`` makes of ``x``, the rest of what ``other`` makes of it."""
+    share = weight * one.inv_std
+    inv_std = share + (1.0 - weight) * other.inv_std
+    share = share / jnp.where(inv_std > 0, inv_std, 1.0)
+    return Statistics(other.mean + share * (one.mean - other.mean), inv_std)
+
+
+@jax.named_scope("normalize")
+def normalize(
+    x: jax.Array,
+    statistics: Statistics,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Normalizes activations: ``(x − mean) · inv_std · scale + bias``.
+
+    Written once for all methods. The arithmetic is done in float32 (float64 for float64
+    input) and rounded once, at the end.
+
+    Args:
+      x: activations ``[..., C]``, floating point.
+      statistics: from an estimator's ``train`` or ``infer``.
+      scale: learned factor, broadcastable against ``x``, usually ``[C]``; None for 1.
+      bias: learned offset, broadcastable against ``x``, usually ``[C]``; None for 0.
+
+    Returns:
+      The normalized activations, in the shape and dtype of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> cbn.normalize(x, cbn.Statistics(jnp.array([2.0]), jnp.array([1.0])))
+      Array([[-1.],
+             [ 1.]], dtype=float32)
+
+    Differs from ``flax.linen.BatchNorm``: the output keeps the dtype of ``x`` also where
+    the parameters have a wider one.
+    """
+    dtype = wide(x.dtype)
+
+    def aligned(value):
+        return align(value, x).astype(dtype)
+
+    factor = aligned(statistics.inv_std)
+    if scale is not None:
+        factor = factor * aligned(scale)
+    y = (x.astype(dtype) - aligned(statistics.mean)) * factor
+    if bias is not None:
+        y = y + aligned(bias)
+    return y.astype(x.dtype)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frame of the methods whose window moves with the weights of the layer before them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .checks import (
+    check_activations,
+    check_features_last,
+    check_mask,
+    check_state,
+    check_state_type,
+    check_values,
+)
+from .estimator import Estimator, State
+from .layers import Layer
+from .moments import AxisName, Moments
+from .running import known_moments, update_running
+from .schedules import ScheduleFn
+from .source import Source
+from .statistics import statistics_of
+
+#: ``(features, params, groups) -> state``.
+InitState = Callable[[int, Any, int], State]
+#: ``(state, x, source, axis_name, mask) -> (batch, pooled, state)``: moments of the batch
+#: alone, moments of the whole window, and the state whose running moments are still old.
+Step = Callable[
+    [State, jax.Array, Source, AxisName, jax.Array | None], tuple[Moments, Moments, State]
+]
+
+
+def windowed(
+    name: str,
+    state_type: type,
+    init_state: InitState,
+    step: Step,
+    *,
+    average: ScheduleFn,
+    epsilon: float,
+    running: str = "window",
+    alone: bool = False,
+    patches: bool = True,
+) -> Estimator:
+    """An estimator from one step of its window.
+
+    Args:
+      name: of the function that the user called, for errors.
+      state_type: its first field is ``running``, a ``RunningMoments``.
+      init_state: makes the state.
+      step: one step of the window.
+      average: schedule of the running average.
+      epsilon: ε.
+      running: which moments are averaged for inference, "batch" or "window".
+      alone: whether a batch may have to supply statistics without the window, and so must
+        hold two values per feature.
+      patches: whether the step uses ``source.patches``.
+    """
+
+    def init(features, layer=None, params=None):
+        check_features_last(name, features, params)
+        return init_state(features, params, _groups_of(name, layer))
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        check_activations(name, x)
+        check_state_type(name, state, state_type)
+        source = _check_source(name, source, patches)
+        _check_form(name, state, init_state, x, source)
+        check_mask(name, x, mask)
+        if alone:
+            check_values(name, x, axis_name, mask)
+        state = lax.stop_gradient(state)
+        batch, pooled, new = step(state, x, source, axis_name, mask)
+        if mask is not None:
+            pooled = known_moments(pooled, state.running)
+        seen = batch if running == "batch" else pooled._replace(size=batch.size)
+        new = new._replace(running=update_running(state.running, seen, average))
+        return statistics_of(pooled, epsilon), lax.stop_gradient(new)
+
+    def infer(state, x):
+        check_activations(name, x)
+        check_state(name, state, state_type, lambda s: s.running.mean, x)
+        return statistics_of(state.running, epsilon)
+
+    return Estimator(init, train, infer, epsilon)
+
+
+def _groups_of(name: str, layer: Any) -> int:
+    if not (isinstance(layer, Layer) or callable(layer)):
+        raise TypeError(
+            f"{name} got layer={layer!r}, expected the layer before it; write "
+            "estimator.init(features, layer, params) with what run_layer takes, such as "
+            "cbn_jax.dense or cbn_jax.convolution(...)."
+        )
+    return layer.groups if isinstance(layer, Layer) else 1
+
+
+def _check_source(name: str, source: Source | None, patches: bool) -> Source:
+    """There is a source, and it has what the method needs."""
+    if source is None:
+        raise ValueError(
+            f"{name} got source=None, expected the layer that made x; take both from "
+            "x, source = run_layer(layer, params, inputs), or give the Flax module its "
+            "layer: Norm(estimator, layer=...)."
+        )
+    if patches and source.patches is None:
+        raise ValueError(
+            f"{name} got a source without patches, expected a dense layer or a "
+            "convolution: run_layer(cbn_jax.dense, ...), run_layer(cbn_jax.convolution("
+            "...), ...), or a Flax Dense or Conv (padding SAME, VALID or numbers; no input "
+            "dilation, no kernel mask); for ConvTranspose and others write "
+            "cross_iteration_batch_norm(), which needs no patches."
+        )
+    return source
+
+
+def _check_form(
+    name: str, state: State, init_state: InitState, x: jax.Array, source: Source
+) -> None:
+    """The state has the shapes that ``init`` makes for this layer."""
+    check_features_last(name, x.shape[-1], source.params)
+    expected = jax.eval_shape(
+        lambda params: init_state(x.shape[-1], params, source.groups), source.params
+    )
+    came = dict(jax.tree.leaves_with_path(state))
+    for path, leaf in jax.tree.leaves_with_path(expected):
+        shape = jnp.shape(came[path]) if path in came else None
+        if shape != leaf.shape:
+            raise ValueError(
+                f"{name} got a state with state{jax.tree_util.keystr(path)} of shape "
+                f"{shape}, expected {leaf.shape} for this layer; make the state with "
+                "estimator.init(features, layer, params), with the arguments of run_layer "
+                "and the same estimator."
+            )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linen module that normalizes with any estimator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.moments import AxisName
+from cbn_jax.core.source import run_layer
+from cbn_jax.core.statistics import normalize
+from cbn_jax.wrappers.learned import Learned
+
+from .layers import as_layer
+
+
+class Norm(nn.Module):
+    """Normalizes activations with any estimator of this library.
+
+    ``Norm(estimator)(x)`` stands where ``nn.BatchNorm()(x)`` stood.
+    ``Norm(estimator, layer=nn.Conv(...))(z)`` runs the layer first and lets the estimator
+    see its parameters; every method accepts that form, cross-iteration methods need it.
+    The layer's parameters stay where they were: ``Conv_0/kernel`` remains
+    ``Conv_0/kernel``. In ``setup``, make the layer an attribute first; one made within the
+    call of ``Norm`` there is below it, as ``layer``.
+
+    Learned ``scale`` and ``bias`` are in the collection ``params``, the estimator's state
+    is in ``batch_stats``: make that one mutable in training, as for ``nn.BatchNorm``. While
+    initializing the state is not updated and no collective runs.
+
+    Attributes:
+      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
+        its arguments. With ``cbn_jax.learned(cbn_jax.group_batch_norm, ...)`` the module
+        learns the weight of the method, as the sigmoid of a parameter ``mix``.
+      layer: a module that is linear in its parameters (``nn.Conv``, ``nn.Dense``, …), run
+        before normalizing.
+      use_running_average: True for inference, False for training; give it here or in the
+        call, not in both.
+      axis: the feature axis; ``layer`` needs features last.
+      dtype: dtype of the result; None for the dtype of the activations.
+      param_dtype: dtype of ``scale`` and ``bias``.
+      use_bias: whether to add a learned ``bias``.
+      use_scale: whether to multiply by a learned ``scale``.
+      bias_init: initializer of ``bias``.
+      scale_init: initializer of ``scale``.
+      mix_init: initializer of ``mix``, a scalar.
+      axis_name: axis of ``shard_map``, ``pmap`` or ``vmap`` over which the batch is
+        spread; None under ``jit``, also with a sharded batch.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import cbn_jax
+      >>> from cbn_jax.linen import Norm
+      >>> estimator = cbn_jax.cross_iteration_batch_norm(window=8)
+      >>> model = Norm(estimator, layer=nn.Dense(4), use_running_average=False)
+      >>> z = jnp.ones((2, 3))
+      >>> variables = model.init(jax.random.key(0), z)
+      >>> y, updates = model.apply(variables, z, mutable=["batch_stats"])
+      >>> y.shape
+      (2, 4)
+    """
+
+    estimator: Estimator | Learned
+    layer: nn.Module | None = None
+    use_running_average: bool | None = None
+    axis: int = -1
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+    scale_init: Callable[..., jax.Array] = nn.initializers.ones
+    mix_init: Callable[..., jax.Array] = nn.initializers.ones
+    axis_name: AxisName = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_stats: bool = True,
+    ) -> jax.Array:
+        """Normalizes ``inputs``, or the layer's output for them.
+
+        Args:
+          inputs: activations, or the layer's input if the module has one.
+          use_running_average: True for inference, False for training; give it here or in
+            the constructor, not in both.
+          mask: broadcastable to the activations, True where a value counts. Statistics
+            ignore the others; the output is computed everywhere.
+          update_stats: False trains with the method's statistics and leaves its state as
+            it is.
+
+        Returns:
+          Normalized activations.
+        """
+        check_modules(self.estimator, self.layer, nn.Module)
+        self._check_variables()
+        running = flag_of(self.use_running_average, use_running_average)
+        estimator = estimator_of(
+            self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
+        )
+        x, source, layer, params = self._run_layer(inputs)
+        x, mask, back = to_last(x, mask, self.axis)
+        features = x.shape[-1]
+        state = self.variable(
+            "batch_stats", "state", lambda: estimator.init(features, layer, params)
+        )
+        if running or self.is_initializing():
+            statistics = estimator.infer(state.value, x)
+        else:
+            statistics, after = estimator.train(
+                state.value, x, source, axis_name=self.axis_name, mask=mask
+            )
+            if update_stats:
+                state.value = after
+        scale, bias = self._affine(features)
+        y = back(normalize(x, statistics, scale, bias))
+        return y if self.dtype is None else y.astype(self.dtype)
+
+    def _check_variables(self):
+        if self.has_variable("batch_stats", "mean"):
+            raise ValueError(
+                "Norm got mean and var of an nn.BatchNorm in batch_stats, "
+                "expected its own state; write cbn_jax.linen.from_batch_norm(variables)."
+            )
+
+    def _run_layer(self, inputs):
+        if self.layer is None:
+            return inputs, None, None, None
+        if self.is_initializing():
+            self.layer(inputs)
+        layer, params = as_layer(self.layer)
+        return *run_layer(layer, params, inputs), layer, params
+
+    def _affine(self, features):
+        def param(use, name, init):
+            return self.param(name, init, (features,), self.param_dtype) if use else None
+
+        return (
+            param(self.use_scale, "scale", self.scale_init),
+            param(self.use_bias, "bias", self.bias_init),
+        )

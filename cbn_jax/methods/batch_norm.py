@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch normalization: the baseline against which every other method is measured."""
+
+from cbn_jax.core.checks import check_activations, check_epsilon, check_state, check_values
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.moments import batch_moments
+from cbn_jax.core.running import RunningMoments, init_running, known_moments, update_running
+from cbn_jax.core.schedules import ScheduleFn, averaging
+from cbn_jax.core.statistics import statistics_of
+from cbn_jax.core.values import factory
+
+
+@factory
+def batch_norm(momentum: float | ScheduleFn = 0.99, *, epsilon: float = 1e-5) -> Estimator:
+    """Batch normalization: statistics of the current batch.
+
+    Training uses ``E[x]`` and ``Var[x]`` over all axes but the last, inference their
+    running averages. The state is a ``RunningMoments``.
+
+    Prefer it from some 16 values per feature and example group on; below that, see
+    ``small_batch_norm``.
+
+    Args:
+      momentum: decay of the running averages in [0, 1), the fraction kept at each step
+        (PyTorch's ``momentum`` is one minus this); or a schedule m ↦ α_m, the weight of
+        the m-th batch, such as ``cumulative()``.
+      epsilon: added to the variance, inside the root.
+
+    Returns:
+      An Estimator whose state is a ``RunningMoments``.
+
+    Raises:
+      ValueError: ``momentum`` or ``epsilon`` out of range; ``train`` with one value per
+        feature; features that do not fit the state.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    Features without a single value that counts (``mask``) are normalized by the running
+    statistics and leave the state as it is. NaN or inf in a feature makes that feature's
+    output NaN in this step; the running averages do not take it in.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.batch_norm(momentum=0.9)
+      >>> state = estimator.init(features=1)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> statistics, state = estimator.train(state, x)
+      >>> cbn.normalize(x, statistics).round(3)
+      Array([[-1.],
+             [ 1.]], dtype=float32)
+      >>> state.mean
+      Array([2.], dtype=float32)
+
+    Reference: Sergey Ioffe, Christian Szegedy, "Batch Normalization: Accelerating Deep
+    Network Training by Reducing Internal Covariate Shift", 2015, arXiv:1502.03167.
+
+    Differs from ``flax.linen.BatchNorm``: the running averages are debiased; moments stay
+    accurate at any mean (Flax's default loses the variance from mean/std = 1e3 on); a
+    batch with one value per feature is an error; masks are exact across devices. From the
+    paper: the running variance is the biased one, as in Flax.
+    """
+    return named_batch_norm("batch_norm", momentum, epsilon)
+
+
+def named_batch_norm(name: str, momentum: float | ScheduleFn, epsilon: float) -> Estimator:
+    """``batch_norm`` whose errors speak of the function ``name``."""
+    check_epsilon(epsilon)
+    average = averaging(momentum)
+
+    def check(state, x):
+        check_activations(name, x)
+        check_state(name, state, RunningMoments, lambda s: s.mean, x)
+
+    def init(features, layer=None, params=None):
+        del layer, params
+        return init_running(features)
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        del source
+        check(state, x)
+        check_values(name, x, axis_name, mask)
+        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        new = update_running(state, moments, average)
+        if mask is not None:
+            moments = known_moments(moments, state)
+        return statistics_of(moments, epsilon), new
+
+    def infer(state, x):
+        check(state, x)
+        return statistics_of(state, epsilon)
+
+    return Estimator(init, train, infer, epsilon)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Diminishing batch normalization: one average of statistics, in training and inference."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbn_jax.core.checks import (
+    check_activations,
+    check_choice,
+    check_epsilon,
+    check_number,
+    check_state,
+    check_unit,
+    check_values,
+)
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.moments import Moments, batch_moments
+from cbn_jax.core.running import usable_moments
+from cbn_jax.core.schedules import ScheduleFn, check_schedule, weights
+from cbn_jax.core.statistics import Statistics, std_of
+from cbn_jax.core.values import factory
+
+
+class DiminishingState(NamedTuple):
+    """State of ``diminishing_batch_norm``.
+
+    Attributes:
+      mean: ``[C]``, average of the means, 0 before the first batch.
+      std: ``[C]``, average of the standard deviations, 1 before the first batch.
+      steps: ``[C]``, the number m of batches seen.
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    steps: jax.Array
+
+
+@factory
+def diminishing_batch_norm(
+    alpha: float | ScheduleFn = 0.25,
+    *,
+    normalize_by: Literal["updated", "previous"] = "updated",
+    epsilon: float = 1e-5,
+) -> Estimator:
+    """Diminishing batch normalization: one average of statistics, also used in training.
+
+    Batch m moves the average, and training normalizes by it, as inference does::
+
+        μ ← (1 − α_m) μ + α_m mean(x)
+        σ ← (1 − α_m) σ + α_m std(x)
+        y = (x − μ) / (σ + ε)
+
+    α ≡ 1 is batch norm in training. Small α averages over about 1/α batches, whose weights
+    were others: statistics lag behind where the weights move fast, and nothing corrects
+    that (``cross_iteration_batch_norm`` and ``streaming_batch_norm`` do). Gradients flow
+    through the current batch's share, with the factor α_m.
+
+    Prefer it where training and inference must agree, and place it after the activation,
+    as the paper does. Before the activation, where statistics and weights work against each
+    other, a small constant α fails: gradients see only the share α of the statistics.
+
+    Args:
+      alpha: α in [0, 1], the same for all batches; or a schedule m ↦ α_m, m = 1, 2, …, such
+        as ``diminishing(power)``, ``cumulative()`` or one of optax. The values of a
+        schedule are not checked. A constant mixes the start, mean 0 and deviation 1, into
+        the average; ``exponential(1 − α)`` does not.
+      normalize_by: "updated" normalizes by the average that includes the current batch;
+        "previous" by the average before it, the literal order of the paper's algorithm:
+        the first batch then passes unchanged, except for ε, and no gradient flows through
+        statistics.
+      epsilon: added to the standard deviation, as published.
+
+    Returns:
+      An Estimator whose state is a ``DiminishingState``.
+
+    Raises:
+      ValueError: an argument out of range; ``train`` with one value per feature; features
+        that do not fit the state.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    Features without a single value that counts (``mask``) are normalized by the average as
+    it is. NaN or inf in a feature makes that feature's output NaN in this step (with
+    "previous" only in its own place); the averages do not take it in.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.diminishing_batch_norm(cbn.diminishing(1.0))
+      >>> state = estimator.init(features=1)
+      >>> for x in (jnp.array([[1.0], [3.0]]), jnp.array([[2.0], [8.0]])):
+      ...     statistics, state = estimator.train(state, x)
+      >>> statistics.mean, state.std  # of 2 and 5, of 1 and 3
+      (Array([3.5], dtype=float32), Array([2.], dtype=float32))
+
+    Reference: Yintai Ma, Diego Klabjan, "Diminishing Batch Normalization", IEEE TNNLS
+    35(5), 2024, arXiv:1705.08011.
+
+    Differs from the paper: its analysis takes the whole data set as one batch, where both
+    orders are close; with mini-batches "updated" makes α = 1 batch norm. The layer
+    normalizes before or after the activation, as you place it. The paper gives neither ε
+    nor the start of the averages; here they are 1e-5 and (0, 1).
+    """
+    name = "diminishing_batch_norm"
+    check_schedule("alpha", alpha)
+    if not callable(alpha):
+        check_number("alpha", alpha)
+        check_unit("alpha", alpha, "the weight of the current batch")
+    check_choice("normalize_by", normalize_by, ("updated", "previous"))
+    check_epsilon(epsilon)
+
+    def check(state, x):
+        check_activations(name, x)
+        check_state(name, state, DiminishingState, lambda s: s.mean, x)
+
+    def init(features, layer=None, params=None):
+        del layer, params
+        zeros, ones = jnp.zeros(features, jnp.float32), jnp.ones(features, jnp.float32)
+        return DiminishingState(mean=zeros, std=ones, steps=jnp.zeros_like(zeros))
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        del source
+        check(state, x)
+        check_values(name, x, axis_name, mask)
+        state = lax.stop_gradient(state)
+        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        previous = jax.tree.map(lambda leaf: leaf.astype(moments.mean.dtype), state)
+        updated = _update(previous, moments, alpha)
+        used = updated if normalize_by == "updated" else previous
+        if mask is not None:
+            used = _choose(moments.size > 0, used, previous)
+        new = lax.stop_gradient(_choose(usable_moments(moments), updated, state))
+        return _statistics(used, epsilon), new
+
+    def infer(state, x):
+        check(state, x)
+        return _statistics(state, epsilon)
+
+    return Estimator(init, train, infer, epsilon)
+
+
+def _update(
+    state: DiminishingState, moments: Moments, alpha: float | ScheduleFn
+) -> DiminishingState:
+    """The average with one more batch; exactly that batch for α = 1."""
+    steps = state.steps + 1.0
+    weight = weights(alpha, steps) if callable(alpha) else alpha
+    return DiminishingState(
+        mean=(1.0 - weight) * state.mean + weight * moments.mean,
+        std=(1.0 - weight) * state.std + weight * std_of(moments.var),
+        steps=steps,
+    )
+
+
+def _choose(
+    condition: jax.Array, new: DiminishingState, old: DiminishingState
+) -> DiminishingState:
+    """By feature, in the dtype of the old state."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n.astype(o.dtype), o), new, old)
+
+
+def _statistics(state: DiminishingState, epsilon: float) -> Statistics:
+    return Statistics(state.mean, 1.0 / (state.std + epsilon))

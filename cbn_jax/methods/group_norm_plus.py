@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group norm plus, with the conventions of the published code."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbn_jax.core.checks import check_activations, check_state
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.groups import (
+    Order,
+    StepCount,
+    branch,
+    check_divides,
+    check_group_size,
+    check_options,
+    mixed,
+    pool_groups,
+)
+from cbn_jax.core.moments import AxisName, Moments, batch_moments, instance_moments, wide
+from cbn_jax.core.statistics import Statistics, identity_where, normalize, std_of
+from cbn_jax.core.values import factory
+
+
+@factory
+def group_norm_plus(
+    mix: jax.typing.ArrayLike,
+    *,
+    num_groups: int = 32,
+    order: Order = "group_first",
+    epsilon: float = 1e-5,
+) -> Estimator:
+    """Group norm plus, with the conventions of the published code.
+
+    As ``group_batch_norm``, but that B normalizes over the examples of a batch only, place
+    by place; deviations are taken by n − 1, with ε added to them; and inference uses the
+    statistics of the batch that is predicted. So a prediction depends on what else is
+    predicted, and training batches hold two examples or more. For comparisons; else take
+    ``group_batch_norm``.
+
+    Args:
+      mix: w in [0, 1], a scalar or ``[C]``; may be traced.
+      num_groups: groups of neighboring features, a divisor of their number. Groups of two
+        values, after narrow dense layers, leave little but signs.
+      order: which normalizer sees ``x``.
+      epsilon: added to the standard deviations.
+
+    Returns:
+      An Estimator whose state is a ``StepCount``. Its statistics have the shape
+      of ``x``.
+
+    Raises:
+      ValueError: an argument out of range; features that are no multiple of
+        ``num_groups``, that do not fit the state, or that leave groups of one value;
+        ``train`` with a single example.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    A place with fewer than two values, by a ``mask`` or in inference for a single example,
+    is normalized by groups alone. An example without a value passes G as it is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> x = jnp.array([[1.0, 3.0], [2.0, 6.0]])
+      >>> estimator = cbn.group_norm_plus(mix=0.0, num_groups=1, order="parallel")
+      >>> statistics, state = estimator.train(estimator.init(features=2), x)
+      >>> cbn.normalize(x, statistics).round(2)  # of each place by itself
+      Array([[-0.71, -0.71],
+             [ 0.71,  0.71]], dtype=float32)
+
+    Reference: as for ``group_batch_norm``; the conventions are those of the first author's
+    code, agusgun/CS-570-Project on GitHub.
+
+    Differs from that code: a single example is an error in training and normalized by
+    groups in inference, instead of NaN; a place that does not vary has finite gradients.
+    """
+    name = "group_norm_plus"
+    check_options(mix, num_groups, order, epsilon)
+
+    def check(state, x):
+        check_activations(name, x)
+        check_state(name, state, StepCount, lambda s: s.steps, x)
+        check_group_size(name, x, num_groups)
+
+    def statistics_of_batch(x, axis_name, mask):
+        x = x.astype(wide(x.dtype))
+        if (
+            mask is not None
+        ):  # a value that does not count would be 0 times NaN in gradients
+            x = jnp.where(mask, x, 0.0)
+
+        def group(x):
+            moments = pool_groups(instance_moments(x, mask), num_groups)
+            return identity_where(moments.size == 0, _unbiased(moments, epsilon))
+
+        def batch(x):
+            moments = _place_moments(x, axis_name, mask)
+            return branch(_unbiased(moments, epsilon), mix, moments.size > 1, moments, x)
+
+        return mixed(order, x, group, batch, normalize)[0]
+
+    def init(features, layer=None, params=None):
+        del layer, params
+        check_divides(name, features, num_groups)
+        return StepCount(jnp.zeros(features, jnp.float32))
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        del source
+        check(state, x)
+        _check_examples(name, x, axis_name)
+        statistics = statistics_of_batch(x, axis_name, mask)
+        return statistics, StepCount(lax.stop_gradient(state.steps) + 1.0)
+
+    def infer(state, x):
+        check(state, x)
+        return statistics_of_batch(x, None, None)
+
+    return Estimator(init, train, infer, epsilon, frozenset({"per_example"}))
+
+
+def _unbiased(moments: Moments, epsilon: float) -> Statistics:
+    """Deviations by n − 1, as in torch.std, plus ε."""
+    var = moments.var * moments.size / jnp.maximum(moments.size - 1.0, 1.0)
+    return Statistics(moments.mean, 1.0 / (std_of(var) + epsilon))
+
+
+def _place_moments(x: jax.Array, axis_name: AxisName, mask: jax.Array | None) -> Moments:
+    """Moments over the examples at each place, ``[1, ..., C]``."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, x.shape).reshape(x.shape[0], -1)
+    rows = x.reshape(x.shape[0], -1)
+    moments = batch_moments(rows, axis_name=axis_name, mask=mask)
+    return jax.tree.map(lambda leaf: leaf.reshape(1, *x.shape[1:]), moments)
+
+
+def _check_examples(name: str, x: jax.Array, axis_name: AxisName) -> None:
+    if len(x) == 1 and axis_name is None:
+        raise ValueError(
+            f"{name} got x of shape {x.shape}, expected two examples or more, as it "
+            "normalizes over examples; write group_batch_norm(...) instead."
+        )

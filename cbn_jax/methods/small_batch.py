@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recommended method, with its window chosen from the batch size."""
+
+import math
+
+from cbn_jax.core.checks import check_count
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.schedules import ScheduleFn
+from cbn_jax.core.values import factory
+
+from .batch_norm import named_batch_norm
+from .streaming import named_streaming
+
+EXAMPLES = 32  # the batch size from which on batch norm works; the window holds as many
+
+
+@factory
+def small_batch_norm(
+    batch_size: int, *, momentum: float | ScheduleFn = 0.99, epsilon: float = 1e-5
+) -> Estimator:
+    """The method that we recommend for small batches, set up for a batch size.
+
+    ``streaming_batch_norm`` whose window is the fewest iterations that hold 32 examples,
+    ``k = ⌈32 / batch_size⌉``: 32 at batch size 1, 16 at 2, 11 at 3. From batch size 32 on
+    one batch is enough, and the method is ``batch_norm``.
+
+    Args:
+      batch_size: examples per iteration, at least 1. Count the examples on all devices if
+        the devices share statistics (sharded ``jit``, ``axis_name``), else those on one
+        device. Count the micro-batch under gradient accumulation.
+      momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
+        m ↦ α_m such as ``cumulative()``.
+      epsilon: added to the variance, inside the root.
+
+    Returns:
+      An Estimator. Its state is a ``StreamingState``, two arrays of the size of the layer's
+      parameters; from batch size 32 on it is a ``RunningMoments``. ``init`` needs the layer
+      and its parameters, ``train`` a ``source`` with patches.
+
+    Raises:
+      ValueError: ``batch_size`` is not a whole number from 1 on; and what
+        ``streaming_batch_norm`` and ``batch_norm`` raise.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.small_batch_norm(batch_size=2)
+      >>> estimator
+      small_batch_norm(batch_size=2, momentum=0.99, epsilon=1e-05)
+      >>> state = estimator.init(4, cbn.dense, jnp.ones((3, 4)))
+
+    Reference: as for ``streaming_batch_norm``.
+    """
+    check_count("batch_size", batch_size, 1)
+    window = math.ceil(EXAMPLES / batch_size)
+    if window == 1:
+        return named_batch_norm("small_batch_norm", momentum, epsilon)
+    return named_streaming("small_batch_norm", window, 8, momentum, epsilon)

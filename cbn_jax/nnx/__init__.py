@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax nnx: one module for every method, a drop-in for ``nnx.BatchNorm``."""
+
+from cbn_jax.core.optional import require as _require
+
+with _require("Flax", "cbn_jax.nnx"):
+    import flax as _flax  # noqa: F401
+
+from .convert import from_batch_norm, to_batch_norm
+from .norm import Norm
+
+__all__ = ["Norm", "from_batch_norm", "to_batch_norm"]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nnx module that normalizes with any estimator."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.moments import AxisName
+from cbn_jax.core.source import run_layer
+from cbn_jax.core.statistics import normalize
+from cbn_jax.wrappers.learned import Learned
+
+from .layers import as_layer
+
+
+class Norm(nnx.Module):
+    """Normalizes activations with any estimator of this library.
+
+    ``Norm(estimator, num_features=64, rngs=rngs)`` stands where
+    ``nnx.BatchNorm(64, rngs=rngs)`` stood. ``Norm(estimator, layer=nnx.Conv(...),
+    rngs=rngs)`` runs the layer first and lets the estimator see its parameters; every
+    method accepts that form, cross-iteration methods need it.
+
+    ``scale`` and ``bias`` are ``nnx.Param``, the estimator's state is one
+    ``nnx.BatchStat``. ``model.train()`` and ``model.eval()`` switch the mode.
+
+    Args:
+      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
+        its arguments. With ``cbn_jax.learned(cbn_jax.group_batch_norm, ...)`` the module
+        learns the weight of the method, as the sigmoid of a parameter ``mix``.
+      layer: a module that is linear in its parameters (``nnx.Conv``, ``nnx.Linear``, …),
+        run before normalizing.
+      num_features: size of the feature axis; not needed where the layer tells it.
+      use_running_average: True for inference, False for training; a call may override it.
+      axis: the feature axis; ``layer`` needs features last.
+      dtype: dtype of the result; None for the dtype of the activations.
+      param_dtype: dtype of ``scale`` and ``bias``.
+      use_bias: whether to add a learned ``bias``.
+      use_scale: whether to multiply by a learned ``scale``.
+      bias_init: initializer of ``bias``.
+      scale_init: initializer of ``scale``.
+      mix_init: initializer of ``mix``, a scalar.
+      axis_name: axis of ``shard_map``, ``pmap`` or ``vmap`` over which the batch is
+        spread; None under ``jit``, also with a sharded batch.
+      rngs: random number generators for the initializers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import cbn_jax
+      >>> from cbn_jax.nnx import Norm
+      >>> rngs = nnx.Rngs(0)
+      >>> estimator = cbn_jax.cross_iteration_batch_norm(window=8)
+      >>> model = Norm(estimator, layer=nnx.Linear(3, 4, rngs=rngs), rngs=rngs)
+      >>> model(jnp.ones((2, 3))).shape
+      (2, 4)
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | Learned,
+        layer: nnx.Module | None = None,
+        *,
+        num_features: int | None = None,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Callable[..., jax.Array] = nnx.initializers.zeros,
+        scale_init: Callable[..., jax.Array] = nnx.initializers.ones,
+        mix_init: Callable[..., jax.Array] = nnx.initializers.ones,
+        axis_name: AxisName = None,
+        rngs: nnx.Rngs,
+    ):
+        check_modules(estimator, layer, nnx.Module)
+        spec, params = (None, None) if layer is None else as_layer(layer)
+        features = _features(num_features, params)
+        self.estimator = estimator
+        self.layer = layer
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.dtype = dtype
+        self.axis_name = axis_name
+
+        def param(use, init, shape=(features,)):
+            return nnx.Param(init(rngs.params(), shape, param_dtype)) if use else None
+
+        self.scale = nnx.data(param(use_scale, scale_init))
+        self.bias = nnx.data(param(use_bias, bias_init))
+        self.mix = nnx.data(param(isinstance(estimator, Learned), mix_init, ()))
+        self.state = nnx.BatchStat(self._estimator().init(features, spec, params))
+
+    def __call__(
+        self,
+        inputs: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_stats: bool = True,
+    ) -> jax.Array:
+        """Normalizes ``inputs``, or the layer's output for them.
+
+        Args:
+          inputs: activations, or the layer's input if the module has one.
+          use_running_average: overrides the module's own.
+          mask: broadcastable to the activations, True where a value counts. Statistics
+            ignore the others; the output is computed everywhere.
+          update_stats: False trains with the method's statistics and leaves its state as
+            it is.
+
+        Returns:
+          Normalized activations.
+        """
+        if use_running_average is None:
+            running = flag_of(self.use_running_average, None)
+        else:
+            running = use_running_average
+        estimator = self._estimator()
+        x, source = self._run_layer(inputs)
+        x, mask, back = to_last(x, mask, self.axis)
+        state = self.state.get_value()
+        if running:
+            statistics = estimator.infer(state, x)
+        else:
+            statistics, state = estimator.train(
+                state, x, source, axis_name=self.axis_name, mask=mask
+            )
+            if update_stats:
+                self.state.set_value(state)
+        y = back(normalize(x, statistics, _value(self.scale), _value(self.bias)))
+        return y if self.dtype is None else y.astype(self.dtype)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Switches the mode, for ``nnx.view(model, use_running_average=...)``."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def _estimator(self):
+        return estimator_of(self.estimator, lambda: _value(self.mix))
+
+    def _run_layer(self, inputs):
+        if self.layer is None:
+            return inputs, None
+        layer, params = as_layer(self.layer)
+        return run_layer(layer, params, inputs)
+
+
+def _signature(cls: type) -> inspect.Signature:
+    """That of ``__init__``; the metaclass of nnx hides it from editors."""
+    signature = inspect.signature(cls.__init__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+Norm.__signature__ = _signature(Norm)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _features(num_features: int | None, params: Any) -> int:
+    """The number of features, given or read off the layer's parameters."""
+    if num_features is not None:
+        return num_features
+    widths = {leaf.shape[-1] for leaf in jax.tree.leaves(params)}
+    if len(widths) != 1:
+        raise ValueError(
+            f"Norm got num_features=None and layer parameters with last axes "
+            f"{sorted(widths)}, expected one size; write num_features=..."
+        )
+    return widths.pop()
+
+
+def _value(variable: nnx.Param | None) -> jax.Array | None:
+    return None if variable is None else variable.get_value()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A normalizer in inference, folded into the layer before it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cbn_jax.core.checks import check_features_last, check_traits
+from cbn_jax.core.estimator import Estimator, State
+from cbn_jax.core.moments import align, wide
+
+_REASON = (
+    "got a method whose inference looks at the example, expected one mean and one scale "
+    "per feature; normalize after the layer, or train with batch_norm(...)."
+)
+
+
+def fold(
+    estimator: Estimator,
+    state: State,
+    params: jax.Array | Mapping[str, jax.Array],
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Folds a normalizer in inference into the layer before it.
+
+    Inference by running statistics is an affine map of each feature, and so is a part of
+    the layer: with f = inv_std · scale, ``kernel · f`` and ``(bias − mean) · f + beta`` are
+    the parameters of a layer that needs no normalizer. The arithmetic is done in float32
+    (float64 for a float64 kernel).
+
+    Args:
+      estimator: any method whose inference does not look at the example.
+      state: its state after training.
+      params: those of the layer, a kernel or a mapping with ``kernel`` and, if you like,
+        ``bias``, features last: dense layers, convolutions of any rank, also grouped and
+        transposed, as Flax has them.
+      scale: the normalizer's ``[C]``; None for 1.
+      bias: the normalizer's ``[C]``; None for 0.
+
+    Returns:
+      ``kernel`` and ``bias`` in the dtype of the kernel; give the layer a bias if it had
+      none. A gated method is folded with its gate as it is.
+
+    Raises:
+      ValueError: a method with statistics per example, or corrected ones; parameters with
+        other names, without features last or of other features than the state.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.batch_norm(epsilon=1e-9)
+      >>> state = cbn.from_batch_stats(mean=jnp.array([1.0]), var=jnp.array([4.0]))
+      >>> cbn.fold(estimator, state, {"kernel": jnp.array([[6.0]])})
+      {'kernel': Array([[3.]], dtype=float32), 'bias': Array([-0.5], dtype=float32)}
+    """
+    check_traits("fold", estimator.traits, {"per_example": _REASON, "corrected": _REASON})
+    params = params if isinstance(params, Mapping) else {"kernel": params}
+    if not {"kernel"} <= set(params) <= {"kernel", "bias"}:
+        raise ValueError(
+            f"fold got params with {sorted(params)}, expected kernel and perhaps bias; "
+            "pass those of the layer alone."
+        )
+    kernel = params["kernel"]
+    features, dtype = kernel.shape[-1], wide(kernel.dtype)
+    affine = {"scale": scale, "beta": bias}
+    check_features_last("fold", features, {**params, **affine})
+    statistics = estimator.infer(state, jnp.zeros((1, features), dtype))
+    if any(value.ndim > 1 for value in statistics):
+        raise ValueError(f"fold {_REASON}")
+
+    def wider(value: Any) -> jax.Array:
+        return jnp.asarray(value).astype(dtype)
+
+    mean, factor = map(wider, statistics)
+    if scale is not None:
+        factor = factor * wider(scale)
+    offset = params.get("bias")
+    offset = jnp.zeros(features, dtype) if offset is None else wider(offset)
+    offset = (offset - align(mean, offset)) * align(factor, offset)
+    if bias is not None:
+        offset = offset + align(wider(bias), offset)
+    folded = {"kernel": wider(kernel) * align(factor, kernel), "bias": offset}
+    return {name: value.astype(kernel.dtype) for name, value in folded.items()}

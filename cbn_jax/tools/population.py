@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the whole population: recomputed from data, or pooled over replicas."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cbn_jax.core.moments import Moments, pool_moments, pool_two
+from cbn_jax.core.running import RunningMoments, find_running, is_running
+from cbn_jax.wrappers.adaptive import GateState
+
+States = Any  # the states of a model's normalizers, in any tree
+
+
+def recompute(
+    update: Callable[[States, Any], States],
+    states: States,
+    batches: Iterable[Any],
+    *,
+    size: Callable[[Any], Any] | None = None,
+) -> States:
+    """Running moments that are those of all the data, exactly, under final weights.
+
+    A running average contains batches under weights that training has left behind, and none
+    under weights that an optimizer averages (``optax.ema``, schedule-free). This function
+    takes one pass over the data in training mode, from fresh states, and pools the moments
+    of all batches by the law of total variance: means and variances are those of all
+    values of the pass together. Each layer sees the outputs of the layers before it for
+    batches, as in training.
+
+    If a window holds more than a batch (streaming, replay, ``running="window"``), it fills
+    during the pass, and windows take the place of batches; the first and last few batches
+    then have a little less weight.
+
+    Args:
+      update: ``(states, batch) -> states``: one forward pass in training mode with the
+        weights that will predict; jit it.
+      states: those of the model, as ``update`` takes them, such as linen's ``batch_stats``
+        or ``nnx.state(model, nnx.BatchStat)``. Only their form and their gates are used.
+      batches: the data, any iterable. ``tqdm.tqdm(batches)`` shows a progress bar.
+      size: ``batch -> weight``; None for the number of examples, the length of the first
+        array in the batch. With a mask it is the sum of the mask.
+
+    Returns:
+      The states with new running moments, and windows computed under these weights.
+
+    Raises:
+      ValueError: no batches; states without running moments (those of group norm plus, and
+        of ``diminishing_batch_norm``, whose averages are the method).
+
+    Values that are not finite, and features without a value that counts, are left out.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import cbn_jax
+      >>> from cbn_jax.population import recompute
+      >>> estimator = cbn_jax.batch_norm()
+      >>> update = jax.jit(lambda state, x: estimator.train(state, x)[1])
+      >>> batches = [jnp.array([[1.0], [3.0]]), jnp.array([[6.0], [6.0], [9.0]])]
+      >>> recompute(update, estimator.init(features=1), batches).mean  # of all five
+      Array([5.], dtype=float32)
+
+    Differs from "precise BN" elsewhere, which averages the variances of batches: with two
+    examples a batch they are half of the population's.
+    """
+    states = jax.tree.map(_fresh, states, is_leaf=_is_node)
+    if not find_running(states):
+        raise ValueError(
+            "recompute got states without running moments, expected those of a model; pass "
+            "batch_stats, or nnx.state(model, nnx.BatchStat)."
+        )
+    total = _of_running(lambda r: _Total(Moments(*r), r.steps), states)
+    batch = None
+    for batch in batches:
+        states = update(_on_running(_restarted, states), batch)
+        weight = _examples(batch) if size is None else size(batch)
+        total = _added(total, _of_running(lambda r: r, states), jnp.float32(weight))
+    if batch is None:
+        raise ValueError("recompute got no batches, expected at least one.")
+    return _on_running(lambda _, seen: _running(*seen), states, total)
+
+
+def pool_replicas(states: States) -> States:
+    """One model's states from those of replicas that saw different data.
+
+    For replicas that train without an ``axis_name``, so that their normalizers differ. The
+    mean of their variances would omit the differences between their means.
+
+    Args:
+      states: every leaf ``[replicas, ...]``, as ``pmap`` keeps them.
+
+    Returns:
+      The states without that axis. Running moments are pooled by the law of total variance,
+      each replica with the weight of its batches. Everything else is the first replica's.
+
+    Raises:
+      ValueError: states without running moments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax
+      >>> from cbn_jax.population import pool_replicas
+      >>> replicas = cbn_jax.RunningMoments(
+      ...     mean=jnp.array([[0.0], [2.0]]),
+      ...     var=jnp.array([[1.0], [1.0]]),
+      ...     steps=jnp.array([[5.0], [5.0]]),
+      ... )
+      >>> pool_replicas(replicas).var
+      Array([2.], dtype=float32)
+    """
+    if not find_running(states):
+        raise ValueError(
+            "pool_replicas got states without running moments, expected the batch_stats of "
+            "a model, every leaf with a leading axis of replicas."
+        )
+
+    def pooled(_, replicas):
+        return _running(pool_moments(Moments(*replicas)), replicas.steps.max(axis=0))
+
+    return _on_running(pooled, jax.tree.map(lambda leaf: leaf[0], states), states)
+
+
+class _Total(NamedTuple):
+    """Moments of all batches so far in one normalizer, and the number of batches."""
+
+    moments: Moments
+    steps: jax.Array
+
+
+def _examples(batch: Any) -> int:
+    return len(jax.tree.leaves(batch)[0])
+
+
+def _on_running(change: Callable[..., Any], states: States, *others: Any) -> States:
+    """The states with their running moments changed, given those of other trees."""
+    return jax.tree.map(
+        lambda node, *more: change(node, *more) if is_running(node) else node,
+        states,
+        *others,
+        is_leaf=is_running,
+    )
+
+
+def _of_running(make: Callable[[RunningMoments], Any], states: States) -> Any:
+    """A tree with something for each running moments, and None elsewhere."""
+    return jax.tree.map(
+        lambda node: make(node) if is_running(node) else None, states, is_leaf=is_running
+    )
+
+
+@jax.jit
+def _added(total: Any, batch: Any, size: jax.Array) -> Any:
+    """One more batch. A feature that was not usable in it has no step, and no weight."""
+
+    def add(running, total):
+        moments = Moments(running.mean, running.var, size * running.steps)
+        return _Total(pool_two(total.moments, moments), total.steps + running.steps)
+
+    return jax.tree.map(add, batch, total, is_leaf=is_running)
+
+
+def _running(moments: Moments, steps: jax.Array) -> RunningMoments:
+    """A feature without a value has variance 1, as before the first batch."""
+    var = jnp.where(moments.size > 0, moments.var, 1.0)
+    return RunningMoments(moments.mean, var, steps)
+
+
+def _fresh(node: Any) -> Any:
+    """As from ``init``: zeros, variances of 1, and gates unchanged."""
+    if isinstance(node, GateState):
+        return node._replace(state=jax.tree.map(_fresh, node.state, is_leaf=_is_node))
+    return _restarted(node) if is_running(node) else jnp.zeros_like(node)
+
+
+def _restarted(running: RunningMoments) -> RunningMoments:
+    zeros = jnp.zeros_like(running.mean)
+    return RunningMoments(zeros, jnp.ones_like(zeros), zeros)
+
+
+def _is_node(node: Any) -> bool:
+    return isinstance(node, RunningMoments | GateState)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptive batch normalization: normalize only the batches that are heterogeneous."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbn_jax.core.checks import (
+    check_activations,
+    check_choice,
+    check_state_type,
+    check_traits,
+)
+from cbn_jax.core.estimator import Estimator, State, Trait
+from cbn_jax.core.moments import AxisName, batch_moments, pool_moments
+from cbn_jax.core.statistics import identity_where, std_of
+from cbn_jax.core.values import factory
+
+Measure = Literal["entries", "channels", "examples"]
+
+
+class GateState(NamedTuple):
+    """State of ``adaptive_batch_norm``.
+
+    Attributes:
+      state: that of the estimator inside.
+      gate: scalar, 1 where the next batch is to be normalized, else 0; ``set_gate``
+        writes it, and it stays as it is until then.
+    """
+
+    state: State
+    gate: jax.Array
+
+
+def heterogeneity(
+    x: jax.Array, measure: Measure = "entries", *, axis_name: AxisName = None
+) -> jax.Array:
+    """How much a batch varies: one number, by which it is normalized or not.
+
+    Args:
+      x: a batch as it enters the network, ``[N, ..., C]``, floating point.
+      measure: "entries", the standard deviation over all entries; "channels", that of
+        each channel, averaged over the channels; "examples", that between examples at the
+        same place, averaged over places and channels.
+      axis_name: axis or axes of ``shard_map``, ``pmap`` or ``vmap`` over which the batch
+        is spread; None under ``jit``.
+
+    Returns:
+      A float32 scalar, not negative; NaN for a batch with NaN or inf in it.
+
+    Raises:
+      ValueError: another measure; ``x`` is empty or has fewer than two axes.
+      TypeError: ``x`` is not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> x = jnp.array([[0.0, 4.0], [2.0, 6.0]])
+      >>> float(cbn.heterogeneity(x, "channels"))
+      1.0
+    """
+    check_choice("measure", measure, ("entries", "channels", "examples"))
+    check_activations("heterogeneity", x)
+    if measure == "examples":
+        x = x.reshape(len(x), -1)
+    moments = batch_moments(x, axis_name=axis_name)
+    if measure == "entries":
+        moments = pool_moments(jax.tree.map(lambda leaf: leaf[:, None], moments))
+    return std_of(moments.var).mean().astype(jnp.float32)
+
+
+def set_gate(tree: Any, open: jax.typing.ArrayLike) -> Any:
+    """Opens or closes the gates of all adaptive normalizers in a tree of states.
+
+    Args:
+      tree: a pytree with a ``GateState`` per layer: linen's ``batch_stats``,
+        ``nnx.state(model)``, or one such state.
+      open: True to normalize the next batches, False to pass them unchanged. It may be
+        traced and must be the same on all devices.
+
+    Returns:
+      The tree with the gates set, everything else as it was.
+
+    Raises:
+      ValueError: no ``GateState`` in the tree; more than one truth value.
+
+    Example:
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.adaptive_batch_norm(cbn.batch_norm())
+      >>> state = cbn.set_gate({"Norm_0": estimator.init(features=1)}, False)
+      >>> float(state["Norm_0"].gate)
+      0.0
+    """
+    found = []
+
+    def put(node):
+        if not isinstance(node, GateState):
+            return node
+        found.append(node)
+        gate = jnp.asarray(open, dtype=bool)
+        if gate.ndim > node.gate.ndim:
+            raise ValueError(
+                f"set_gate got open of shape {gate.shape}, expected one truth value; write "
+                "set_gate(tree, assessment.selected[batch])."
+            )
+        return node._replace(gate=jnp.where(gate, jnp.ones_like(node.gate), 0.0))
+
+    tree = jax.tree.map(put, tree, is_leaf=lambda node: isinstance(node, GateState))
+    if not found:
+        raise ValueError(
+            "set_gate got a tree without a GateState, expected the state of a model whose "
+            "normalizers are adaptive_batch_norm(...); in linen that is its batch_stats."
+        )
+    return tree
+
+
+_GATED: frozenset[Trait] = frozenset({"gated"})
+
+
+@factory
+def adaptive_batch_norm(
+    estimator: Estimator, *, inference: Literal["running", "gated"] = "running"
+) -> Estimator:
+    """Adaptive batch normalization: normalizes heterogeneous batches and leaves the others.
+
+    Before training, ``cbn_jax.assessment.assess`` measures every batch and finds a
+    threshold. A training step sets the gate of all layers at once, from the assessment of
+    this batch or from a measurement now::
+
+        assessment = assess(images for images, _ in batches)
+        ...
+        batch_stats = set_gate(batch_stats, assessment.gate(images))    # under jit
+
+    With the gate open the estimator normalizes the batch. With the gate closed the batch
+    passes unchanged, except for the learned ``scale`` and ``bias``, and the estimator's
+    state ignores it. The gate is an array in the state, so a change of it traces nothing
+    again. NaN in a batch that passes is passed on, and reaches its feature's gradients.
+
+    The learned scale serves two regimes, normalized and not, and inference by running
+    statistics never uses the second. In our measurements it is rarely better than
+    normalizing every batch (``python -m benchmarks.adaptive``); prefer other methods unless
+    homogeneous batches are your problem.
+
+    Args:
+      estimator: any method, wrapped or not.
+      inference: "running" normalizes always, by the estimator's inference, so that
+        predictions do not depend on the batch; "gated" heeds the gate there too.
+
+    Returns:
+      An Estimator whose state is a ``GateState``, its gate open.
+
+    Raises:
+      ValueError: another ``inference``; an estimator that is gated already; and what the
+        estimator raises.
+      TypeError: the state is another method's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.adaptive_batch_norm(cbn.batch_norm())
+      >>> state = cbn.set_gate(estimator.init(features=1), False)
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> statistics, state = estimator.train(state, x)
+      >>> cbn.normalize(x, statistics)
+      Array([[1.],
+             [3.]], dtype=float32)
+
+    Reference: Wael Alsobhi, Tarik Alafif, Alaa Abdel-Hakim, Weiwei Zong, "Adaptive Batch
+    Normalization for Training Data with Heterogeneous Features", 2022, arXiv:2211.02050.
+
+    Differs from the paper: only its abstract could be obtained. It says that batches are
+    tested before training, and that a threshold on the heterogeneity of their features
+    parts those to normalize from the others. Measures, threshold, inference and what
+    happens to an estimator's state are defined here.
+    """
+    name = "adaptive_batch_norm"
+    check_traits(
+        name, estimator.traits, {"gated": "got a gated method; one gate is enough."}
+    )
+    check_choice("inference", inference, ("running", "gated"))
+
+    def check(state):
+        check_state_type(name, state, GateState)
+
+    def init(features, layer=None, params=None):
+        inside = estimator.init(features, layer, params)
+        return GateState(inside, jnp.ones((), jnp.float32))
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        check(state)
+        state = lax.stop_gradient(state)
+        statistics, inside = estimator.train(
+            state.state, x, source, axis_name=axis_name, mask=mask
+        )
+        closed = state.gate == 0
+
+        def keep(new, old):
+            return jnp.where(closed, old, new)
+
+        inside = jax.tree.map(keep, inside, state.state)
+        return identity_where(closed, statistics), GateState(inside, state.gate)
+
+    def infer(state, x):
+        check(state)
+        statistics = estimator.infer(state.state, x)
+        if inference == "running":
+            return statistics
+        return identity_where(state.gate == 0, statistics)
+
+    traits = estimator.traits | _GATED
+    return Estimator(init, train, infer, estimator.epsilon, traits)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corrected inference: the expected training statistics of an example."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from cbn_jax.core.checks import check_traits
+from cbn_jax.core.estimator import Estimator, Trait
+from cbn_jax.core.moments import align, instance_moments
+from cbn_jax.core.statistics import Statistics
+from cbn_jax.core.values import factory
+
+REFUSED = {
+    "corrected": "got a method whose inference is corrected already; correct it once.",
+    "per_example": "got a method with statistics per example, expected one mean and one "
+    "scale per feature; group statistics look at the example alone already.",
+    "gated": "got a gated method, expected the gate outside; write "
+    "adaptive_batch_norm(corrected_inference(estimator, ...)), or fitted_inference.",
+}
+
+
+_CORRECTED: frozenset[Trait] = frozenset({"corrected"})
+
+
+@factory
+def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
+    """Corrected inference: statistics conditioned on the example, as in training.
+
+    In training each example contributes 1/m of the statistics that normalize it, which are
+    therefore biased towards it. With μ_I, σ²_I the moments of the example over its
+    positions and μ, σ² the running ones, the expected training statistics are exactly::
+
+        μ̂ = μ + (μ_I − μ) / m        σ̂² = (1 − 1/m) σ² + σ²_I / m + (1/m)(1 − 1/m)(μ_I − μ)²
+
+    if the other examples are independent draws. Ordinary inference omits the terms in 1/m;
+    the smaller m, the more it differs from training. m → ∞ is ordinary inference, m = 1 is
+    instance norm, as training with single examples is. Training and state are those of
+    ``estimator``, so that a trained one can be wrapped.
+
+    The correction matters at one or two examples, and little from there on. A prediction
+    still depends on its own example only. The moments of an example include padding,
+    because inference takes no mask. The layer cannot be folded into the one before it.
+
+    Args:
+      estimator: any method with one mean and one variance per feature.
+      examples: m, examples behind a training statistic, at least 1: those of one batch on
+        all devices that share it; times the window for cross-iteration methods (with
+        ``running="window"``), over α for ``diminishing_batch_norm`` (exact for the mean).
+
+    Returns:
+      An Estimator that differs in ``infer``; its statistics are ``[N, 1, …, 1, C]``.
+
+    Raises:
+      ValueError: an argument out of range; an estimator with statistics per example,
+        corrected already, or gated.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.corrected_inference(cbn.batch_norm(), examples=2)
+      >>> state = cbn.from_batch_stats(mean=jnp.array([0.0]), var=jnp.array([1.0]))
+      >>> x = jnp.array([[4.0], [0.0]])
+      >>> estimator.infer(state, x).mean[:, 0]
+      Array([2., 0.], dtype=float32)
+
+    Reference: Lei Zhang, "Two recent advances on normalization methods for deep neural
+    network optimization", VCIP 2020, doi:10.1109/VCIP49819.2020.9301751; and Hongwei Yong,
+    "Effective and efficient optimization methods for deep learning", PolyU 2022, chapter 3.
+
+    Differs from the papers, whose formulas could not be obtained (the first is an abstract,
+    the second describes a linear regression of batch on instance statistics): the formula
+    above is derived here from its assumption. ``fitted_inference`` is the regression.
+    """
+    check_traits("corrected_inference", estimator.traits, REFUSED)
+    if not examples >= 1:
+        raise ValueError(
+            f"examples is {examples!r}, expected the number of examples behind a training "
+            "statistic, from 1 on."
+        )
+    share = 1.0 / examples
+
+    def infer(state, x):
+        running = estimator.infer(state, x)
+        instance = instance_moments(x)
+        mean, inv_std = (align(v, x).astype(instance.mean.dtype) for v in running)
+        offset = instance.mean - mean
+        var = (1.0 - share) * inv_std**-2 + share * (instance.var + estimator.epsilon)
+        var = var + share * (1.0 - share) * jnp.square(offset)
+        return Statistics(mean + share * offset, lax.rsqrt(var))
+
+    traits = estimator.traits | _CORRECTED
+    return dataclasses.replace(estimator, infer=infer, traits=traits)
