@@ -42,7 +42,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import cbn_jax
-from cbn_jax import diagnostics
+from cbn_jax import diagnostics, figures
 from cbn_jax.linen import Norm
 
 plt.style.use("cbn_jax.figures")
@@ -87,7 +87,7 @@ def normalized(estimator, batch_size):
 
     steps = len(train_images) // batch_size
     batches = train_images[: steps * batch_size].reshape(steps, batch_size, 64)
-    state, training = jax.lax.scan(step, estimator.init(32, kernel), batches)
+    state, training = jax.lax.scan(step, estimator.init(32, cbn_jax.dense, kernel), batches)
     x = train_images @ kernel
     inference = cbn_jax.normalize(x, estimator.infer(state, x))
     return training[steps // 4 :].ravel(), inference.ravel()
@@ -209,30 +209,30 @@ for number, rows in enumerate(tqdm(batches(2, seed=0)[:600])):
     measured = measure(before, state[1])["batch_stats"]
     layer = measured[LAYER]["state"]
     seen.append(
-        [jnp.sqrt(layer.truth.var[FEATURE])]
-        + [1 / layer.believed[name].inv_std[FEATURE] for name in methods]
+        [1 / layer.truth.inv_std[FEATURE]]
+        + [1 / layer.estimated[name].inv_std[FEATURE] for name in methods]
     )
     if number % 10 == 9:
         records.append((number + 1, diagnostics.errors(measured)))
 
 # %%
-truth, *believed = np.array(seen).T
+truth, *estimated = np.array(seen).T
 figure, axis = plt.subplots(figsize=(8, 3.2))
-axis.plot(believed[0], ".", color="C6", ms=3, label="the batch of two")
-axis.plot(believed[1], color="C1", label="cross-iteration, 16 batches")
-axis.plot(believed[2], color="C2", label="small_batch_norm")
+axis.plot(estimated[0], ".", color="C6", ms=3, label="the batch of two")
+axis.plot(estimated[1], color="C1", label="cross-iteration, 16 batches")
+axis.plot(estimated[2], color="C2", label="small_batch_norm")
 axis.plot(truth, color="black", label="truth: 512 images")
 axis.set(xlabel="training step", ylabel="standard deviation", yscale="log")
-axis.set_title(f"what each method believes of one feature ({LAYER}, feature {FEATURE})")
+axis.set_title(f"one feature as each method estimates it ({LAYER}, feature {FEATURE})")
 figure.legend(loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
 # The same for all features, layer by layer. `cbn_jax.diagnostics` does this in any model:
-# wrap the methods in `watch`, measure with `reference`, draw.
+# wrap the methods in `watch`, measure with `reference`; `cbn_jax.figures` draws it.
 
 # %%
-figure = diagnostics.draw(records)
+figure = figures.draw_errors(records)
 figure
 
 # %% [markdown]
@@ -265,16 +265,12 @@ def learning_curve(model, batch_size):
     return seen, 100 * np.array(curve)
 
 
-def group_norm(layer, train):
-    return nn.Sequential([layer, nn.GroupNorm(num_groups=8)])
-
-
 published = cbn_jax.cross_iteration_batch_norm(window=8)
 runs = {
     "batch norm, 32 examples": (norm(cbn_jax.batch_norm()), 32, "C6", "--"),
     "small_batch_norm, 2": (norm(cbn_jax.small_batch_norm(batch_size=2)), 2, "C2", "-"),
     "cross-iteration as published, 2": (norm(published), 2, "C1", "-"),
-    "group norm, 2": (group_norm, 2, "C3", "-."),
+    "group norm, 2": (norm(cbn_jax.group_norm(num_groups=8)), 2, "C3", "-."),
     "batch norm, 2": (norm(cbn_jax.batch_norm()), 2, "C0", ":"),
 }
 curves = {
@@ -296,7 +292,7 @@ for name, (_, accuracy) in curves.items():
     print(f"{name:32} {accuracy[-1].mean():5.1f} ± {accuracy[-1].std():.1f} %")
 
 # %% [markdown]
-# At batch size 2, batch norm hardly trains this network: it was handed signs. With
+# At batch size 2, batch norm hardly trains this network: it gets signs. With
 # statistics from the last iterations the same two examples per step are enough.
 #
 # Where next: *Swap one line in a Flax ResNet* puts the method into your model; *Choosing a

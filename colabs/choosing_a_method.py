@@ -148,10 +148,6 @@ def norm(estimator):
     return lambda layer, train: Norm(estimator, layer, use_running_average=not train)
 
 
-def group_norm(layer, train):
-    return nn.Sequential([layer, nn.GroupNorm(num_groups=8)])
-
-
 # %% [markdown]
 # ## The methods
 #
@@ -190,7 +186,7 @@ batch_norm = cbn_jax.batch_norm()
 cross_iteration = cbn_jax.cross_iteration_batch_norm
 METHODS = {
     "batch norm": Method("Ioffe & Szegedy, 2015", norm(batch_norm), "C0 o"),
-    "group norm": Method("Wu & He, 2018", group_norm, "C3 D"),
+    "group norm": Method("Wu & He, 2018", norm(cbn_jax.group_norm(num_groups=8)), "C3 D"),
     "small_batch_norm": Method(
         "recommended here", norm(cbn_jax.small_batch_norm(batch_size=BATCH_SIZE)), "C2 s"
     ),
@@ -207,7 +203,7 @@ METHODS = {
     ),
     "corrected inference": Method(
         "Zhang, 2020",
-        norm(cbn_jax.corrected_inference(batch_norm, BATCH_SIZE)),
+        norm(cbn_jax.corrected_inference(batch_norm, examples=BATCH_SIZE)),
         "C4 o",
         weights="batch norm",
     ),
@@ -222,7 +218,7 @@ METHODS = {
     ),
     "group and batch": Method(
         "Gunawan et al., 2022",
-        norm(lambda mix: cbn_jax.group_batch_norm(mix, num_groups=8)),
+        norm(cbn_jax.learned(cbn_jax.group_batch_norm, num_groups=8)),
         "C5 D",
     ),
 }
@@ -431,12 +427,11 @@ plt.show()
 # $2\sqrt{s_1^2 + s_2^2}$, and with three seeds even that is a rough rule. In the run shown,
 # at batch size 2:
 #
-# - On the MLP, `small_batch_norm` and both cross-iteration methods, which take statistics
-#   from earlier batches too, are not told apart. Group norm, which takes them from other
-#   features, is behind `small_batch_norm`. Batch norm of two examples gets about half of
-#   the test images right, and corrected inference, gradient centralization and diminishing
-#   averages do not mend that. Mixing group and batch lands in between; the adaptive method
-#   ends at chance.
+# - On the MLP, `small_batch_norm`, both cross-iteration methods and group norm are not told
+#   apart. The first three take statistics from earlier batches too, group norm takes them
+#   from other features. Batch norm of two examples gets about half of the test images
+#   right. Corrected inference, gradient centralization and diminishing averages do not
+#   mend that. Mixing group and batch lands in between; the adaptive method ends at chance.
 # - On the CNN, where every feature has many positions, batch norm works. The adaptive
 #   method, group norm and cross-iteration as published are behind it after so few steps;
 #   all others are not told apart from it.

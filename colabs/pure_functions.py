@@ -75,10 +75,10 @@ BATCH = DEVICES * -(-8 // DEVICES)  # 8, or the next number that the devices can
 # %% [markdown]
 # ## One noun
 #
-# An `Estimator` says which statistics to believe: `init` makes its state, `train` returns
-# statistics and the next state, `infer` returns statistics only. `run_layer` runs the layer
-# before the normalizer and keeps the way back to its weights; `normalize` applies the
-# statistics. Here they are around one dense layer, whose weights stand still.
+# An `Estimator` estimates statistics: `init` makes its state, `train` returns statistics
+# and the next state, `infer` returns statistics only. `run_layer` runs the layer before the
+# normalizer and keeps the way back to its weights; `normalize` applies the statistics. Here
+# they are around one dense layer, whose weights stand still.
 
 # %%
 SMALL = cbn_jax.small_batch_norm(batch_size=BATCH)
@@ -93,7 +93,9 @@ def see(state, z):
 
 steps = EXAMPLES // BATCH
 state, y = jax.lax.scan(
-    see, SMALL.init(32, kernel), train_images[: steps * BATCH].reshape(steps, BATCH, 64)
+    see,
+    SMALL.init(32, cbn_jax.dense, kernel),
+    train_images[: steps * BATCH].reshape(steps, BATCH, 64),
 )
 print(f"training:  mean {y.mean():.2f}, deviation {y.std():.2f}")
 
@@ -125,7 +127,9 @@ optimizer = optax.sgd(rate, momentum=0.9)
 def init(key, estimator):
     draw, keys = jax.nn.initializers.he_normal(), jax.random.split(key, len(SHAPES))
     params = [draw(key, shape) for key, shape in zip(keys, SHAPES, strict=True)]
-    states = [estimator.init(kernel.shape[-1], kernel) for kernel in params[:-1]]
+    states = [
+        estimator.init(kernel.shape[-1], cbn_jax.dense, kernel) for kernel in params[:-1]
+    ]
     return params, states, optimizer.init(params)
 
 
@@ -134,7 +138,7 @@ def forward(params, states, images, estimator, axis_name=None):
     *kernels, last = params
     z, updated = images, []
     for kernel, state in zip(kernels, states, strict=True):
-        x, source = cbn_jax.run_layer(cbn_jax.dense, kernel, z, axis_name=axis_name)
+        x, source = cbn_jax.run_layer(cbn_jax.dense, kernel, z)
         statistics, state = estimator.train(state, x, source, axis_name=axis_name)
         z = jax.nn.relu(cbn_jax.normalize(x, statistics))
         updated.append(state)
@@ -464,8 +468,8 @@ for name, estimator in methods.items():
 #
 # - A method is `init`, `train` and `infer`, its state one more pytree to carry from step to
 #   step: no framework is needed.
-# - `jit` with a sharded batch needs no change of the step, `pmap` an `axis_name` in
-#   `run_layer` and `train` and a `pmean` of the gradients. Both compute what one device
-#   computes, up to rounding.
+# - `jit` with a sharded batch needs no change of the step. `pmap` needs an `axis_name` in
+#   `train` and a `pmean` of the gradients. Both compute what one device computes, up to
+#   rounding.
 # - Without `axis_name` every device normalizes by itself: states part ways and accuracy
 #   falls. Where that is what you want, let `batch_size` count one device's examples.

@@ -268,7 +268,7 @@ assert jax.tree.all(jax.tree.map(np.array_equal, restored, states))
 
 
 # %%
-correction = cbn_jax.corrected_inference(cbn_jax.batch_norm(), batch_size=1)
+correction = cbn_jax.corrected_inference(cbn_jax.batch_norm(), examples=1)
 
 
 def corrected(layer, z, train):
@@ -417,5 +417,6 @@ print(f"test error, linen, mean: {curves['after'][-1].mean():.1f} %")
 #   the test error down, from the first dots above to the third.
 # - A model that batch norm has trained at one example per step: `corrected_inference` does
 #   the same, and nothing is trained again.
+#
 # Where next: *What goes wrong at batch size 2* shows why small batches need other
 # statistics; *Choosing a method* compares all of them on your data.
