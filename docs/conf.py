@@ -9,8 +9,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax
 from docutils import nodes
 from docutils.utils.math import latex2mathml
+from sphinx.util.typing import stringify_annotation
 
 import cbn_jax
 
@@ -18,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"][
     "Repository"
 ]
+
+ARRAY_LIKE = re.sub(r"\w+\.", "", stringify_annotation(jax.typing.ArrayLike))
 
 project = "cbn_jax"
 author = copyright = "The cbn_jax authors"
@@ -35,7 +39,9 @@ include_patterns = [
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 
@@ -44,11 +50,13 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"  # the committed notebooks hold what their command made
 nb_render_markdown_format = "myst"  # tables in outputs
 
-autodoc_typehints = "none"  # the docstrings say it
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autosummary_generate = False  # the tables at the top of the pages, no pages of their own
 autodoc_member_order = "bysource"
 napoleon_attr_annotations = False
 napoleon_custom_sections = [("Attributes", "params_style")]
-add_module_names = False
+add_module_names = True  # cbn_jax.linen.Norm and cbn_jax.nnx.Norm are two
 
 html_title = "cbn_jax"
 html_theme = "sphinx_book_theme"
@@ -74,14 +82,25 @@ def setup(app):
     """Equations as MathML, which browsers draw by themselves, without a network."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("autodoc-process-signature", _readable)
+    app.connect("autodoc-process-docstring", _whole, priority=400)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _readable(app, what, name, obj, options, signature, returned):
-    """A signature without what Flax adds to it, and with names for objects."""
-    signature = re.sub(r", parent=<.*?>, name=None", "", signature or "")
+    """A signature without what Flax adds to it, and with names for objects and unions."""
+    signature = re.sub(r", parent: .*, name: str \| None = None", "", signature or "")
     signature = re.sub(r"<class '[\w.]*?(\w+)'>|<function (\w+).*?>", r"\1\2", signature)
-    return signature or None, returned
+    return signature.replace(ARRAY_LIKE, "ArrayLike") or None, returned
+
+
+def _whole(app, what, name, obj, options, lines):
+    """Keeps "Returns" in one piece: napoleon takes a first line "type: text" apart."""
+    for number, line in enumerate(lines):
+        if line.strip() == "Returns:":
+            first = lines[number + 1]
+            margin = first[: len(first) - len(first.lstrip())]
+            word, _, rest = first.strip().partition(" ")
+            lines[number + 1 : number + 2] = [margin + word, margin + rest]
 
 
 def _inline(writer, node):

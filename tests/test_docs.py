@@ -2,7 +2,6 @@
 
 import doctest
 import inspect
-import json
 import pkgutil
 import re
 from contextlib import nullcontext
@@ -15,13 +14,23 @@ import jax.numpy as jnp
 import pytest
 
 import cbn_jax
-from benchmarks import small_batch, tables
 from cbn_jax.linen import Norm
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
-MODULES = [f"cbn_jax.{info.name}" for info in pkgutil.iter_modules(cbn_jax.__path__)]
-PUBLIC = sorted(name for name in vars(cbn_jax) if not name.startswith("_"))
+MODULES = [
+    "cbn_jax",
+    *(info.name for info in pkgutil.walk_packages(cbn_jax.__path__, "cbn_jax.")),
+]
+DOORS = cbn_jax._MODULES
+PUBLIC = [
+    *((cbn_jax, name) for name in cbn_jax.__all__),
+    *(
+        (module, name)
+        for module in (import_module(f"cbn_jax.{door}") for door in DOORS)
+        for name in module.__all__
+    ),
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -34,6 +43,7 @@ def python_blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
+@pytest.mark.studies
 @pytest.mark.parametrize(
     "document",
     [name for name in ("README.md", *DOCS) if python_blocks(ROOT / name)],
@@ -45,9 +55,11 @@ def test_documents_run(document):
         exec(compile(script, document, "exec"), {"__name__": document})
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_names_are_documented(name):
-    value = getattr(cbn_jax, name)
+@pytest.mark.parametrize(
+    ("module", "name"), PUBLIC, ids=lambda part: getattr(part, "__name__", part)
+)
+def test_public_names_are_documented(module, name):
+    value = getattr(module, name)
     assert inspect.getdoc(value), name
     if inspect.isfunction(value):
         doc = inspect.getdoc(value)
@@ -55,6 +67,22 @@ def test_public_names_are_documented(name):
         assert ">>> " in doc
         for parameter in inspect.signature(value).parameters:
             assert parameter in doc, f"{name} does not document {parameter}"
+
+
+def reference_entries():
+    for page in (ROOT / "docs/api").glob("*.md"):
+        for directive, name in re.findall(
+            r"^\.\. (\w+):: ([\w.]+)$", page.read_text(), re.MULTILINE
+        ):
+            if directive in ("currentmodule", "automodule"):
+                module = name
+            else:
+                yield f"{module}.{name}"
+
+
+def test_the_reference_has_every_public_name_and_no_other():
+    public = [f"{module.__name__}.{name}" for module, name in PUBLIC]
+    assert sorted(reference_entries()) == sorted(public)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +94,7 @@ def test_public_names_are_documented(name):
         "replay_batch_norm",
         "diminishing_batch_norm",
         "adaptive_batch_norm",
+        "group_norm",
         "group_batch_norm",
         "corrected_inference",
     ],
@@ -76,32 +105,6 @@ def test_methods_name_their_paper(factory):
         assert section in doc
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|doi:10\.", doc)
     assert "Differs from" in doc
-
-
-@pytest.mark.parametrize("study", tables.STUDIES)
-def test_committed_tables_are_made_from_the_committed_results(study):
-    made = tables.STUDIES[study].markdown(json.loads(tables.results(study)))
-    assert made == tables.results(study, "table.md")
-
-
-@pytest.mark.parametrize("document", list(tables.documents(ROOT)), ids=lambda p: p.name)
-def test_documents_hold_what_was_measured(document):
-    """Digit for digit: ``python -m benchmarks.tables`` would change nothing."""
-    text = document.read_text()
-    assert tables.rendered(text) == text
-
-
-def test_precisions_are_compared_as_measured():
-    """The same job, but for the precision."""
-    compared = [
-        json.loads(tables.results(name)) for name in ("small_batch_bfloat16", "small_batch")
-    ]
-    assert small_batch.compare(*compared) in (ROOT / "README.md").read_text()
-    other, usual = (dict(each["config"]) for each in compared)
-    for config in (other, usual):
-        del config["precision"], config["output"]
-    assert other == usual
-    assert compared[0]["environment"] == compared[1]["environment"]
 
 
 @pytest.mark.parametrize(
