@@ -7,15 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jupytext
-import nbformat
 import numpy as np
 import pytest
+
+pytest.importorskip("nbclient", reason="the notebooks need cbn_jax[notebooks]")
+
+import jupytext
+import nbformat
 import tensorflow_datasets
 from sklearn.datasets import load_digits
 
 from benchmarks import data
 from colabs import __main__ as colabs
+
+pytestmark = pytest.mark.studies
 
 ROOT = Path(__file__).parent.parent
 NAMES = [path.stem for path in colabs.notebooks()]
@@ -53,6 +58,11 @@ def test_the_committed_notebook_is_its_text_with_figures(name):
     assert figures(committed)
     assert not any(output.output_type == "error" for output in outputs(committed))
     assert not any("widgets" in str(output) for output in outputs(committed))
+
+
+def test_the_notebooks_are_small():
+    """Together, in bytes: they are in the history at every change of their outputs."""
+    assert sum((ROOT / f"colabs/{name}.ipynb").stat().st_size for name in NAMES) < 500_000
 
 
 @pytest.mark.parametrize("name", NAMES)
