@@ -94,9 +94,9 @@ def normalized(estimator, batch_size):
 
 
 panels = {
-    "batch norm, 32 examples": (cbn_jax.batch_norm(), 32),
-    "batch norm, 8": (cbn_jax.batch_norm(), 8),
-    "batch norm, 2": (cbn_jax.batch_norm(), 2),
+    "batch_norm, 32 examples": (cbn_jax.batch_norm(), 32),
+    "batch_norm, 8": (cbn_jax.batch_norm(), 8),
+    "batch_norm, 2": (cbn_jax.batch_norm(), 2),
     "small_batch_norm, 2": (cbn_jax.small_batch_norm(batch_size=2), 2),
 }
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.8), sharex=True)
@@ -184,12 +184,12 @@ def batches(batch_size, seed):
 
 # %%
 methods = {
-    "batch": cbn_jax.batch_norm(),
-    "cross-iteration": cbn_jax.cross_iteration_batch_norm(window=16),
-    "small batch": cbn_jax.small_batch_norm(batch_size=2),
+    "batch_norm": cbn_jax.batch_norm(),
+    "cross_iteration_batch_norm": cbn_jax.cross_iteration_batch_norm(window=16),
+    "small_batch_norm": cbn_jax.small_batch_norm(batch_size=2),
 }
-model = MLP(norm(diagnostics.watch(methods, use="small batch")))
-probe = MLP(norm(diagnostics.reference(methods, use="small batch")))
+model = MLP(norm(diagnostics.watch(methods, use="small_batch_norm")))
+probe = MLP(norm(diagnostics.reference(methods, use="small_batch_norm")))
 LAYER, FEATURE = "Norm_1", 7
 
 init, step = trainer(model, batch_size=2)
@@ -218,8 +218,8 @@ for number, rows in enumerate(tqdm(batches(2, seed=0)[:600])):
 # %%
 truth, *estimated = np.array(seen).T
 figure, axis = plt.subplots(figsize=(8, 3.2))
-axis.plot(estimated[0], ".", color="C6", ms=3, label="the batch of two")
-axis.plot(estimated[1], color="C1", label="cross-iteration, 16 batches")
+axis.plot(estimated[0], ".", color="C6", ms=3, label="batch_norm")
+axis.plot(estimated[1], color="C1", label="cross_iteration_batch_norm")
 axis.plot(estimated[2], color="C2", label="small_batch_norm")
 axis.plot(truth, color="black", label="truth: 512 images")
 axis.set(xlabel="training step", ylabel="standard deviation", yscale="log")
@@ -238,8 +238,9 @@ figure
 # %% [markdown]
 # ## What it costs, and what it gives back
 #
-# Five ways to normalize the same MLP: the same number of images seen, the same initial
-# weights, rates in proportion to the batch size.
+# Five ways to normalize the same MLP, with the batch size behind the name: the same number
+# of images seen, the same initial weights, rates in proportion to the batch size.
+# `cross_iteration_batch_norm` is the method as published.
 
 
 # %%
@@ -267,11 +268,11 @@ def learning_curve(model, batch_size):
 
 published = cbn_jax.cross_iteration_batch_norm(window=8)
 runs = {
-    "batch norm, 32 examples": (norm(cbn_jax.batch_norm()), 32, "C6", "--"),
+    "batch_norm, 32 examples": (norm(cbn_jax.batch_norm()), 32, "C6", "--"),
     "small_batch_norm, 2": (norm(cbn_jax.small_batch_norm(batch_size=2)), 2, "C2", "-"),
-    "cross-iteration as published, 2": (norm(published), 2, "C1", "-"),
-    "group norm, 2": (norm(cbn_jax.group_norm(num_groups=8)), 2, "C3", "-."),
-    "batch norm, 2": (norm(cbn_jax.batch_norm()), 2, "C0", ":"),
+    "cross_iteration_batch_norm, 2": (norm(published), 2, "C1", "-"),
+    "group_norm, 2": (norm(cbn_jax.group_norm(num_groups=8)), 2, "C3", "-."),
+    "batch_norm, 2": (norm(cbn_jax.batch_norm()), 2, "C0", ":"),
 }
 curves = {
     name: learning_curve(MLP(make), size) for name, (make, size, _, _) in tqdm(runs.items())

@@ -152,10 +152,10 @@ def norm(estimator):
 # ## The methods
 #
 # The five papers, the recommended method, batch norm and group norm. A method is an
-# estimator of statistics; two of them need one thing more: gradient centralization changes
-# what the optimizer gets, and adaptive batch norm asks before each step whether this batch
-# shall be normalized at all, by a threshold that `assess` finds in the training data.
-# Corrected inference trains nothing: it predicts with the weights of batch norm.
+# estimator of statistics, and two of them need one thing more. `cbn_jax.optax.centralize`
+# changes the gradients before the optimizer. `adaptive_batch_norm` asks before each step
+# whether to normalize this batch, by a threshold that `assess` finds in the training data.
+# `corrected_inference` trains nothing: it predicts with the weights of `batch_norm`.
 
 
 # %%
@@ -185,38 +185,38 @@ class Method:
 batch_norm = cbn_jax.batch_norm()
 cross_iteration = cbn_jax.cross_iteration_batch_norm
 METHODS = {
-    "batch norm": Method("Ioffe & Szegedy, 2015", norm(batch_norm), "C0 o"),
-    "group norm": Method("Wu & He, 2018", norm(cbn_jax.group_norm(num_groups=8)), "C3 D"),
+    "batch_norm": Method("Ioffe & Szegedy, 2015", norm(batch_norm), "C0 o"),
+    "group_norm": Method("Wu & He, 2018", norm(cbn_jax.group_norm(num_groups=8)), "C3 D"),
     "small_batch_norm": Method(
         "recommended here", norm(cbn_jax.small_batch_norm(batch_size=BATCH_SIZE)), "C2 s"
     ),
-    "cross-iteration, as published": Method(
+    "cross_iteration_batch_norm": Method(
         "Yao et al., 2021", norm(cross_iteration(window=8)), "C1 ^"
     ),
-    "cross-iteration, window's gradient": Method(
+    "cross_iteration_batch_norm, window": Method(
         "Yao et al., 2021, varied",
         norm(cross_iteration(window=8, gradient="window", running="window")),
         "C1 v",
     ),
-    "diminishing, α = 0.5": Method(
+    "diminishing_batch_norm": Method(
         "Ma & Klabjan, 2024", norm(cbn_jax.diminishing_batch_norm(0.5)), "C5 P"
     ),
-    "corrected inference": Method(
+    "corrected_inference": Method(
         "Zhang, 2020",
         norm(cbn_jax.corrected_inference(batch_norm, examples=BATCH_SIZE)),
         "C4 o",
-        weights="batch norm",
+        weights="batch_norm",
     ),
-    "gradient centralization": Method(
+    "optax.centralize": Method(
         "Yong et al., 2020", norm(batch_norm), "C4 X", gradient=cbn_jax.optax.centralize()
     ),
-    "adaptive": Method(
+    "adaptive_batch_norm": Method(
         "Alsobhi et al., 2022",
         norm(cbn_jax.adaptive_batch_norm(batch_norm)),
         "C4 *",
         gate=assessment.gate,
     ),
-    "group and batch": Method(
+    "group_batch_norm": Method(
         "Gunawan et al., 2022",
         norm(cbn_jax.learned(cbn_jax.group_batch_norm, num_groups=8)),
         "C5 D",
@@ -367,10 +367,10 @@ def spread(accuracy):
 
 def table(results):
     """Markdown, for each network the best first."""
-    head = ("network", "method", "paper", "test, %", "rate", "step / batch norm", "state")
+    head = ("network", "method", "paper", "test, %", "rate", "step / batch_norm", "state")
     lines = [head, ("---",) * len(head)]
     for network, found in results.items():
-        baseline = found.get("batch norm", {"seconds": np.nan})["seconds"]
+        baseline = found.get("batch_norm", {"seconds": np.nan})["seconds"]
         for name, row in sorted(
             found.items(), key=lambda item: -item[1]["accuracy"].mean()
         ):
@@ -427,17 +427,18 @@ plt.show()
 # $2\sqrt{s_1^2 + s_2^2}$, and with three seeds even that is a rough rule. In the run shown,
 # at batch size 2:
 #
-# - On the MLP, `small_batch_norm`, both cross-iteration methods and group norm are not told
-#   apart. The first three take statistics from earlier batches too, group norm takes them
-#   from other features. Batch norm of two examples gets about half of the test images
-#   right. Corrected inference, gradient centralization and diminishing averages do not
-#   mend that. Mixing group and batch lands in between; the adaptive method ends at chance.
-# - On the CNN, where every feature has many positions, batch norm works. The adaptive
-#   method, group norm and cross-iteration as published are behind it after so few steps;
-#   all others are not told apart from it.
+# - On the MLP, `small_batch_norm`, both forms of `cross_iteration_batch_norm` and
+#   `group_norm` are not told apart. The first three take statistics from earlier batches
+#   too, `group_norm` takes them from other features. `batch_norm` of two examples gets
+#   about half of the test images right. `corrected_inference`, `centralize` and
+#   `diminishing_batch_norm` do not mend that. `group_batch_norm` lands in between, and
+#   `adaptive_batch_norm` ends at chance.
+# - On the CNN, where every feature has many positions, `batch_norm` works.
+#   `adaptive_batch_norm`, `group_norm` and `cross_iteration_batch_norm` as published are
+#   behind it after so few steps; all others are not told apart from it.
 #
 # So the network decides as much as the data. A step of `small_batch_norm` costs more than
-# one of batch norm, and the cross-iteration methods keep the most state.
+# one of `batch_norm`, and `cross_iteration_batch_norm` keeps the most state.
 #
 # **What to change.** `DATASET` and `BATCH_SIZE`; then `EPOCHS` and `EXAMPLES`, until the
 # accuracies are those that you care about, and `SEEDS`, until the standard errors are small
