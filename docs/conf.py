@@ -21,7 +21,7 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
     "Repository"
 ]
 
-ARRAY_LIKE = re.sub(r"\w+\.", "", stringify_annotation(jax.typing.ArrayLike))
+ARRAY_LIKE = stringify_annotation(jax.typing.ArrayLike, "smart")
 
 project = "cbn_jax"
 author = copyright = "The cbn_jax authors"
@@ -100,7 +100,10 @@ def _whole(app, what, name, obj, options, lines):
             first = lines[number + 1]
             margin = first[: len(first) - len(first.lstrip())]
             word, _, rest = first.strip().partition(" ")
-            lines[number + 1 : number + 2] = [margin + word, margin + rest]
+            lines[number + 1 : number + 2] = [
+                margin + word,
+                *([margin + rest] if rest else ()),
+            ]
 
 
 def _inline(writer, node):
