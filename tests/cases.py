@@ -12,7 +12,7 @@ ALL = 400  # samples: at least as many positions as any batch of the tests has
 
 FACTORIES = {
     "batch_norm": functools.partial(cbn.batch_norm, momentum=0.9),
-    "batch_norm-cumulative": functools.partial(cbn.batch_norm, momentum=cbn.cumulative),
+    "batch_norm-cumulative": functools.partial(cbn.batch_norm, momentum=cbn.cumulative()),
     "cross_iteration_batch_norm": functools.partial(
         cbn.cross_iteration_batch_norm, window=3, momentum=0.9
     ),
@@ -37,9 +37,10 @@ FACTORIES = {
     "group_batch_norm": functools.partial(
         cbn.group_batch_norm, 0.7, num_groups=2, momentum=0.9
     ),
+    "group_norm": functools.partial(cbn.group_norm, num_groups=2),
     "group_norm_plus": functools.partial(cbn.group_norm_plus, 0.7, num_groups=2),
     "corrected_inference": lambda **kwargs: cbn.corrected_inference(
-        cbn.batch_norm(**kwargs), batch_size=8
+        cbn.batch_norm(**kwargs), examples=8
     ),
     "fitted_inference": lambda **kwargs: cbn.fitted_inference(cbn.batch_norm(**kwargs)),
     "adaptive_batch_norm": lambda **kwargs: cbn.adaptive_batch_norm(
@@ -51,17 +52,17 @@ FACTORIES = {
 # Some of the products that make sense; wrappers hand on what the method inside is given.
 FACTORIES |= {
     "corrected_inference-cross_iteration": lambda **kwargs: cbn.corrected_inference(
-        cbn.cross_iteration_batch_norm(window=3, running="window", **kwargs), batch_size=24
+        cbn.cross_iteration_batch_norm(window=3, running="window", **kwargs), examples=24
     ),
     "corrected_inference-diminishing_batch_norm": lambda **kwargs: cbn.corrected_inference(
-        cbn.diminishing_batch_norm(cbn.diminishing(1.0), **kwargs), batch_size=8
+        cbn.diminishing_batch_norm(cbn.diminishing(1.0), **kwargs), examples=8
     ),
     "fitted_inference-replay": lambda **kwargs: cbn.fitted_inference(
         cbn.replay_batch_norm(window=3, samples=ALL, **kwargs)
     ),
     "adaptive_batch_norm-corrected-streaming": lambda **kwargs: cbn.adaptive_batch_norm(
         cbn.corrected_inference(
-            cbn.streaming_batch_norm(window=3, samples=None, **kwargs), batch_size=24
+            cbn.streaming_batch_norm(window=3, samples=None, **kwargs), examples=24
         )
     ),
     "adaptive_batch_norm-group": lambda **kwargs: cbn.adaptive_batch_norm(
@@ -76,7 +77,14 @@ FACTORIES |= {
 KINDS = [name for name in FACTORIES if hasattr(cbn, name)]
 SAMPLING = {"small_batch_norm"}  # looks at some positions of a batch only
 # See every example by itself.
-GROUPS = {"group_batch_norm", "group_norm_plus", "adaptive_batch_norm-group"}
+GROUPS = {
+    "group_batch_norm",
+    "group_norm",
+    "group_norm_plus",
+    "adaptive_batch_norm-group",
+}
+# Keep no statistics.
+STATELESS = {"group_norm", "group_norm_plus"}
 # Do so in inference.
 CORRECTED = {name for name in FACTORIES if "corrected" in name or "fitted" in name}
 
@@ -93,6 +101,7 @@ class Layer(NamedTuple):
     inputs: tuple[int, ...]
     bias: bool
 
+    @functools.partial(jax.jit, static_argnames=("self", "dtype"))
     def params(self, key, dtype=jnp.float32):
         k1, k2 = jax.random.split(key)
         params = {"kernel": 0.5 * jax.random.normal(k1, self.kernel, dtype)}
@@ -100,6 +109,7 @@ class Layer(NamedTuple):
             params["bias"] = jax.random.normal(k2, self.kernel[-1:], dtype)
         return params
 
+    @functools.partial(jax.jit, static_argnames=("self", "dtype", "examples"))
     def data(self, key, dtype=jnp.float32, examples=None):
         shape = self.inputs if examples is None else (examples, *self.inputs[1:])
         return 0.3 + jax.random.normal(key, shape, dtype)
@@ -134,9 +144,10 @@ LAYERS = {
 
 
 def init(estimator, layer, params):
-    return estimator.init(layer.features, params, layer.groups)
+    return estimator.init(layer.features, layer.layer, params)
 
 
+@jax.jit
 def drift(params, key, size=0.05):
     """Weights after an imagined optimizer step."""
     leaves, structure = jax.tree.flatten(params)
@@ -148,8 +159,22 @@ def drift(params, key, size=0.05):
     return jax.tree.unflatten(structure, moved)
 
 
-def train(estimator, state, layer, params, z, **kwargs):
+def eager_train(estimator, state, layer, params, z, mask=None, axis_name=None):
     """One training call on a layer's output: (x, statistics, state)."""
-    x, source = cbn.run_layer(layer.layer, params, z, axis_name=kwargs.get("axis_name"))
-    statistics, state = estimator.train(state, x, source, **kwargs)
+    x, source = cbn.run_layer(layer.layer, params, z)
+    statistics, state = estimator.train(state, x, source, axis_name=axis_name, mask=mask)
     return x, statistics, state
+
+
+# Estimators and layers are values, so all tests of a process share the compiled programs.
+train = jax.jit(eager_train, static_argnames=("estimator", "layer", "axis_name"))
+infer = jax.jit(
+    lambda estimator, state, x: estimator.infer(state, x), static_argnames="estimator"
+)
+normalize = jax.jit(cbn.normalize)
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def apply(layer, params, z):
+    """The layer's output."""
+    return layer.fn(params, z)

@@ -13,10 +13,23 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_configure(config):
-    """Most of the time goes into compiling: what was compiled once is kept."""
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    """Most of the time goes into compiling, so compiled programs are kept between runs."""
+    cache = getattr(config, "cache", None)  # None under -p no:cacheprovider
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def optimizations(request):
+    """XLA optimizes in tests marked ``program``, which read its programs, and nowhere else.
+
+    Unoptimized programs compile faster and compute the same up to rounding.
+    """
+    always = os.environ.get("CBN_JAX_OPTIMIZE") == "1"
+    off = not always and request.node.get_closest_marker("program") is None
+    jax.config.update("jax_disable_most_optimizations", off)
 
 
 @pytest.fixture

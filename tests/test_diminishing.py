@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
-from cbn_jax._statistics import std_of
+from cbn_jax.core.statistics import std_of
 
 # A rule and the same in NumPy; m = 1, 2, …
 RULES = {
@@ -22,13 +22,13 @@ RULES = {
     "decay": (optax.exponential_decay(0.8, 2, 0.5), lambda m: 0.8 * 0.5 ** (m / 2)),
 }
 EPSILON = 1e-5
-orders = pytest.mark.parametrize("order", ["blend", "lagged"])
+orders = pytest.mark.parametrize("order", ["updated", "previous"])
 
 
 @functools.cache
-def start(alpha=0.25, order="blend", features=4):
+def start(alpha=0.25, order="updated", features=4):
     """A training call, compiled once for all tests, and the state before the first."""
-    estimator = cbn.diminishing_batch_norm(alpha, order=order)
+    estimator = cbn.diminishing_batch_norm(alpha, normalize_by=order)
     return jax.jit(estimator.train), estimator.init(features)
 
 
@@ -106,7 +106,7 @@ def test_the_default_is_a_quarter(key):
     assert_close(estimator.train(estimator.init(4), x), expected)
 
 
-@pytest.mark.parametrize("alpha", [cbn.cumulative, cbn.diminishing(1.0)])
+@pytest.mark.parametrize("alpha", [cbn.cumulative(), cbn.diminishing(1.0)])
 def test_one_over_m_is_the_plain_mean(alpha, key):
     """Of means and of deviations, which are not those of all values together."""
     step, state = start(alpha)
@@ -145,12 +145,12 @@ def test_a_constant_keeps_the_start_and_an_exponential_does_not(key):
 
 @orders
 def test_training_and_inference_use_the_same_average(order, key):
-    """With "lagged" training lags one batch behind."""
-    estimator = cbn.diminishing_batch_norm(order=order)
-    step, state = start(order=order)
+    """With "previous" training lags one batch behind."""
+    estimator = cbn.diminishing_batch_norm(normalize_by=order)
+    step, state = start(normalize_by=order)
     for x in batches(key):
         statistics, after = step(state, x)
-        used = after if order == "blend" else state
+        used = after if order == "updated" else state
         assert_close(estimator.infer(used, x), statistics, 1e-6, 1e-6)
         state = after
 
@@ -177,15 +177,15 @@ def test_schedules_that_know_one_count_at_a_time(key):
 
 
 def test_lagged_leaves_the_first_batch_as_it_is(key):
-    for alpha in (0.25, cbn.cumulative):
-        step, state = start(alpha, "lagged")
+    for alpha in (0.25, cbn.cumulative()):
+        step, state = start(alpha, "previous")
         (x,) = batches(key, 1)
         assert_close(cbn.normalize(x, step(state, x)[0]), x, rtol=2 * EPSILON)
 
 
 def test_the_orders_keep_the_same_state(key):
     blend, state = start()
-    lagged, other = start(order="lagged")
+    lagged, other = start(order="previous")
     for x in batches(key):
         statistics, state = blend(state, x)
         one_behind, other = lagged(other, x)
@@ -193,7 +193,7 @@ def test_the_orders_keep_the_same_state(key):
         assert (np.abs(statistics.mean - one_behind.mean) > 0.1).all()
 
 
-def seen_state(order="blend", alpha=0.25):
+def seen_state(order="updated", alpha=0.25):
     step, state = start(alpha, order)
     for x in batches(jax.random.key(1), 3):
         _, state = step(state, x)
@@ -202,7 +202,7 @@ def seen_state(order="blend", alpha=0.25):
 
 def test_no_gradient_flows_through_lagged_statistics(key):
     """The output's gradient with respect to x is its factor, and nothing else."""
-    estimator, state = cbn.diminishing_batch_norm(order="lagged"), seen_state("lagged")
+    estimator, state = cbn.diminishing_batch_norm(order="previous"), seen_state("previous")
     (x,) = batches(key, 1)
     weight = jax.random.normal(key, x.shape)
 
@@ -219,7 +219,7 @@ def test_no_gradient_flows_through_lagged_statistics(key):
 
 
 def test_lagged_statistics_do_not_see_the_mask_but_the_state_does(key):
-    step, state = start(order="lagged")[0], seen_state("lagged")
+    step, state = start(order="previous")[0], seen_state("previous")
     (x,) = batches(key, 1)
     mask = jnp.arange(5)[:, None] < 3
     statistics, after = step(state, jnp.where(mask, x, jnp.nan), mask=mask)
@@ -231,7 +231,7 @@ def test_lagged_statistics_do_not_see_the_mask_but_the_state_does(key):
 @orders
 def test_a_feature_without_values_waits(order, key):
     """It is normalized by the average as it is; the others are not held up."""
-    step, state = start(cbn.cumulative, order)[0], seen_state(order, cbn.cumulative)
+    step, state = start(cbn.cumulative(), order)[0], seen_state(order, cbn.cumulative())
     (x,) = batches(key, 1)
     mask = jnp.ones((5, 4), bool).at[:, 1].set(False)
     statistics, after = step(state, x, mask=mask)
@@ -245,7 +245,7 @@ def test_a_feature_without_values_waits(order, key):
 
 
 def test_lagged_nan_stays_where_it_stands(key):
-    step, state = start(order="lagged")[0], seen_state("lagged")
+    step, state = start(order="previous")[0], seen_state("previous")
     (x,) = batches(key, 1)
     bad = x.at[3, 1].set(jnp.nan)
     statistics, after = step(state, bad)
@@ -344,7 +344,7 @@ def test_what_is_not_finite_shows_in_its_own_step(poison, key):
 def test_eight_devices_are_one(order, key):
     """One example a device: no device could do it alone."""
     assert jax.device_count() == 8
-    estimator = cbn.diminishing_batch_norm(cbn.diminishing(0.5), order=order)
+    estimator = cbn.diminishing_batch_norm(cbn.diminishing(0.5), normalize_by=order)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.jit(
         jax.shard_map(
@@ -436,7 +436,7 @@ def test_epsilon_is_positive(bad):
 
 @orders
 def test_one_value_per_feature_is_an_error(order):
-    estimator = cbn.diminishing_batch_norm(order=order)
+    estimator = cbn.diminishing_batch_norm(normalize_by=order)
     state = estimator.init(4)
     with pytest.raises(ValueError, match=r"diminishing_batch_norm .*one value per feature"):
         estimator.train(state, jnp.ones((1, 4)))

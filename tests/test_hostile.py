@@ -161,7 +161,7 @@ def test_inference_is_as_good_as_flax(dtype, key):
     expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
     mean, var = (jnp.float32(v) for v in (wide.mean(0), wide.var(0)))
     estimator = cbn.batch_norm()
-    ours = cbn.normalize(x, estimator.infer(cbn.running_moments(mean, var), x))
+    ours = cbn.normalize(x, estimator.infer(cbn.from_batch_stats(mean, var), x))
     module = nn.BatchNorm(use_running_average=True, dtype=dtype)
     variables = {
         "params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)},

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 import cbn_jax as cbn
-from cbn_jax._patches import product
+from cbn_jax.core.patches import product
 
 CONVOLUTIONS = {
     "1d": ((3,), {}),
@@ -105,7 +105,7 @@ def test_patches_are_the_derivative(name):
     z = jnp.asarray(normal(2, 7, 6, 4))
     source = cbn.run_layer(layer, kernel, z)[1]
     index = jnp.array([[3], [0]], jnp.int32)
-    jacobian = jax.jacobian(lambda k: layer.apply(k, z).reshape(2, -1, 8))(kernel)
+    jacobian = jax.jit(jax.jacobian(lambda k: layer.apply(k, z).reshape(2, -1, 8)))(kernel)
     for example, position, patch in zip(
         range(2), index[:, 0], source.patches(index), strict=True
     ):

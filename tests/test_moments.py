@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cbn_jax as cbn
-from cbn_jax import _moments
-from cbn_jax._statistics import blend
+from cbn_jax.core import moments as _moments
+from cbn_jax.core.statistics import blend
 
 SHAPES = [(2, 3), (64, 3), (4, 16, 16, 3), (2, 1024, 3)]
 

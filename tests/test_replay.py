@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import ALL, LAYERS, drift, init, train
+from cases import ALL, LAYERS, apply, drift, init, normalize, train
 from jax.test_util import check_grads
 
 import cbn_jax as cbn
@@ -24,13 +24,13 @@ def start(name, window=4):
     """A training call, compiled once for all tests, and the state before the first."""
     layer = LAYERS[name]
     estimator = cbn.replay_batch_norm(window, samples=ALL, momentum=0.9)
-    step = jax.jit(lambda state, params, z: train(estimator, state, layer, params, z))
+    step = lambda state, params, z: train(estimator, state, layer, params, z)
     return step, init(estimator, layer, layer.params(jax.random.key(0)))
 
 
 def moments(layer, params, batches):
     """Of all their values together."""
-    x = [np.float64(layer.fn(params, z)).reshape(-1, layer.features) for z in batches]
+    x = [np.float64(apply(layer, params, z)).reshape(-1, layer.features) for z in batches]
     x = np.concatenate(x)
     return x.mean(0), x.var(0)
 
@@ -167,11 +167,12 @@ def remembered(steps, samples):
     """Which of 2 · 32 positions the rows of a memory hold: ``[steps, rows, 2, 32]``."""
     kernel = jnp.ones((1, 1, 64, 2))
     estimator = cbn.replay_batch_norm(window=2, samples=samples)
-    state = estimator.init(2, kernel)
+    state = estimator.init(2, PIXELS, kernel)
     x, source = cbn.run_layer(PIXELS, kernel, NUMBERS)
 
     def look(step):
-        return estimator.train(at_step(state, step), x, source)[1].memory
+        after = estimator.train(at_step(state, step), x, source)[1]
+        return after.patches, after.size
 
     patches, size = jax.jit(jax.vmap(look))(steps)
     assert patches.shape == (len(steps), samples, 1, 1, 64, 1)
@@ -234,7 +235,7 @@ def test_convolutions_in_other_dimensions(rank, key):
     layer = cbn.convolution(strides=2, groups=2)
     kernel = jax.random.normal(key, (3,) * rank + (2, 4))
     estimator = cbn.replay_batch_norm(window=3, samples=100)
-    state = estimator.init(4, kernel, groups=2)
+    state = estimator.init(4, layer, kernel)
     shape = (3, 2, *(5,) * rank, 4)
     batches = jax.random.normal(jax.random.fold_in(key, 1), shape)
 
@@ -259,8 +260,8 @@ def test_what_is_not_finite_is_not_remembered(poison, key):
     (_, z), (params, other) = path(layer, key, 2)
     _, _, state = step(state, params, z)
     x, statistics, after = step(state, params, other.at[:, 2].set(poison))
-    assert np.isnan(cbn.normalize(x, statistics)).all()
-    np.testing.assert_array_equal(after.memory.size.sum(), 2.0)
+    assert np.isnan(normalize(x, statistics)).all()
+    np.testing.assert_array_equal(after.size.sum(), 2.0)
     for leaf in jax.tree.leaves(after):
         assert np.isfinite(leaf).all()
     expected = step(state, params, other)[1]
@@ -297,12 +298,10 @@ def test_a_state_of_another_memory(other, key):
     options = {"window": 4, "samples": 8}
     state = init(cbn.replay_batch_norm(**options | other), layer, params)
     estimator = cbn.replay_batch_norm(**options)
-    rows = len(state.memory.size)
-    message = rf"window=4, samples=8\) got a state with {rows} rows, expected 24"
+    rows = len(state.size)
+    message = rf"state\.patches.* of shape \({rows}, .*expected \(24, "
     with pytest.raises(ValueError, match=message):
         train(estimator, state, layer, params, layer.data(key))
-    with pytest.raises(ValueError, match=message):
-        estimator.infer(state, layer.data(key)[:, :4])
 
 
 def test_a_source_with_patches_is_needed(key):
@@ -319,8 +318,8 @@ def test_groups_must_be_those_of_the_state(key):
     layer = LAYERS["conv-grouped"]
     estimator = cbn.replay_batch_norm(samples=ALL)
     params = layer.params(key)
-    state = estimator.init(layer.features, params)
-    with pytest.raises(ValueError, match=r"groups=2 and a state for groups=1.*groups=2\)"):
+    state = estimator.init(layer.features, layer.fn, params)
+    with pytest.raises(ValueError, match=r"\['kernel'\] of shape .*1\), expected .*2\) for"):
         train(estimator, state, layer, params, layer.data(key))
 
 

@@ -8,7 +8,7 @@ import reference
 from flax import linen as nn
 
 import cbn_jax as cbn
-from cbn_jax._running import init_running, update_running
+from cbn_jax.core.running import init_running, update_running
 
 
 def batches(steps):
@@ -18,13 +18,13 @@ def batches(steps):
 
 
 def weights(rule, steps):
-    if rule is cbn.cumulative:
+    if rule == cbn.cumulative():
         return np.full(steps, 1 / steps)
     return reference.exponential_weights(steps, 0.9)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 10, 100])
-@pytest.mark.parametrize("rule", [cbn.exponential(0.9), cbn.cumulative])
+@pytest.mark.parametrize("rule", [cbn.exponential(0.9), cbn.cumulative()])
 def test_weights_in_closed_form(rule, steps):
     values, moments = batches(steps)
     update = jax.jit(functools.partial(update_running, average=rule))
@@ -74,9 +74,10 @@ def test_a_feature_without_values_waits():
 def shares(rule, steps=6):
     """The weight of each batch in the end: batch m is the m-th unit vector."""
     running = init_running(steps)
+    update = jax.jit(functools.partial(update_running, average=rule))
     for unit in jnp.eye(steps):
         moments = cbn.Moments(unit, unit, jnp.ones(steps))
-        running = update_running(running, moments, rule)
+        running = update(running, moments)
     return running.mean
 
 
@@ -96,7 +97,7 @@ def test_power_one_counts_all_batches_alike():
     np.testing.assert_allclose(alike, 0.0, atol=1e-7)
     assert (late > 1e-3).all()
     assert (early < -1e-3).all()
-    np.testing.assert_allclose(shares(cbn.diminishing()), shares(cbn.cumulative), rtol=1e-6)
+    np.testing.assert_allclose(shares(cbn.diminishing()), shares(cbn.cumulative()), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan")])
@@ -108,11 +109,12 @@ def test_a_power_is_not_negative(bad):
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9999])
 def test_moments_from_elsewhere_go_on_at_their_own_pace(momentum):
     """From the first batch on, as if there had been a very long run before."""
-    running = cbn.running_moments(np.array([2.0, -1.0]), np.array([4.0, 0.5]))
+    running = cbn.from_batch_stats(np.array([2.0, -1.0]), np.array([4.0, 0.5]))
     batch = cbn.Moments(jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0]), jnp.ones(2))
     mean, var = np.array([2.0, -1.0]), np.array([4.0, 0.5])
+    update = jax.jit(functools.partial(update_running, average=cbn.exponential(momentum)))
     for _ in range(3):
-        running = update_running(running, batch, cbn.exponential(momentum))
+        running = update(running, batch)
         mean = momentum * mean + (1 - momentum) * batch.mean
         var = momentum * var + (1 - momentum) * batch.var
         np.testing.assert_allclose(running.mean, mean, rtol=1e-6)
@@ -121,7 +123,7 @@ def test_moments_from_elsewhere_go_on_at_their_own_pace(momentum):
 
 @pytest.mark.parametrize("dtype", [np.float64, jnp.bfloat16, np.int32])
 def test_moments_from_elsewhere_become_float32(dtype):
-    running = cbn.running_moments(np.array([2.0], dtype), np.array([4.0], dtype))
+    running = cbn.from_batch_stats(np.array([2.0], dtype), np.array([4.0], dtype))
     for leaf, value in zip(running, (2.0, 4.0, 1e6), strict=True):
         assert (leaf.dtype, leaf.shape) == (jnp.float32, (1,))
         assert leaf == value
@@ -136,7 +138,7 @@ def test_flaxs_batch_stats_predict_as_in_flax(key):
     scale, bias = jnp.linspace(0.5, 2.0, 4), jnp.linspace(-1.0, 1.0, 4)
     variables = {**updates, "params": {"scale": scale, "bias": bias}}
     expected = module.apply(variables, x, use_running_average=True)
-    state = cbn.running_moments(**variables["batch_stats"])
+    state = cbn.from_batch_stats(**variables["batch_stats"])
     statistics = cbn.batch_norm().infer(state, x)
     y = cbn.normalize(x, statistics, scale, bias)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
@@ -144,4 +146,15 @@ def test_flaxs_batch_stats_predict_as_in_flax(key):
 
 def test_moments_from_elsewhere_have_one_shape():
     with pytest.raises(ValueError, match=r"mean of shape \(2,\) and var of shape \(3,\)"):
-        cbn.running_moments(jnp.ones(2), jnp.ones(3))
+        cbn.from_batch_stats(jnp.ones(2), jnp.ones(3))
+
+
+@pytest.mark.parametrize("rule", [cbn.cumulative, cbn.diminishing, cbn.exponential])
+def test_a_schedule_is_called(rule):
+    with pytest.raises(TypeError, match=rf"momentum is the function {rule.__name__}, .*\("):
+        cbn.batch_norm(momentum=rule)
+
+
+def test_a_number_is_a_plain_number():
+    with pytest.raises(TypeError, match=r"momentum is an array, .*float\(momentum\)"):
+        cbn.batch_norm(momentum=jnp.float32(0.9))

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from cases import LAYERS
 
 import cbn_jax as cbn
-from cbn_jax._patches import mean_patch, moments_and_sample, product, pull
+from cbn_jax.core.patches import mean_patch, moments_and_sample, product, pull
 
 layers = pytest.mark.parametrize("name", LAYERS)
 
@@ -18,7 +19,7 @@ def test_output_and_gradient_are_the_layers_own(name, key):
     through = jax.value_and_grad(
         lambda p, z: jnp.sin(cbn.run_layer(layer.layer, p, z)[0]).sum(), (0, 1)
     )
-    jax.tree.map(np.testing.assert_array_equal, through(params, z), direct(params, z))
+    chex.assert_trees_all_equal(jax.jit(through)(params, z), jax.jit(direct)(params, z))
 
 
 @layers
@@ -30,11 +31,15 @@ def test_one_pullback_holds_the_derivatives_of_all_features(name, key):
     def moments(params):
         return cbn.batch_moments(layer.fn(params, z))
 
-    jacobian = jax.jacobian(moments)(params)
-    x, source = cbn.run_layer(layer.layer, params, z)
-    n = x.size // x.shape[-1]
-    deviation = 2 * (x - x.mean(tuple(range(x.ndim - 1)), keepdims=True)) / n
-    d_var, d_mean = source.pullback(deviation, jnp.full((*x.shape[:-1], 1), 1 / n))
+    @jax.jit
+    def derivatives(params):
+        x, source = cbn.run_layer(layer.layer, params, z)
+        n = x.size // x.shape[-1]
+        deviation = 2 * (x - x.mean(tuple(range(x.ndim - 1)), keepdims=True)) / n
+        return source.pullback(deviation, jnp.full((*x.shape[:-1], 1), 1 / n))
+
+    jacobian = jax.jit(jax.jacobian(moments))(params)
+    d_var, d_mean = derivatives(params)
     for full, block in ((jacobian.mean, d_mean), (jacobian.var, d_var)):
         for leaf, own in zip(jax.tree.leaves(full), jax.tree.leaves(block), strict=True):
             own = np.repeat(own, leaf.shape[-1] // own.shape[-1], axis=-1)
@@ -50,30 +55,28 @@ def test_patches_are_what_the_layer_saw(name, samples, key):
     """x = ⟨P, θ⟩ at every sampled position, and the mean patch is the pulled-back one."""
     layer = LAYERS[name]
     params, z = layer.params(key), layer.data(key)
-    x, source = cbn.run_layer(layer.layer, params, z)
-    _, sample = moments_and_sample(source, x, samples, jnp.float32(3))
-    np.testing.assert_allclose(product(sample.patches, params), sample.x, atol=1e-5)
-    if samples is None:
-        np.testing.assert_array_equal(sample.x, x.reshape(-1, layer.features))
+
+    @jax.jit
+    def compute(params, z):
+        x, source = cbn.run_layer(layer.layer, params, z)
+        _, sample = moments_and_sample(source, x, samples, jnp.float32(3))
         shared = jnp.full((*x.shape[:-1], 1), layer.features / x.size)
-        _, expected = source.pullback(jnp.zeros_like(x), shared)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-            mean_patch(sample),
-            expected,
-        )
-        pulled, _ = source.pullback(x, shared)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-            pull(sample.patches, sample.x),
-            pulled,
-        )
+        mine = mean_patch(sample), pull(sample.patches, sample.x)
+        return x, sample.x, product(sample.patches, params), mine, source.pullback(x, shared)
+
+    x, there, made, (mean, pulled), (each, shared) = compute(params, z)
+    np.testing.assert_allclose(made, there, atol=1e-5)
+    if samples is None:
+        np.testing.assert_array_equal(there, x.reshape(-1, layer.features))
+        chex.assert_trees_all_close(mean, shared, atol=1e-5)
+        chex.assert_trees_all_close(pulled, each, rtol=1e-4, atol=1e-4)
 
 
 def flops(f, *args):
     return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.program
 def test_both_pullbacks_cost_little_more_than_one_weight_gradient(key):
     layer = cbn.convolution()
     z, kernel = jnp.ones((2, 32, 32, 32)), {"kernel": jnp.ones((3, 3, 32, 32))}
@@ -86,6 +89,7 @@ def test_both_pullbacks_cost_little_more_than_one_weight_gradient(key):
     assert flops(pull, kernel, z) / one < 1.05
 
 
+@pytest.mark.program
 def test_an_unused_source_costs_nothing(key):
     layer = cbn.convolution()
     z, kernel = jnp.ones((2, 16, 16, 8)), {"kernel": jnp.ones((3, 3, 8, 8))}
@@ -103,7 +107,7 @@ def test_neither_pullback_nor_patches_carry_a_gradient(key):
         patches = source.patches(jnp.zeros((len(x), 1), jnp.int32))
         return sum(leaf.sum() for leaf in jax.tree.leaves((pulled, patches)))
 
-    gradients = jax.grad(f, (0, 1))(layer.params(key), layer.data(key))
+    gradients = jax.jit(jax.grad(f, (0, 1)))(layer.params(key), layer.data(key))
     for leaf in jax.tree.leaves(gradients):
         np.testing.assert_array_equal(leaf, 0.0)
 
@@ -112,7 +116,7 @@ def test_a_grouped_layer_must_say_so(key):
     """Else its derivative would be taken with another group's inputs."""
     layer = LAYERS["conv-grouped"]
     x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
-    with pytest.raises(ValueError, match=r"groups=1 .*one more feature.*groups=\.\.\."):
+    with pytest.raises(ValueError, match=r"groups=1 .*one feature per group.*groups=\.\.\."):
         source.pullback(x, x[..., :1])
 
 

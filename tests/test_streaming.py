@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import LAYERS, drift, init, train
+from cases import LAYERS, apply, drift, init, normalize, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_vjp
@@ -16,6 +16,7 @@ SOME = ["dense", "conv-strided", "conv-grouped"]
 layers = pytest.mark.parametrize("name", LAYERS)
 some_layers = pytest.mark.parametrize("name", SOME)
 EPSILON = 1e-5
+batch_moments = jax.jit(cbn.batch_moments)
 
 
 def variance(statistics):
@@ -27,7 +28,7 @@ def start(name, window=4):
     """A training call, compiled once for all tests, and the state before the first."""
     layer = LAYERS[name]
     estimator = cbn.streaming_batch_norm(window, samples=None, momentum=0.9)
-    step = jax.jit(lambda state, params, z: train(estimator, state, layer, params, z))
+    step = lambda state, params, z: train(estimator, state, layer, params, z)
     return step, init(estimator, layer, layer.params(jax.random.key(0)))
 
 
@@ -137,7 +138,7 @@ def test_means_are_exact_on_any_path(name, key):
         x, statistics, state = step(state, params, z)
         seen.append(z)
         kept.append((state.window.size - x.size / layer.features) / (before + 1e-9))
-    today = np.float64(layer.fn(params, jnp.concatenate(seen)))
+    today = np.float64(apply(layer, params, jnp.concatenate(seen)))
     means = today.reshape(len(seen), -1, layer.features).mean(1)
     weights = np.cumprod([np.ones(layer.features), *kept[:0:-1]], 0)[::-1]
     expected = (weights * means).sum(0) / weights.sum(0)
@@ -153,7 +154,7 @@ def test_variances_are_exact_for_the_same_inputs(name, size, key):
     params, z = layer.params(key), layer.data(key, examples=2)
     _, _, state = step(state, params, z)
     x, statistics, state = step(state, drift(params, key, size), z)
-    exact = cbn.batch_moments(x)
+    exact = batch_moments(x)
     np.testing.assert_allclose(statistics.mean, exact.mean, rtol=1e-4, atol=1e-4 * size)
     np.testing.assert_allclose(variance(statistics), exact.var, rtol=1e-4)
 
@@ -167,8 +168,8 @@ def test_the_transported_variance_is_unbiased(name, key):
     layer = LAYERS[name]
     old, population = layer.params(key), layer.data(key, examples=24)
     new = drift(old, key, 0.2)
-    before, today = layer.fn(old, population), layer.fn(new, population)
-    exact = cbn.batch_moments(today).var
+    before, today = apply(layer, old, population), apply(layer, new, population)
+    exact = batch_moments(today).var
 
     def transported(estimator):
         """Today's variance of the population as seen with each batch of two."""
@@ -212,7 +213,7 @@ def test_outputs_are_bounded(size, seed, name, examples):
     step, state = start(name)
     for params, z in path(layer, key, 5, size=size, examples=(examples,)):
         x, statistics, state = step(state, params, z)
-        y = cbn.normalize(x, statistics)
+        y = normalize(x, statistics)
         assert np.isfinite(y).all()
         bound = (4 * x.size / layer.features - 1) ** 0.5
         assert np.abs(y).max() <= 1.0001 * bound
@@ -226,7 +227,7 @@ def test_a_batch_without_values_sees_the_window_at_todays_weights(key):
     _, _, state = step(state, params, z)
     nothing = jnp.zeros((1, 1), bool)
     _, statistics, after = train(estimator, state, layer, moved, other, mask=nothing)
-    expected = cbn.batch_moments(layer.fn(moved, z)).mean
+    expected = batch_moments(apply(layer, moved, z)).mean
     np.testing.assert_allclose(statistics.mean, expected, rtol=1e-4, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
@@ -295,7 +296,8 @@ def test_gradient_goes_through_the_compensation(key):
         x, statistics, _ = step(state, {**params, "bias": bias}, z)
         return jnp.sin(cbn.normalize(x, statistics)).sum()
 
-    np.testing.assert_allclose(jax.grad(loss)(params["bias"]), 0.0, atol=1e-5)
+    gradient = jax.jit(jax.grad(loss))(params["bias"])
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
 # Positions looked at.
@@ -308,7 +310,7 @@ def looks(steps, samples):
     """How often each position is looked at, of all looks of a step: ``[steps, 2, 32]``."""
     kernel = jnp.ones((1, 1, 64, 2))
     estimator = cbn.streaming_batch_norm(window=4, samples=samples)
-    state = estimator.init(2, kernel)
+    state = estimator.init(2, PIXELS, kernel)
     x, source = cbn.run_layer(PIXELS, kernel, NUMBERS)
 
     def look(step):
@@ -374,7 +376,9 @@ def test_state_is_two_arrays_of_the_size_of_the_weights():
 
     def size(window):
         estimator = cbn.streaming_batch_norm(window)
-        leaves = jax.tree.leaves(jax.eval_shape(lambda k: estimator.init(64, k), kernel))
+        leaves = jax.tree.leaves(jax.eval_shape(
+            lambda k: estimator.init(64, cbn.convolution(), k), kernel
+        ))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     assert 2.0 < size(2) / (kernel.size * 4) <= 2.2
@@ -398,11 +402,12 @@ def flops(estimator, images):
 
     def plan(z, width, size, stride):
         kernels.append(jax.ShapeDtypeStruct((size, size, z.shape[-1], width), z.dtype))
-        states.append(estimator.init(width, kernels[-1]))
+        states.append(estimator.init(width, cbn.convolution(), kernels[-1]))
         return cbn.convolution(stride).apply(jnp.zeros(kernels[-1].shape), z)
 
     jax.eval_shape(functools.partial(residual_network, plan), images)
-    states = jax.eval_shape(lambda: [estimator.init(k.shape[-1], k) for k in kernels])
+    layer = cbn.convolution()
+    states = jax.eval_shape(lambda: [estimator.init(k.shape[-1], layer, k) for k in kernels])
 
     def loss(kernels, states, images):
         todo, new = iter(zip(kernels, states, strict=True)), []
@@ -420,6 +425,7 @@ def flops(estimator, images):
     return step.lower(kernels, states, images).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.program
 def test_costs_little_more_than_batch_norm():
     """On a residual network of eighteen layers, two images of 32 by 32."""
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -453,8 +459,8 @@ def test_groups_must_be_those_of_the_state(key):
     layer = LAYERS["conv-grouped"]
     estimator = cbn.streaming_batch_norm()
     params = layer.params(key)
-    state = estimator.init(layer.features, params)
-    with pytest.raises(ValueError, match=r"groups=2 and a state for groups=1.*groups=2\)"):
+    state = estimator.init(layer.features, layer.fn, params)
+    with pytest.raises(ValueError, match=r"\['kernel'\] of shape .*1\), expected .*2\) for"):
         train(estimator, state, layer, params, layer.data(key))
 
 
