@@ -175,7 +175,7 @@ class Diminishing:
     layer normalizes, the one before or the one after this batch.
     """
 
-    def __init__(self, alpha, order="blend"):
+    def __init__(self, alpha, order="updated"):
         self.alpha, self.order = alpha, order
         self.m, self.mu, self.sigma = 0, 0.0, 1.0
 
@@ -187,7 +187,7 @@ class Diminishing:
         sigma = np.sqrt(np.mean((x - mu) ** 2, axis=0))
         self.mu = alpha * mu + (1 - alpha) * before[0]
         self.sigma = alpha * sigma + (1 - alpha) * before[1]
-        return before if self.order == "lagged" else (self.mu, self.sigma)
+        return before if self.order == "previous" else (self.mu, self.sigma)
 
     def normalize(self, x, epsilon=1e-5):
         mu, sigma = self.step(x)

@@ -133,7 +133,9 @@ def test_state_keeps_its_form(name, dtype, key):
     for leaf in jax.tree.leaves((state, statistics)):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()
-    x = apply(layer, jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype))
+    x = apply(
+        layer, jax.tree.map(lambda p: p.astype(dtype), params), layer.data(key, dtype)
+    )
     assert normalize(x, statistics).dtype == dtype
 
 
@@ -235,7 +237,9 @@ def test_no_gradient_through_the_state(name, key):
         state_next = train(estimator, state, layer, params, layer.data(key))[2]
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state_next))
 
-    gradients = jax.jit(lambda: (jax.grad(f)(state, params), jax.grad(state_only)(params)))()
+    gradients = jax.jit(
+        lambda: (jax.grad(f)(state, params), jax.grad(state_only)(params))
+    )()
     for gradient in jax.tree.leaves(gradients):
         np.testing.assert_array_equal(gradient, 0.0)
 

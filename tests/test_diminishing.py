@@ -147,7 +147,7 @@ def test_a_constant_keeps_the_start_and_an_exponential_does_not(key):
 def test_training_and_inference_use_the_same_average(order, key):
     """With "previous" training lags one batch behind."""
     estimator = cbn.diminishing_batch_norm(normalize_by=order)
-    step, state = start(normalize_by=order)
+    step, state = start(order=order)
     for x in batches(key):
         statistics, after = step(state, x)
         used = after if order == "updated" else state
@@ -173,10 +173,10 @@ def test_schedules_that_know_one_count_at_a_time(key):
             assert_close(average(statistics), oracle.step(x))
 
 
-# The lagged order.
+# Normalizing by the average before the batch.
 
 
-def test_lagged_leaves_the_first_batch_as_it_is(key):
+def test_the_previous_average_leaves_the_first_batch_unchanged(key):
     for alpha in (0.25, cbn.cumulative()):
         step, state = start(alpha, "previous")
         (x,) = batches(key, 1)
@@ -185,10 +185,10 @@ def test_lagged_leaves_the_first_batch_as_it_is(key):
 
 def test_the_orders_keep_the_same_state(key):
     blend, state = start()
-    lagged, other = start(order="previous")
+    behind, other = start(order="previous")
     for x in batches(key):
         statistics, state = blend(state, x)
-        one_behind, other = lagged(other, x)
+        one_behind, other = behind(other, x)
         assert_close(other, state, 1e-6, 1e-6)
         assert (np.abs(statistics.mean - one_behind.mean) > 0.1).all()
 
@@ -200,9 +200,9 @@ def seen_state(order="updated", alpha=0.25):
     return state
 
 
-def test_no_gradient_flows_through_lagged_statistics(key):
+def test_no_gradient_flows_through_the_previous_average(key):
     """The output's gradient with respect to x is its factor, and nothing else."""
-    estimator, state = cbn.diminishing_batch_norm(order="previous"), seen_state("previous")
+    estimator, state = cbn.diminishing_batch_norm(normalize_by="previous"), seen_state("previous")
     (x,) = batches(key, 1)
     weight = jax.random.normal(key, x.shape)
 
@@ -218,7 +218,7 @@ def test_no_gradient_flows_through_lagged_statistics(key):
     assert_same(by_state, jax.tree.map(np.zeros_like, state))
 
 
-def test_lagged_statistics_do_not_see_the_mask_but_the_state_does(key):
+def test_the_previous_average_ignores_the_mask_but_the_state_does_not(key):
     step, state = start(order="previous")[0], seen_state("previous")
     (x,) = batches(key, 1)
     mask = jnp.arange(5)[:, None] < 3
@@ -244,7 +244,7 @@ def test_a_feature_without_values_waits(order, key):
         assert_close(mine, np.where(waits, untouched, theirs), 1e-6, 1e-6)
 
 
-def test_lagged_nan_stays_where_it_stands(key):
+def test_nan_stays_in_its_place_under_the_previous_average(key):
     step, state = start(order="previous")[0], seen_state("previous")
     (x,) = batches(key, 1)
     bad = x.at[3, 1].set(jnp.nan)
@@ -362,59 +362,7 @@ def test_eight_devices_are_one(order, key):
         assert_close((statistics, state), (expected, other))
 
 
-# When it converges.
-
-
-def converges(terms):
-    """Of a positive series: does a decade add visibly less than the one before it?"""
-    sums = np.cumsum(terms, axis=-1)
-    last, before = sums[..., 99_999] - sums[..., 9_999], sums[..., 9_999] - sums[..., 999]
-    return last < 0.9 * before
-
-
-def test_convergence_is_that_of_the_papers_series():
-    """Theorems 7 and 11, term by term, for a grid of powers."""
-    m = np.arange(1.0, 100_001.0)
-    alpha_powers = np.arange(0.0, 4.0, 0.25)
-    alphas = m ** -alpha_powers[:, None]
-    for power in np.arange(0.0, 1.75, 0.25):
-        rates = m**-power
-        moved = np.cumsum(rates)  # how far the weights may go
-        statistics = converges(alphas) & converges(alphas * moved)
-        # Σₘ Σ_{i ≥ m} α_i = Σ_i i α_i, and with the rates alike.
-        gradient = statistics & converges(m * alphas) & converges(m * alphas * moved)
-        gradient &= ~converges(rates) & converges(rates**2)
-        found = [cbn.diminishing_convergence(h, power) for h in alpha_powers]
-        np.testing.assert_array_equal(found, np.stack([statistics, gradient], 1))
-
-
-@pytest.mark.parametrize(
-    ("alpha_power", "learning_rate_power", "expected"),
-    [
-        (2.001, 1.0, (True, True)),  # the paper's own example
-        (1.001, 1.0, (True, False)),
-        (2.0, 1.0, (True, False)),  # both schedules of its experiments fall short
-        (1.0, 1.0, (False, False)),
-        (0.0, 0.0, (False, False)),
-        (10.0, 1.001, (True, False)),  # the learning rate dies too early
-        (10.0, 0.5, (True, False)),  # too late
-        (10.0, 0.501, (True, True)),
-    ],
-)
-def test_convergence_at_its_borders(alpha_power, learning_rate_power, expected):
-    found = cbn.diminishing_convergence(alpha_power, learning_rate_power)
-    assert found == cbn.Convergence(*expected)
-
-
 # Wrong input: what came, what was expected, what to write.
-
-
-@pytest.mark.parametrize("bad", [-0.001, float("nan")])
-@pytest.mark.parametrize("name", ["alpha_power", "learning_rate_power"])
-def test_powers_are_not_negative(name, bad):
-    powers = {"alpha_power": 2.5, "learning_rate_power": 1.0} | {name: bad}
-    with pytest.raises(ValueError, match=rf"^{name} is .*expected a number from 0 on"):
-        cbn.diminishing_convergence(**powers)
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, 2, float("nan")])
@@ -424,8 +372,8 @@ def test_alpha_is_a_share(bad):
 
 
 def test_the_order_is_one_of_two():
-    with pytest.raises(ValueError, match=r"order is 'late', expected 'blend' or 'lagged'"):
-        cbn.diminishing_batch_norm(order="late")
+    with pytest.raises(ValueError, match=r"normalize_by is 'late', .*'updated' or"):
+        cbn.diminishing_batch_norm(normalize_by="late")
 
 
 @pytest.mark.parametrize("bad", [0.0, -1e-5, float("nan")])

@@ -117,6 +117,7 @@ ALONE = [
     "replay_batch_norm",
     "small_batch_norm",
     "group_batch_norm",
+    "group_norm",
 ]
 
 

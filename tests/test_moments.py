@@ -107,6 +107,7 @@ def test_pooling_ignores_empty_groups():
     np.testing.assert_array_equal(empty.size, [0.0])
 
 
+@pytest.mark.program
 def test_activations_are_read_once_per_sum():
     """Nothing of the activations' size is written; on CPU each sum reads them once."""
 

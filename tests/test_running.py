@@ -97,7 +97,9 @@ def test_power_one_counts_all_batches_alike():
     np.testing.assert_allclose(alike, 0.0, atol=1e-7)
     assert (late > 1e-3).all()
     assert (early < -1e-3).all()
-    np.testing.assert_allclose(shares(cbn.diminishing()), shares(cbn.cumulative()), rtol=1e-6)
+    np.testing.assert_allclose(
+        shares(cbn.diminishing()), shares(cbn.cumulative()), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan")])

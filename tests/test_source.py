@@ -62,7 +62,13 @@ def test_patches_are_what_the_layer_saw(name, samples, key):
         _, sample = moments_and_sample(source, x, samples, jnp.float32(3))
         shared = jnp.full((*x.shape[:-1], 1), layer.features / x.size)
         mine = mean_patch(sample), pull(sample.patches, sample.x)
-        return x, sample.x, product(sample.patches, params), mine, source.pullback(x, shared)
+        return (
+            x,
+            sample.x,
+            product(sample.patches, params),
+            mine,
+            source.pullback(x, shared),
+        )
 
     x, there, made, (mean, pulled), (each, shared) = compute(params, z)
     np.testing.assert_allclose(made, there, atol=1e-5)
@@ -116,7 +122,9 @@ def test_a_grouped_layer_must_say_so(key):
     """Else its derivative would be taken with another group's inputs."""
     layer = LAYERS["conv-grouped"]
     x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
-    with pytest.raises(ValueError, match=r"groups=1 .*one feature per group.*groups=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"groups=1 .*one feature per group.*groups=\.\.\."
+    ):
         source.pullback(x, x[..., :1])
 
 

@@ -90,8 +90,10 @@ def windowed(
 
 def _groups_of(name: str, layer: Any) -> int:
     if not (isinstance(layer, Layer) or callable(layer)):
+        is_array = hasattr(layer, "shape")
+        came = f"an array of shape {layer.shape} as layer" if is_array else f"{layer=}"
         raise TypeError(
-            f"{name} got layer={layer!r}, expected the layer before it; write "
+            f"{name} got {came}, expected the layer before it; write "
             "estimator.init(features, layer, params) with what run_layer takes, such as "
             "cbn_jax.dense or cbn_jax.convolution(...)."
         )
