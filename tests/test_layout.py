@@ -1,4 +1,4 @@
-"""The house: what imports what, and what stays out."""
+"""The folders of the package: who imports whom, and what stays outside."""
 
 import ast
 import subprocess
@@ -8,127 +8,164 @@ from pathlib import Path
 import pytest
 
 import cbn_jax
-from cbn_jax._adapter import require
+from cbn_jax.core.optional import require
 
 PACKAGE = Path(cbn_jax.__file__).parent
 ROOT = PACKAGE.parent
-FOUNDATION = {
-    "_checks",
-    "_fold",
-    "_history",
-    "_moments",
-    "_running",
-    "_source",
-    "_statistics",
-    "_estimator",
-    "_layer",
-    "_patches",
+DOORS = {*cbn_jax._MODULES} - {"linen", "nnx"}
+
+# Imports run downwards only. A row may also import within itself, but for methods: only a
+# preset, which fills in the arguments of others, imports them.
+ROWS = {
+    "core": {"core"},
+    "methods": {"core"},
+    "wrappers": {"core", "wrappers"},
+    "tools": {"core", "methods", "wrappers", "tools"},
+    "_flax": {"core", "wrappers"},
+    "linen": {"core", "wrappers", "_flax", "linen"},
+    "nnx": {"core", "wrappers", "_flax", "nnx"},
+    **{door: {"tools"} for door in DOORS},
 }
-PRESETS = {"_small_batch"}  # a method with arguments filled in
-WRAPPERS = {"_adaptive", "_corrected"}  # around any method
-TOOLS = {
-    "_figure",
-    "assessment",
-    "convert",
-    "diagnostics",
-    "landscape",
-    "optax",
-    "population",
+PRESETS = {"methods/small_batch.py"}
+
+STANDARD = {
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "importlib",
+    "inspect",
+    "math",
+    "pathlib",
+    "re",
+    "typing",
 }
-ADAPTERS = {"_adapter", "linen", "nnx"}
-METHODS = (
-    {path.stem for path in PACKAGE.glob("*.py")}
-    - FOUNDATION
-    - ADAPTERS
-    - PRESETS
-    - TOOLS
-    - WRAPPERS
-    - {"__init__"}
-)
+# Beside JAX, which every file may import.
+PACKAGES = {
+    "core/values.py": {"numpy"},
+    "tools/assessment.py": {"numpy"},
+    "tools/centralize.py": {"optax"},
+    "tools/convert.py": {"numpy"},
+    "tools/figures.py": {"matplotlib", "numpy"},
+    "linen": {"flax"},
+    "nnx": {"flax"},
+}
+
+FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
+files = pytest.mark.parametrize("name", sorted(set(FILES) - {"__init__.py"}))
 
 
 def imports(path):
-    """(level, module) of every import in a file."""
+    """Dotted names of all imported modules; relative ones begin with the package."""
+    parents = ["cbn_jax", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or ""
-        elif isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield ".".join([*parents[: len(parents) - node.level + 1], node.module or ""])
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
 
 
-def siblings(path):
-    return {module for level, module in imports(path) if level == 1}
+def row(name):
+    """The folder of a file, or the file itself where it has none."""
+    return name.split("/")[0].removesuffix(".py")
 
 
-def packages(path):
-    return {module.split(".")[0] for level, module in imports(path) if level == 0}
+def row_of_module(module):
+    return module.split(".")[1]
 
 
-def test_methods_rest_on_the_foundation_alone():
-    assert {
-        "_batch_norm",
-        "_cross_iteration",
-        "_diminishing",
-        "_group_batch",
-        "_replay",
-        "_streaming",
-    } == METHODS
-    for name in METHODS | WRAPPERS | FOUNDATION:
-        assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION, name
-    for name in PRESETS:
-        assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION | METHODS, name
+@files
+def test_imports_run_downwards(name):
+    allowed = ROWS[row(name)] | ({"methods"} if name in PRESETS else set())
+    ours = {m for m in imports(FILES[name]) if m.split(".")[0] == "cbn_jax"}
+    assert {row_of_module(module) for module in ours} <= allowed
 
 
-def test_adapters_know_no_method():
-    for name in ADAPTERS:
-        assert siblings(PACKAGE / f"{name}.py") <= FOUNDATION | {"_adapter"}, name
+@files
+def test_packages_stay_where_they_belong(name):
+    allowed = PACKAGES.get(name, PACKAGES.get(row(name), set())) | STANDARD
+    others = {module.split(".")[0] for module in imports(FILES[name])}
+    assert others - {"cbn_jax", "jax"} <= allowed
 
 
-def test_flax_enters_in_the_adapters_only():
-    for path in PACKAGE.glob("*.py"):
-        allowed = {"jax", "math", "typing", "collections", "contextlib", "functools"}
-        if path.stem in TOOLS:
-            allowed |= {"dataclasses", "matplotlib", "numpy", "optax", "pathlib", "rich"}
-        if path.stem in {"linen", "nnx"}:
-            allowed |= {"flax", "re"}
-        if path.stem == "__init__":
-            allowed |= {"importlib"}
-        assert packages(path) <= allowed, path.name
-
-
-def test_conversion_needs_no_other_framework():
-    assert siblings(PACKAGE / "convert.py") <= FOUNDATION
-    assert packages(PACKAGE / "convert.py") <= {"collections", "jax", "numpy", "typing"}
-
-
-def test_importing_the_library_imports_no_flax():
-    code = "import sys, cbn_jax; sys.exit('flax' in sys.modules or 'optax' in sys.modules)"
+def test_the_root_imports_no_adapter_and_no_optional_tool():
+    """But for type checkers; ``fold`` needs JAX alone."""
+    rows = {row_of_module(m) for m in imports(FILES["__init__.py"]) if "cbn_jax." in m}
+    assert rows <= {"core", "methods", "wrappers", "tools", ""}
+    code = (
+        "import sys, cbn_jax; "
+        "sys.exit(any(p in sys.modules for p in ('flax', 'optax', 'matplotlib')))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_modules_are_there_when_they_are_asked_for():
+def test_every_method_is_one_file():
+    """Named as its factory, but for the endings that all share."""
+    stems = {Path(name).stem for name in FILES if row(name) == "methods"} - {"__init__"}
+    assert stems == {
+        "batch_norm",
+        "cross_iteration",
+        "diminishing",
+        "group_batch",
+        "group_norm",
+        "group_norm_plus",
+        "replay",
+        "small_batch",
+        "streaming",
+    }
+    for stem in stems:
+        names = (f"{stem}_batch_norm", f"{stem}_norm", stem)
+        factory = next(name for name in names if hasattr(cbn_jax, name))
+        assert getattr(cbn_jax, factory).__module__ == f"cbn_jax.methods.{stem}"
+
+
+@pytest.mark.parametrize("door", sorted(DOORS))
+def test_doors_hold_names_and_nothing_else(door):
+    tree = ast.parse(FILES[f"{door}.py"].read_text())
+    kinds = [type(node) for node in tree.body]
+    assert kinds == [ast.Expr, ast.ImportFrom, ast.Assign]
+
+
+def test_modules_are_there_when_they_are_used():
     code = "import cbn_jax; cbn_jax.nnx.Norm, cbn_jax.population.recompute; cbn_jax.linea"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError: module 'cbn_jax' has no attribute 'linea'" in run.stderr
-    assert {path.stem for path in PACKAGE.glob("[!_]*.py")} == cbn_jax._MODULES
+
+
+def test_help_and_dir_list_the_public_names():
+    assert set(dir(cbn_jax)) == {*cbn_jax.__all__, *cbn_jax._MODULES, "__version__"}
+    code = "import cbn_jax; help(cbn_jax)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    for name in cbn_jax.__all__:
+        assert name in shown
 
 
 def test_the_oracles_import_numpy_alone():
-    assert packages(ROOT / "tests" / "reference.py") == {"itertools", "numpy"}
+    modules = {m.split(".")[0] for m in imports_of(ROOT / "tests" / "reference.py")}
+    assert modules == {"itertools", "numpy"}
 
 
-def test_nothing_imports_the_benchmarks():
-    for path in PACKAGE.glob("*.py"):
-        assert not {"benchmarks", "colabs"} & packages(path)
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
 
 
-def test_no_arithmetic_in_an_adapter():
-    for name in ADAPTERS:
-        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-            if isinstance(node, ast.BinOp):
-                # Unions in annotations, and an index from the end.
-                assert isinstance(node.op, ast.BitOr | ast.Sub), ast.unparse(node)
-                assert isinstance(node.op, ast.BitOr) or ast.unparse(node) == "x.ndim - 1"
+@pytest.mark.parametrize("name", [n for n in FILES if row(n) in {"_flax", "linen", "nnx"}])
+def test_no_arithmetic_in_an_adapter(name):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.BinOp):
+            # Unions in annotations, and an index from the end.
+            assert isinstance(node.op, ast.BitOr) or ast.unparse(node) in {
+                "x.ndim - 1",
+                "len(path) + 1",
+            }
 
 
 @pytest.mark.parametrize("module", ["linen", "nnx"])
