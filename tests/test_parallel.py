@@ -3,12 +3,13 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, GROUPS, LAYERS, init, make, train
+from cases import FACTORIES, GROUPS, KINDS, LAYERS, apply, eager_train, init, make, train
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,7 +45,7 @@ def make_step(estimator, layer, axis_name=None, global_gradient=False):
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     def loss_fn(params, state, z, target):
-        x, statistics, state = train(
+        x, statistics, state = eager_train(
             estimator, state, layer, params, z, axis_name=axis_name
         )
         y = cbn.normalize(x, statistics)
@@ -132,9 +133,8 @@ def run(step, estimator, layer, key, steps=4):
     history = []
     for i in range(steps):
         z = layer.data(jax.random.fold_in(key, i), examples=2 * DEVICES)
-        target = jax.random.normal(
-            jax.random.fold_in(key, 50 + i), layer.fn(params, z).shape
-        )
+        shape = jax.eval_shape(layer.fn, params, z).shape
+        target = jax.random.normal(jax.random.fold_in(key, 50 + i), shape)
         params, opt_state, state, loss, y = step(params, opt_state, state, z, target)
         history.append((loss, y))
     return jax.device_get((params, opt_state, state, history))
@@ -143,21 +143,35 @@ def run(step, estimator, layer, key, steps=4):
 @pytest.mark.parametrize(
     ("context", "layer"),
     [
-        *((context, LAYERS["dense"]) for context in CONTEXTS),
-        ("sharded jit", LAYERS["conv"]),
-        ("shard_map", LAYERS["conv"]),
+        ("sharded jit", "dense"),
+        ("shard_map", "dense"),
     ],
 )
 @estimators
-def test_many_devices_are_one(context, name, layer, key):
-    estimator = make(name)
+def test_many_devices_are_one(context, layer, name, key):
+    check_many_devices(context, layer, name, key)
+
+
+@pytest.mark.parametrize("name", ["streaming_batch_norm", "cross_iteration_batch_norm"])
+@pytest.mark.parametrize(
+    ("context", "layer"),
+    [
+        ("shard_map unchecked", "dense"),
+        ("pmap", "dense"),
+        ("vmap", "dense"),
+        ("sharded jit", "conv"),
+        ("shard_map", "conv"),
+    ],
+)
+def test_many_devices_are_one_in_other_contexts(context, layer, name, key):
+    check_many_devices(context, layer, name, key)
+
+
+def check_many_devices(context, layer, name, key):
+    layer, estimator = LAYERS[layer], make(name)
     expected = expected_of(name, layer)
     actual = run(CONTEXTS[context](estimator, layer), estimator, layer, key)
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5),
-        actual,
-        expected,
-    )
+    chex.assert_trees_all_close(actual, expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -172,7 +186,9 @@ def test_masks_are_exact_across_devices(name, check_vma, key):
     mask = jax.random.bernoulli(key, 0.6, (2 * DEVICES, 1)).at[4:6].set(False)
 
     def step(z, mask):
-        return train(estimator, state, layer, params, z, axis_name="data", mask=mask)[1:]
+        return eager_train(estimator, state, layer, params, z, axis_name="data", mask=mask)[
+            1:
+        ]
 
     parallel = jax.shard_map(
         step,
@@ -182,11 +198,8 @@ def test_masks_are_exact_across_devices(name, check_vma, key):
         check_vma=check_vma,
     )
     _, *expected = train(estimator, state, layer, params, z, mask=mask)
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
-        jax.jit(parallel)(z, mask),
-        tuple(expected),
-    )
+    actual = jax.jit(parallel)(z, mask)
+    chex.assert_trees_all_close(actual, tuple(expected), rtol=1e-4, atol=1e-5)
 
 
 def collectives(f, *args):
@@ -194,19 +207,14 @@ def collectives(f, *args):
     return re.findall(r"= .*? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", text)
 
 
-@pytest.mark.parametrize("name", FACTORIES)
-@pytest.mark.parametrize(
-    ("layer", "masked"), [(LAYERS["dense"], True), (LAYERS["conv"], False)]
-)
-def test_one_collective_forward(name, layer, masked, key):
-    """Under an axis name, state and mask included; a fit needs the statistics first."""
+def forward_of(name, layer, masked, key):
+    """A training call on eight devices, with its arguments."""
     estimator = make(name)
     params = layer.params(key)
-    state = init(estimator, layer, params)
 
     def forward(params, state, z):
         mask = jnp.ones((len(z),) + (1,) * (len(layer.inputs) - 1)) > 0 if masked else None
-        x, statistics, after = train(
+        x, statistics, after = eager_train(
             estimator, state, layer, params, z, axis_name="data", mask=mask
         )
         return cbn.normalize(x, statistics), after
@@ -217,11 +225,30 @@ def test_one_collective_forward(name, layer, masked, key):
         in_specs=(P(), P(), P("data")),
         out_specs=(P("data"), P()),
     )
-    expected = 2 if "fitted" in name else 1
-    z = layer.data(key, examples=2 * DEVICES)
-    assert collectives(step, params, state, z) == ["all-reduce"] * expected
+    state = init(estimator, layer, params)
+    return step, params, state, layer.data(key, examples=2 * DEVICES)
 
 
+@pytest.mark.program
+@pytest.mark.parametrize(
+    ("name", "layer", "masked"),
+    [
+        *((name, "dense", True) for name in KINDS),
+        ("streaming_batch_norm", "conv", False),
+        ("cross_iteration_batch_norm", "conv", False),
+    ],
+)
+def test_one_collective_forward(name, layer, masked, key):
+    """Under an axis name, state and mask included; a fit needs the statistics first.
+
+    Group norm needs nothing from the other devices.
+    """
+    expected = 2 if name == "fitted_inference" else 0 if name == "group_norm" else 1
+    step = forward_of(name, LAYERS[layer], masked, key)
+    assert collectives(*step) == ["all-reduce"] * expected
+
+
+@pytest.mark.program
 @pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
 def test_a_sharded_batch_needs_the_pivot_and_the_sums(layer, key):
     """Under sharded ``jit``: two small all-reduces forward, one more backward."""
@@ -231,13 +258,14 @@ def test_a_sharded_batch_needs_the_pivot_and_the_sums(layer, key):
     def forward(x):
         return cbn.normalize(x, estimator.train(state, x)[0])
 
-    x = layer.fn(layer.params(key), layer.data(key, examples=2 * DEVICES))
+    x = apply(layer, layer.params(key), layer.data(key, examples=2 * DEVICES))
     x = jax.device_put(x, NamedSharding(mesh(), P("data")))
     assert collectives(forward, x) == ["all-reduce"] * 2
     backward = jax.grad(lambda x: (forward(x) ** 3).sum())
     assert collectives(backward, x) == ["all-reduce"] * 3
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("name", ["small_batch_norm", "streaming_batch_norm"])
 def test_sampled_positions_stay_on_their_device(name, key):
     """Under sharded ``jit`` the patches are cut where the examples are."""
@@ -252,9 +280,5 @@ def test_sampled_positions_stay_on_their_device(name, key):
     def step(z):
         return train(estimator, state, layer, params, z)[1:]
 
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
-        jax.jit(step)(sharded),
-        expected,
-    )
+    chex.assert_trees_all_close(jax.jit(step)(sharded), expected, rtol=1e-4, atol=1e-5)
     assert set(collectives(step, sharded)) == {"all-reduce"}

@@ -89,7 +89,8 @@ def _pull_both(layer, params, inputs, each, shared):
 
     groups = layer.groups
     narrow = jax.tree.map(lambda p: p[..., :: p.shape[-1] // groups], params)
-    shared = jnp.repeat(shared, groups, -1)
+    # Spread over the devices like ``each``, also where it is the same on all of them.
+    shared = jnp.repeat(shared + lax.full_like(each[..., :1], 0), groups, -1)
     _check_narrow(layer, narrow, inputs, shared.shape)
     with jax.default_matmul_precision("highest"):
         return pull(params, each), pull(narrow, shared)
