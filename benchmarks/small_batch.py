@@ -18,13 +18,13 @@ from typing import Annotated
 import jax
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from . import checkpoints, data, methods, report, runs, timing, training
+from benchmarks.lib import checkpoints, data, methods, report, runs, timing, training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from . import (
+from benchmarks.lib import report, study
+from benchmarks.studies import (
     adaptive,
     batch_size_report,
     claims,
@@ -34,12 +35,10 @@ from . import (
     frameworks,
     ideas,
     landscape,
-    report,
     robustness,
     samples,
     scaling,
     statistics_error,
-    study,
     theory,
 )
 

@@ -16,29 +16,22 @@ import pytest
 from rich.console import Console
 
 import cbn_jax
-from benchmarks import (
+from benchmarks import small_batch, tables
+from benchmarks.lib import data, methods, networks, profile, report, runs, training
+from benchmarks.studies import (
     adaptive,
     batch_size,
     batch_size_report,
     claims,
     corrected_inference,
     cost,
-    data,
     diminishing,
     frameworks,
     landscape,
-    methods,
-    networks,
-    profile,
-    report,
     robustness,
-    runs,
     samples,
     scaling,
-    small_batch,
-    tables,
     theory,
-    training,
 )
 
 pytestmark = [
@@ -508,7 +501,7 @@ def test_the_best_and_what_is_as_good():
 
 
 def test_slopes(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.scaling", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.studies.scaling", "--quick"]
     subprocess.run([*command, "--output", str(tmp_path)], check=True, capture_output=True)
     written = json.loads((tmp_path / "results.json").read_text())
     assert (tmp_path / "table.md").read_text() == scaling.markdown(written)

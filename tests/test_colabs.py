@@ -17,7 +17,7 @@ import nbformat
 import tensorflow_datasets
 from sklearn.datasets import load_digits
 
-from benchmarks import data
+from benchmarks.lib import data
 from colabs import __main__ as colabs
 
 pytestmark = pytest.mark.studies

@@ -499,7 +499,9 @@ def test_parameters_must_have_features_last(key):
     with pytest.raises(ValueError, match=r"params=None, .*init\(features, layer, params\)"):
         estimator.init(4, cbn.dense)
     for layer in (None, jnp.ones((5, 4))):
-        with pytest.raises(TypeError, match=r"got .*layer.*init\(features, layer, params\)"):
+        with pytest.raises(
+            TypeError, match=r"got .*layer.*init\(features, layer, params\)"
+        ):
             estimator.init(4, layer, jnp.ones((5, 4)))
 
 

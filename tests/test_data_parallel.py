@@ -12,8 +12,8 @@ import pytest
 from cases import FACTORIES
 
 import cbn_jax as cbn
-from benchmarks import data_parallel
-from benchmarks.data_parallel import ONE, WAYS, Network
+from benchmarks.studies import data_parallel
+from benchmarks.studies.data_parallel import ONE, WAYS, Network
 
 pytestmark = [
     # Raised inside tensorflow-datasets and what it imports.

@@ -202,7 +202,10 @@ def seen_state(order="updated", alpha=0.25):
 
 def test_no_gradient_flows_through_the_previous_average(key):
     """The output's gradient with respect to x is its factor, and nothing else."""
-    estimator, state = cbn.diminishing_batch_norm(normalize_by="previous"), seen_state("previous")
+    estimator, state = (
+        cbn.diminishing_batch_norm(normalize_by="previous"),
+        seen_state("previous"),
+    )
     (x,) = batches(key, 1)
     weight = jax.random.normal(key, x.shape)
 

@@ -7,11 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 from cases import FACTORIES, LAYERS, init, train
+from cbn_jax.landscape import Bands, draw, fan, perturb
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
-from cbn_jax.landscape import Bands, draw, fan, perturb
 
 GROUPS = 2
 # Statistics of a feature, of an example, of a place; none at all; with a layer.

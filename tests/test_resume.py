@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import checkpoints, data, methods, report, runs, small_batch
+from benchmarks import small_batch
+from benchmarks.lib import checkpoints, data, methods, report, runs
 
 pytestmark = [
     pytest.mark.usefixtures("loose"),
@@ -24,7 +25,8 @@ EXAMPLES = 40
 
 JOB = f"""
 import os, signal, sys
-from benchmarks import checkpoints, small_batch
+from benchmarks import small_batch
+from benchmarks.lib import checkpoints
 
 data, *folders = sys.argv[1:]
 for folder in folders:

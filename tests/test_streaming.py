@@ -465,9 +465,7 @@ def test_groups_must_be_those_of_the_state(key):
     estimator = cbn.streaming_batch_norm()
     params = layer.params(key)
     state = estimator.init(layer.features, layer.fn, params)
-    with pytest.raises(
-        ValueError, match=r"\] of shape .*1,?\), expected .*2,?\) for"
-    ):
+    with pytest.raises(ValueError, match=r"\] of shape .*1,?\), expected .*2,?\) for"):
         train(estimator, state, layer, params, layer.data(key))
 
 

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
-from benchmarks import data_parallel
-from benchmarks.data_parallel import Network
+from benchmarks.studies import data_parallel
+from benchmarks.studies.data_parallel import Network
 
 STEPS, EXAMPLES = 3, 16
 WAYS = {

@@ -14,7 +14,6 @@ from .assessment import Assessment
 from .diagnostics import Errors
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")
-MARKERS = "osD^vPX"
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def adaptive_batch_norm(
 
     The learned scale serves two regimes, normalized and not, and inference by running
     statistics never uses the second. In our measurements it is rarely better than
-    normalizing every batch (``python -m benchmarks.adaptive``); prefer other methods unless
+    normalizing every batch (``python -m benchmarks.studies.adaptive``); prefer other methods unless
     homogeneous batches are your problem.
 
     Args:

@@ -143,19 +143,7 @@ def fitted_inference(
         )
         instance = instance_moments(lax.stop_gradient(x), mask)
         seen = _fit(lax.stop_gradient(statistics), running, instance, axis_name)
-        seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
-        usable = jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
-        usable &= jnp.isfinite(seen.slope).all(0)
-        steps = state.steps + usable.astype(jnp.float32)
-        alpha = weights(average, jnp.maximum(steps, 1.0))
-
-        def take_in(old, new):
-            step = jnp.where(align(usable, new), align(alpha, new) * (new - old), 0.0)
-            return old + step
-
-        return statistics, FittedState(
-            inside, jax.tree.map(take_in, state.fit, seen), steps
-        )
+        return statistics, _averaged(state, seen, average)._replace(state=inside)
 
     def infer(state, x):
         check(state, x)
@@ -196,6 +184,20 @@ def _fit(
         axis_name,
     )
     return jax.tree.map(lambda leaf: leaf / align(sums.gram[0, 0], leaf), sums)
+
+
+def _averaged(state: FittedState, seen: Fit, average: ScheduleFn) -> FittedState:
+    """The averages with one batch more; features that are not finite keep theirs."""
+    seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
+    usable = jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
+    usable &= jnp.isfinite(seen.slope).all(0)
+    steps = state.steps + usable.astype(jnp.float32)
+    alpha = weights(average, jnp.maximum(steps, 1.0))
+
+    def blend(old, new):
+        return old + jnp.where(align(usable, new), align(alpha, new) * (new - old), 0.0)
+
+    return state._replace(fit=jax.tree.map(blend, state.fit, seen), steps=steps)
 
 
 def _solve(fit: Fit) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,8 @@ paper's batch size and optimizer, normalizing after the activation as in the pap
 before it as is common; prints test errors after the last epoch and, as in the paper, the
 least of all epochs. Finished runs are kept and taken up again.
 
-Run it with ``python -m benchmarks.diminishing``; ``--dataset digits`` needs no download.
+Run it with ``python -m benchmarks.studies.diminishing``; ``--dataset digits``
+needs no download.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
     import tyro
     from rich.console import Console
 
-from . import methods, report, runs, study
+from benchmarks.lib import methods, report, runs, study
 
 # Least test error on MNIST in the paper, %.
 PUBLISHED = {

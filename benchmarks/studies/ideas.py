@@ -5,7 +5,7 @@ Statistics are shown on a dense layer with Gaussian inputs, whose true deviation
 while its weights turn: the middle and the range of many independent runs. The others show
 what a method does to one small example. Nothing is trained here.
 
-Run it with ``python -m benchmarks.ideas``.
+Run it with ``python -m benchmarks.studies.ideas``.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
+from benchmarks.lib.optional import needed_for
 from cbn_jax.assessment import assess
-
-from ._optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -30,7 +29,7 @@ with needed_for("benchmarks"):
 
     from cbn_jax.optax import centralize
 
-from . import report, study
+from benchmarks.lib import report, study
 
 WINDOW = 16
 # Name -> the method, and its examples per step.
@@ -80,7 +79,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _followed(config: Config) -> dict:
-    """The true deviation at every step, and what each method believes it to be."""
+    """The true deviation at every step, and the estimate of each method."""
     spectrum = jnp.geomspace(9.0, 0.1, config.inputs)
     turn = 0.9 * jnp.pi * jnp.sin(jnp.pi * jnp.arange(config.steps) / 60) ** 2 / 2
     weights = jnp.zeros((config.steps, config.inputs, 1))
@@ -88,7 +87,7 @@ def _followed(config: Config) -> dict:
     truth = jnp.sqrt((spectrum[:, None] * weights**2).sum((1, 2)))
     keys = jax.random.split(jax.random.key(config.seed), config.runs)
 
-    def believed(estimator, size):
+    def estimated(estimator, size):
         def step(state, at):
             theta, key = at
             z = jax.random.normal(key, (size, config.inputs)) * jnp.sqrt(spectrum)
@@ -97,24 +96,24 @@ def _followed(config: Config) -> dict:
             return state, 1 / statistics.inv_std[0]
 
         def run(key):
-            state = estimator.init(1, weights[0])
+            state = estimator.init(1, cbn_jax.dense, weights[0])
             return jax.lax.scan(step, state, (weights, jax.random.split(key, config.steps)))
 
         return jax.jit(jax.vmap(run))(keys)[1]
 
     quantiles = {
-        name: _rounded(jnp.quantile(believed(*method), jnp.array([0.1, 0.5, 0.9]), axis=0))
+        name: _rounded(jnp.quantile(estimated(*method), jnp.array([0.1, 0.5, 0.9]), axis=0))
         for name, method in FOLLOWED.items()
     }
-    return {"truth": _rounded(truth), "believed": quantiles}
+    return {"truth": _rounded(truth), "estimated": quantiles}
 
 
 def _response(config: Config) -> dict:
     """What becomes of an example in training and in inference, over what it was."""
     x = jnp.linspace(-4, 4, 81)
     estimator = cbn_jax.batch_norm()
-    state = cbn_jax.running_moments(jnp.zeros(1), jnp.ones(1))
-    corrected = cbn_jax.corrected_inference(estimator, batch_size=1 + COMPANIONS)
+    state = cbn_jax.from_batch_stats(jnp.zeros(1), jnp.ones(1))
+    corrected = cbn_jax.corrected_inference(estimator, examples=1 + COMPANIONS)
     drawn = jax.random.normal(jax.random.key(config.seed), (10 * config.runs, COMPANIONS))
 
     def training(x, others):
@@ -196,13 +195,13 @@ def markdown(results: dict) -> str:
     """How far each method is from the truth."""
     truth = np.array(results["truth"])
     rows = []
-    for name, quantiles in results["believed"].items():
+    for name, quantiles in results["estimated"].items():
         low, middle, high = np.log(np.array(quantiles) / truth)[:, WINDOW:]
         rows.append((name, f"{abs(middle).mean():.2f}", f"{(high - low).mean():.2f}"))
     config = results["config"]
     return (
         report.markdown_table(("method", "error", "range"), rows)
-        + "\nOf the deviation believed, as the log of its ratio to the true one, means "
+        + "\nOf the estimated deviation, as the log of its ratio to the true one, means "
         f"over the steps from {WINDOW} on: how far the median of {config['runs']} runs is "
         "from 0, and how far the ninetieth of a hundred from the tenth. "
         f"{study.measured_on(results)}\n"
@@ -222,18 +221,18 @@ _COLORS = {
 
 
 def _following(*names: str, titles: tuple[str, ...] = ()) -> Callable[[dict, Path], None]:
-    """A panel a method: truth, and what is believed."""
+    """A panel a method: the truth and the estimates."""
 
     @report.drawn
     def figure(results: dict) -> Any:
         made = matplotlib.figure.Figure((1 + 3.1 * len(names), 2.9))
         axes = made.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axis, name, title in zip(axes, names, titles or names, strict=True):
-            low, middle, high = results["believed"][name]
+            low, middle, high = results["estimated"][name]
             steps = np.arange(1, len(middle) + 1)
             color = report.COLORS[_COLORS[name.split()[0]]]
             axis.fill_between(steps, low, high, color=color, alpha=0.25, lw=0)
-            axis.plot(steps, middle, color=color, label="believed: median, 10 to 90 %")
+            axis.plot(steps, middle, color=color, label="estimated: median, 10 to 90 %")
             axis.plot(steps, results["truth"], "k--", lw=1.2, label="true")
             axis.set(title=title, xlabel="step")
         axes[0].set_ylabel("standard deviation of a feature")

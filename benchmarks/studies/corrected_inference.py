@@ -8,7 +8,7 @@ inference fitted in one pass over the training data; and by batch statistics, as
 training. Also on batches that are no random draws: every image stands in them twice. Prints
 a table and draws what the last normalizer puts out in training and in inference.
 
-Run it with ``python -m benchmarks.corrected_inference``.
+Run it with ``python -m benchmarks.studies.corrected_inference``.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -32,11 +31,11 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import Norm
 
-from . import data, methods, networks, report, runs, study, training
+from benchmarks.lib import data, methods, networks, report, runs, study, training
 
 BATCH_NORM = cbn_jax.batch_norm(methods.MOMENTUM)
 # Same average, exact for weights that stand still.
-RECOMPUTED = cbn_jax.batch_norm(cbn_jax.cumulative)
+RECOMPUTED = cbn_jax.batch_norm(cbn_jax.cumulative())
 INFERENCES = (
     "ordinary",
     "corrected",

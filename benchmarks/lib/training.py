@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import optax
@@ -17,8 +17,8 @@ with needed_for("benchmarks"):
 
     from cbn_jax.optax import centralize
 
-from .checkpoints import Checkpoints
-from .data import Dataset
+from benchmarks.lib.checkpoints import Checkpoints
+from benchmarks.lib.data import Dataset
 
 Optimizer = Callable[[float, int], optax.GradientTransformation]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
 
-from . import report, study
+from benchmarks.lib import report, study
 
 VERDICT = ("small_batch", "batch_norm", "group_norm")
 # Those that a figure has room for; the table has all.

@@ -5,7 +5,7 @@ Trains the residual CNN with each method at five learning rates and draws, step 
 band between the least and the greatest loss and that of the gradient's changes; then trains
 with noise behind every normalizer and compares test accuracies.
 
-Run it with ``python -m benchmarks.landscape``.
+Run it with ``python -m benchmarks.studies.landscape``.
 """
 
 import dataclasses
@@ -17,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-from cbn_jax.landscape import Bands, draw, fan, perturb
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
+from benchmarks.lib.perturbation import Bands, draw, fan, perturb
 
 with needed_for("benchmarks"):
     import optax
     import tyro
     from rich.console import Console
 
-from . import data, methods, networks, report, runs, study, training
+from benchmarks.lib import data, methods, networks, report, runs, study, training
 
 BATCH_NORM = cbn_jax.batch_norm(methods.MOMENTUM)
 
@@ -110,7 +109,11 @@ def _noisy(config: Config, method: Any) -> Any:
 
     if isinstance(method, cbn_jax.Estimator):
         return noisy(method)
-    return lambda mix: noisy(method(mix))
+
+    def of_weight(mix):
+        return noisy(method.at(mix))
+
+    return cbn_jax.learned(of_weight)
 
 
 def _model(config: Config, dataset: data.Dataset, method: Any) -> Any:

@@ -8,7 +8,7 @@ method lies above or below the two others. No rate is chosen, so no split is nee
 choose it on. Finished runs are kept in the output folder and taken up again by the next
 call with the same options and code.
 
-Run it with ``python -m benchmarks.robustness``.
+Run it with ``python -m benchmarks.studies.robustness``.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -27,7 +27,7 @@ with needed_for("benchmarks"):
     from rich.console import Console
     from rich.markdown import Markdown
 
-from . import data, methods, report, runs
+from benchmarks.lib import data, methods, report, runs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ which shows how much hangs on the choice. Finished runs are kept in the output f
 taken up again by the next call with the same options and code; two calls with different
 --networks may work on the same folder at the same time, and a third puts all together.
 
-Run it with ``python -m benchmarks.batch_size``.
+Run it with ``python -m benchmarks.studies.batch_size``.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import optax
     import tyro
     from rich.console import Console
 
-from . import batch_size_report, methods, runs, study, training
-from .data import Dataset
+from benchmarks.lib import methods, runs, study, training
+from benchmarks.lib.data import Dataset
+from benchmarks.studies import batch_size_report
 
 # Those that keep running statistics of a batch: the others have nothing to correct.
 _CORRECTABLE = ("batch_norm", "cross_iteration", "naive", "small_batch", "replay")

@@ -6,7 +6,7 @@ included: Flax, cbn_jax, Keras on JAX and PyTorch, side by side in one process, 
 baseline of the other tables is known to be a fair one. PyTorch and Keras are optional; what
 is not installed is left out, and the table says so.
 
-Run it with ``python -m benchmarks.frameworks``.
+Run it with ``python -m benchmarks.studies.frameworks``.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import tyro
@@ -33,8 +32,8 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import Norm
 
-from . import report, study, timing
-from .timing import Runner
+from benchmarks.lib import report, study, timing
+from benchmarks.lib.timing import Runner
 
 BASELINE = "flax batch_norm"
 GROUPS = 8

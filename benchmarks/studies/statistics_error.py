@@ -6,7 +6,7 @@ while the other methods watch the same activations; every few steps, what each o
 believes is compared with the moments of a large batch under the same weights. Prints a
 table and draws the errors.
 
-Run it with ``python -m benchmarks.statistics_error``.
+Run it with ``python -m benchmarks.studies.statistics_error``.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-from cbn_jax.diagnostics import Errors, draw, errors, reference, watch
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
+from cbn_jax.diagnostics import Errors, errors, reference, watch
+from cbn_jax.figures import draw_errors
 
 with needed_for("benchmarks"):
     import tyro
@@ -33,7 +33,7 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import Norm
 
-from . import data, networks, report, runs, training
+from benchmarks.lib import data, networks, report, runs, training
 
 USE = "streaming"
 
@@ -246,7 +246,7 @@ def figure(results: dict, path: Path) -> None:
         (step, {panel: at(i, seeds) for panel, seeds in panels.items()})
         for i, step in enumerate(steps)
     ]
-    draw(measured, path, layers=list(panels))
+    draw_errors(measured, path, layers=list(panels))
 
 
 # Name of the file -> what draws it from the results.

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import orbax.checkpoint as ocp
 
-from . import report
+from benchmarks.lib import report
 
 
 def claim(folder: Path, options: dict) -> None:

@@ -6,8 +6,8 @@ copy. A small network is trained with each of them and on one device with the wh
 the table says how far the results are apart, what a step costs and how often the devices
 talk to each other.
 
-Run it with ``python -m benchmarks.data_parallel --devices 8``, which simulates eight
-devices on a CPU; without ``--devices`` it takes those that are there.
+Run it with ``python -m benchmarks.studies.data_parallel --devices 8``, which simulates
+eight devices on a CPU; without ``--devices`` it takes those that are there.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import optax
@@ -33,8 +33,8 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import Norm
 
-from . import data, methods, report, runs, study, training
-from .training import TrainState
+from benchmarks.lib import data, methods, report, runs, study, training
+from benchmarks.lib.training import TrainState
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, jax.Array]]
 WAYS = (ONE := "one device", "sharded jit", "shard_map", "pmap")

@@ -2,22 +2,22 @@
 """The normalizers that are compared, by name."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 import cbn_jax
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     from flax import linen as nn
 
     from cbn_jax.linen import Norm
 
-from .networks import NormFn
-from .training import OPTIMIZERS
+from benchmarks.lib.networks import NormFn
+from benchmarks.lib.training import OPTIMIZERS
 
 MOMENTUM = 0.99
 GROUPS = 8  # of group norm, as the networks are narrow
@@ -52,7 +52,7 @@ class Method(NamedTuple):
         return LAYERS.get(self.name) or estimated(self.estimator(steps))
 
     def estimator(self, steps: int) -> Any:
-        """The estimator, or the function of a learned weight that makes it."""
+        """The estimator, or one whose weight the module learns."""
         return ESTIMATORS[self.name](self.batch_size, steps)
 
     @property
@@ -66,7 +66,7 @@ class Method(NamedTuple):
 
 
 def estimated(estimator: Any) -> NormFn:
-    """The module factory of an estimator, or of a function of a learned weight."""
+    """The module factory of an estimator."""
 
     def norm(layer: nn.Module | None, train: bool) -> nn.Module:
         return Norm(estimator, layer=layer, use_running_average=not train)
@@ -120,7 +120,7 @@ LAYERS: dict[str, NormFn] = {
 
 def _window(batch_size: int) -> int:
     """As many iterations as hold 32 examples."""
-    return max(1, 32 // batch_size)
+    return max(1, math.ceil(32 / batch_size))
 
 
 def _cross_iteration(**options) -> cbn_jax.Estimator:
@@ -144,12 +144,9 @@ def _diminishing(alpha: Any) -> MakeEstimator:
 
 
 def _group_batch(order: Any) -> MakeEstimator:
-    def make(mix):
-        return cbn_jax.group_batch_norm(
-            mix, num_groups=GROUPS, order=order, momentum=MOMENTUM
-        )
-
-    return lambda size, steps: make
+    return lambda size, steps: cbn_jax.learned(
+        cbn_jax.group_batch_norm, num_groups=GROUPS, order=order, momentum=MOMENTUM
+    )
 
 
 def _averaged(batch_size: int) -> Any:
@@ -175,8 +172,8 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     "group_batch": _group_batch("group_first"),
     "group_batch_first": _group_batch("batch_first"),
     "group_batch_parallel": _group_batch("parallel"),
-    "group_plus": lambda size, steps: (
-        lambda mix: cbn_jax.group_norm_plus(mix, num_groups=GROUPS)
+    "group_plus": lambda size, steps: cbn_jax.learned(
+        cbn_jax.group_norm_plus, num_groups=GROUPS
     ),
     "streaming_all": _streaming(None),
     **{f"streaming_{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},

@@ -16,11 +16,9 @@ import jax
 import numpy as np
 
 import cbn_jax
-from cbn_jax._figure import COLORS as COLORS
-from cbn_jax._figure import look as look
-from cbn_jax._figure import styled
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
+from cbn_jax.tools.figures import COLORS as COLORS
+from cbn_jax.tools.figures import styled
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -40,11 +38,22 @@ def environment(device: Any = None) -> dict[str, str]:
     }
 
 
+MARKERS = "osD^vPX"
+
+
+def look(index: int) -> dict[str, Any]:
+    """Color and marker of the line ``index``, which differ in gray too."""
+    return {
+        "color": COLORS[index % len(COLORS)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
 def source_digest() -> str:
     """Of the library and the benchmarks: results of other code are other results."""
     digest = hashlib.sha256()
-    folders = (Path(cbn_jax.__file__).parent, Path(__file__).parent)
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    folders = (Path(cbn_jax.__file__).parent, Path(__file__).parent.parent)
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._checks import check_activations, check_count, check_state_type
-from ._estimator import Estimator, State
-from ._figure import COLORS, styled
-from ._moments import align, wide
-from ._statistics import Statistics
+from cbn_jax.core.checks import check_activations, check_count, check_state_type
+from cbn_jax.core.estimator import Estimator, State, Trait
+from cbn_jax.core.moments import align, wide
+from cbn_jax.core.statistics import Statistics
+from cbn_jax.core.values import factory
+from cbn_jax.tools.figures import COLORS, styled
 
 
 class PerturbState(NamedTuple):
@@ -59,6 +60,10 @@ class Bands(NamedTuple):
     gradient_change: np.ndarray
 
 
+_PER_EXAMPLE: frozenset[Trait] = frozenset({"per_example"})
+
+
+@factory
 def perturb(
     estimator: Estimator,
     *,
@@ -92,7 +97,7 @@ def perturb(
     Example:
       >>> import jax.numpy as jnp
       >>> import cbn_jax as cbn
-      >>> from cbn_jax.landscape import perturb
+      >>> from benchmarks.lib.perturbation import perturb
       >>> estimator = perturb(cbn.batch_norm(), mean=2.0, std=0.0, num_groups=1)
       >>> x = jnp.array([[1.0], [3.0]])
       >>> statistics, state = estimator.train(estimator.init(features=1), x)
@@ -106,14 +111,14 @@ def perturb(
     if not std >= 0:
         raise ValueError(f"std is {std!r}, expected a deviation from 0 on.")
 
-    def init(features, params=None, groups=1):
+    def init(features, layer=None, params=None):
         if features % num_groups:
             raise ValueError(
                 f"perturb got {features} features and num_groups={num_groups}, expected a "
                 f"divisor of {features}; write num_groups=..."
             )
         return PerturbState(
-            estimator.init(features, params, groups),
+            estimator.init(features, layer, params),
             jnp.zeros((), jnp.float32),
             jnp.zeros((), jnp.float32),
         )
@@ -145,7 +150,8 @@ def perturb(
         check_state_type("perturb", state, PerturbState)
         return estimator.infer(state.state, x)
 
-    return Estimator(init, train, infer, estimator.traits | {"per_example"})
+    traits = estimator.traits | _PER_EXAMPLE
+    return Estimator(init, train, infer, estimator.epsilon, traits)
 
 
 def fan(
@@ -172,7 +178,7 @@ def fan(
 
     Example:
       >>> import jax
-      >>> from cbn_jax.landscape import fan
+      >>> from benchmarks.lib.perturbation import fan
       >>> @jax.jit
       ... def step(w, batch, rate):  # of the loss w²
       ...     return w - rate * 2 * w, w**2, 2 * w
@@ -227,7 +233,7 @@ def draw(
 
     Example:
       >>> import numpy as np
-      >>> from cbn_jax.landscape import Bands, draw
+      >>> from benchmarks.lib.perturbation import Bands, draw
       >>> figure = draw({"batch norm": Bands(np.ones((2, 5)), np.ones((2, 4)))})
       >>> [axes.get_title() for axes in figure.axes]
       ['batch norm', '']

@@ -6,7 +6,7 @@ same angle at every step. The variance that each method believes after six windo
 compared with the truth over many independent runs; docs/methods/streaming.md derives
 what it should be. Prints a table and draws a figure.
 
-Run it with ``python -m benchmarks.theory``.
+Run it with ``python -m benchmarks.studies.theory``.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -30,7 +29,7 @@ with needed_for("benchmarks"):
     from rich.markdown import Markdown
     from rich.progress import track
 
-from . import report
+from benchmarks.lib import report
 
 EPSILON = 1e-12
 
@@ -84,13 +83,13 @@ def _cells(config: Config, window: int) -> Iterator[dict]:
     }
     for turn in config.turns:
         weights = path(6 * window, turn / window, config.inputs)
-        believed = {name: simulate(weights) for name, simulate in simulators.items()}
+        estimated = {name: simulate(weights) for name, simulate in simulators.items()}
         yield {
             "window": window,
             "turn": turn,
             "measured": {
                 name: {"bias": float(var.mean() - 1.0), "deviation": float(var.std())}
-                for name, var in believed.items()
+                for name, var in estimated.items()
             },
             "predicted": {
                 "streaming": {
@@ -111,7 +110,7 @@ def path(steps: int, angle: float, inputs: int) -> np.ndarray:
 
 
 def simulator(estimator, batch_size: int, runs: int):
-    """A function weights -> the variance believed after the last step, ``[runs]``."""
+    """A function weights -> the estimated variance after the last step, ``[runs]``."""
 
     def step(state, pair):
         kernel, key = pair
@@ -124,7 +123,7 @@ def simulator(estimator, batch_size: int, runs: int):
     def last(kernels):
         def one(key):
             keys = jax.random.split(key, len(kernels))
-            state = estimator.init(1, kernels[0])
+            state = estimator.init(1, cbn_jax.dense, kernels[0])
             return jax.lax.scan(step, state, (kernels, keys))[1][-1]
 
         return jax.vmap(one)(jax.random.split(jax.random.key(0), runs))
@@ -170,7 +169,7 @@ def taylor_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
 
 
 def markdown(results: dict) -> str:
-    """Bias and deviation of the believed variance, relative to the true one."""
+    """Bias and deviation of the estimated variance, relative to the true one."""
     config, versions = results["config"], results["environment"]
     rows = []
     for cell in results["cells"]:
@@ -202,7 +201,7 @@ def markdown(results: dict) -> str:
     return (
         f"Batch size {config['batch_size']}, {config['runs']} runs a cell:\n\n"
         f"{report.markdown_table(headings, rows)}\n"
-        "Of the variance believed, relative to the true one. Taylor: the published "
+        "Of the estimated variance, relative to the true one. Taylor: the published "
         "method, its prediction before the guard against negative variances. "
         f"JAX {versions['jax']}, Python {versions['python']}, {versions['device']}.\n"
     )

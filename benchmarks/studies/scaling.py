@@ -5,7 +5,7 @@ One normalized 3x3 convolution is compiled at several sizes; a row of the table 
 was counted and its slope on logarithmic axes, beside the slope that it should have. State,
 FLOPs and time are those of one device, all-reduces of the forward pass on simulated ones.
 
-Run it with ``python -m benchmarks.scaling``.
+Run it with ``python -m benchmarks.studies.scaling``.
 """
 
 import dataclasses
@@ -21,8 +21,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax
-
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -30,7 +29,8 @@ with needed_for("benchmarks"):
     from rich.console import Console
     from rich.progress import track
 
-from . import data_parallel, report, study
+from benchmarks.lib import report, study
+from benchmarks.studies import data_parallel
 
 SAMPLES = 16  # of replay
 
@@ -138,7 +138,7 @@ def _count(
     estimator = METHODS[method](window)
     kernel = jnp.ones((3, 3, features, features)) * 0.01
     images = jnp.ones((config.batch_size, config.side, config.side, features))
-    state = estimator.init(features, kernel)
+    state = estimator.init(features, cbn_jax.convolution(), kernel)
     if what == "state":
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if what in ("FLOPs", "time"):
@@ -157,7 +157,7 @@ def _middle(values: tuple[int, ...]) -> int:
 def _forward(estimator: cbn_jax.Estimator, axis_name: str | None = None) -> Callable:
     def forward(kernel, state, images):
         layer = cbn_jax.convolution()
-        x, source = cbn_jax.run_layer(layer, kernel, images, axis_name=axis_name)
+        x, source = cbn_jax.run_layer(layer, kernel, images)
         statistics, state = estimator.train(state, x, source, axis_name=axis_name)
         return cbn_jax.normalize(x, statistics), state
 

@@ -9,8 +9,8 @@ than it should, a profile says where the time goes. The roofline is what the dev
 need for the FLOPs and bytes alone, at the rates it reached in the same call on a large
 matrix product and a large copy.
 
-Run it with ``python -m benchmarks.cost``; on an accelerator with ``--device gpu --networks
-resnet50 --batch-sizes 1 2 4 8 --precision bfloat16``.
+Run it with ``python -m benchmarks.studies.cost``; on an accelerator with ``--device gpu
+--networks resnet50 --batch-sizes 1 2 4 8 --precision bfloat16``.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
     from rich.progress import track
 
-from . import methods, networks, profile, report, runs, study, timing, training
+from benchmarks.lib import methods, networks, profile, report, runs, study, timing, training
 
 BASELINE = "flax_batch_norm"
 SHAPES = {

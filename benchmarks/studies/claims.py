@@ -6,7 +6,7 @@ a difference counts where it is larger than two standard errors. The verdict fol
 the counts alone: a claim holds where every cell agrees, holds partly where some do, and
 does not hold here where none does.
 
-Run it with ``python -m benchmarks.claims``.
+Run it with ``python -m benchmarks.studies.claims``.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from . import report, study
+from benchmarks.lib import report, study
 
-COMMITTED = Path(__file__).parent / "results"
+COMMITTED = Path(__file__).parent.parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ streaming and replay with more and more sampled positions, and beside it what th
 the residual CNN of the main job: the error of the statistics along one and the same run,
 and the test accuracy of networks trained with each. Prints a table and draws both curves.
 
-Run it with ``python -m benchmarks.samples``.
+Run it with ``python -m benchmarks.studies.samples``.
 """
 
 import dataclasses
@@ -17,9 +17,8 @@ from typing import Annotated, Any
 import numpy as np
 
 import cbn_jax
+from benchmarks.lib.optional import needed_for
 from cbn_jax.diagnostics import Errors
-
-from ._optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -27,7 +26,8 @@ with needed_for("benchmarks"):
     from rich.console import Console
     from rich.markdown import Markdown
 
-from . import cost, data, methods, report, runs, statistics_error, training
+from benchmarks.lib import data, methods, report, runs, training
+from benchmarks.studies import cost, statistics_error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
     from rich.markdown import Markdown
 
-from . import data, report
+from benchmarks.lib import data, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

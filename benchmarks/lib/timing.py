@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from .training import Trainer
+from benchmarks.lib.training import Trainer
 
 Runner = Callable[[int], None]  # takes so many steps, and waits for the last
 

@@ -7,7 +7,7 @@ Assesses them, and trains with batch norm always, never, and where the threshold
 it, the same learning rate for all. Prints test accuracies and draws the histograms of the
 assessments.
 
-Run it with ``python -m benchmarks.adaptive``.
+Run it with ``python -m benchmarks.studies.adaptive``.
 """
 
 import dataclasses
@@ -21,16 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import cbn_jax
+from benchmarks.lib.optional import needed_for
 from cbn_jax.assessment import Assessment, assess
-
-from ._optional import needed_for
 
 with needed_for("benchmarks"):
     import matplotlib.figure
     import tyro
     from rich.console import Console
 
-from . import data, methods, networks, report, runs, study, training
+from benchmarks.lib import data, methods, networks, report, runs, study, training
 
 WAYS = ("always", "never", "adaptive", "adaptive, gated inference")
 
@@ -173,7 +172,7 @@ class _Gated:
         flags = {
             "always": np.ones(len(rows), bool),
             "never": np.zeros(len(rows), bool),
-            "adaptive": found.table,
+            "adaptive": found.selected,
         }[way]
         state = self.trainer.init(jax.random.key(seed))
         train = jax.device_put((self.dataset.train_images, self.dataset.train_labels))

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from ._optional import needed_for
+from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
     from flax import linen as nn
@@ -24,8 +24,8 @@ with needed_for("benchmarks"):
         TimeRemainingColumn,
     )
 
-from . import data, methods, networks, report, training
-from .checkpoints import Checkpoints
+from benchmarks.lib import data, methods, networks, report, training
+from benchmarks.lib.checkpoints import Checkpoints
 
 Precision = Literal["float32", "bfloat16"]
 
