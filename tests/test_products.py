@@ -2,12 +2,13 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import ALL, LAYERS, init, train
+from cases import ALL, LAYERS, eager_train, init
 from flax import linen as nn
 from flax import nnx
 
@@ -25,7 +26,7 @@ METHODS = {
 }
 INFERENCE = {
     "plain": lambda estimator: estimator,
-    "corrected": functools.partial(cbn.corrected_inference, batch_size=24),
+    "corrected": functools.partial(cbn.corrected_inference, examples=24),
     "fitted": cbn.fitted_inference,
 }
 GATES = {"ungated": lambda estimator: estimator, "gated": cbn.adaptive_batch_norm}
@@ -43,7 +44,7 @@ def two_steps(method, inference, gate):
     @jax.jit
     def step(params, state, z):
         def loss(params):
-            x, statistics, after = train(estimator, state, LAYER, params, z)
+            x, statistics, after = eager_train(estimator, state, LAYER, params, z)
             y = cbn.normalize(x, statistics)
             return jnp.sin(y).sum(), (y, statistics, after)
 
@@ -67,10 +68,11 @@ def test_every_product_trains_as_the_bare_method(method, inference, gate):
     for leaf in jax.tree.leaves((outputs, state)):
         assert np.isfinite(leaf).all()
     expected, _ = two_steps(method, "plain", "ungated")
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    chex.assert_trees_all_close(
         [(params, y, statistics) for params, y, statistics, _ in outputs],
         [(params, y, statistics) for params, y, statistics, _ in expected],
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -89,7 +91,7 @@ TRIPLE = cbn.adaptive_batch_norm(
         cbn.cross_iteration_batch_norm(
             window=3, running="window", momentum=cbn.diminishing(1.0)
         ),
-        batch_size=12,
+        examples=12,
     )
 )
 
