@@ -106,6 +106,16 @@ def test_inference_is_exported(name, key):
 
 
 @estimators
+def test_arrays_of_numpy_as_constants(name, key):
+    layer, estimator = LAYERS["dense"], FACTORIES[name]()
+    params, z = jax.device_get((layer.params(key), layer.data(key)))
+    state = init(estimator, layer, params)
+    x = np.ones((3, 4), np.float32)
+    jax.eval_shape(lambda: eager_train(estimator, state, layer, params, z))
+    jax.eval_shape(lambda: estimator.infer(state, x))
+
+
+@estimators
 def test_shapes_without_values(name, key):
     layer, estimator = LAYERS["conv"], FACTORIES[name]()
     params, z = layer.params(key), layer.data(key)
