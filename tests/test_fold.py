@@ -1,10 +1,12 @@
 """A folded layer is the layer and its normalizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CORRECTED, FACTORIES, GROUPS, LAYERS, init
+from cases import CORRECTED, FACTORIES, GROUPS, LAYERS, apply, infer, init, normalize
 from flax import linen as nn
 from flax import nnx
 from jax import lax
@@ -28,15 +30,23 @@ def some_state(name, layer):
     return estimator, state, params
 
 
+fold = jax.jit(cbn.fold, static_argnames="estimator")
+
+
+def check(layer, estimator, state, params, z, scale, bias):
+    """The folded layer against the layer, inference and the affine map."""
+    x = apply(layer, params, z)
+    expected = normalize(x, infer(estimator, state, x), scale, bias)
+    folded = fold(estimator, state, params, scale, bias)
+    assert set(folded) == {"kernel", "bias"}
+    np.testing.assert_allclose(apply(layer, folded, z), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", sorted(FACTORIES.keys() - REFUSED))
 def test_every_method_with_one_statistic_per_feature(name, key):
     layer = LAYERS["dense"]
     estimator, state, params = some_state(name, layer)
-    z = layer.data(key)
-    x = layer.fn(params, z)
-    expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
-    folded = cbn.fold(estimator, state, params, SCALE, BIAS)
-    np.testing.assert_allclose(layer.fn(folded, z), expected, rtol=1e-4, atol=1e-4)
+    check(layer, estimator, state, params, layer.data(key), SCALE, BIAS)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -50,7 +60,7 @@ def test_statistics_per_example_are_refused_without_the_trait():
     def infer(state, x):
         return cbn.Statistics(x, jnp.ones_like(x))
 
-    estimator = cbn.batch_norm()._replace(infer=infer)
+    estimator = dataclasses.replace(cbn.batch_norm(), infer=infer)
     with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
         cbn.fold(estimator, None, jnp.ones((3, 4)))
 
@@ -59,24 +69,15 @@ def test_statistics_per_example_are_refused_without_the_trait():
 def test_every_layer(name, key):
     layer = LAYERS[name]
     estimator, state, params = some_state("batch_norm", layer)
-    z = layer.data(key)[:2]
-    x = layer.fn(params, z)
-    expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
     params = params if layer.bias else params["kernel"]  # a kernel alone
-    folded = cbn.fold(estimator, state, params, SCALE, BIAS)
-    assert set(folded) == {"kernel", "bias"}
-    np.testing.assert_allclose(layer.fn(folded, z), expected, rtol=1e-4, atol=1e-4)
+    check(layer, estimator, state, params, layer.data(key), SCALE, BIAS)
 
 
 @pytest.mark.parametrize("affine", [(None, None), (SCALE, None), (None, BIAS)])
 def test_a_normalizer_without_scale_or_bias(affine, key):
     layer = LAYERS["dense"]
     estimator, state, params = some_state("batch_norm", layer)
-    z = layer.data(key)
-    x = layer.fn(params, z)
-    expected = cbn.normalize(x, estimator.infer(state, x), *affine)
-    folded = cbn.fold(estimator, state, params, *affine)
-    np.testing.assert_allclose(layer.fn(folded, z), expected, rtol=1e-4, atol=1e-4)
+    check(layer, estimator, state, params, layer.data(key), *affine)
 
 
 @pytest.mark.parametrize(
@@ -90,16 +91,21 @@ def test_a_normalizer_without_scale_or_bias(affine, key):
 )
 def test_convolutions_of_linen(layer, shape, key):
     z = jax.random.normal(key, shape)
-    params = layer.init(key, z)["params"]
-    if layer.use_bias:
-        params = {**params, "bias": jax.random.normal(key, params["bias"].shape)}
     estimator = cbn.batch_norm()
-    state = cbn.running_moments(BIAS, jnp.square(SCALE))
-    x = layer.apply({"params": params}, z)
-    expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
-    folded = cbn.fold(estimator, state, params, SCALE, BIAS)
-    with jax.numpy_rank_promotion("allow"):
-        actual = layer.clone(use_bias=True).apply({"params": folded}, z)
+    state = cbn.from_batch_stats(BIAS, jnp.square(SCALE))
+
+    @jax.jit
+    def expected_and_actual(key, z):
+        params = layer.init(key, z)["params"]
+        if layer.use_bias:
+            params = {**params, "bias": jax.random.normal(key, params["bias"].shape)}
+        x = layer.apply({"params": params}, z)
+        expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
+        folded = cbn.fold(estimator, state, params, SCALE, BIAS)
+        with jax.numpy_rank_promotion("allow"):
+            return expected, layer.clone(use_bias=True).apply({"params": folded}, z)
+
+    expected, actual = expected_and_actual(key, z)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -119,13 +125,18 @@ def test_a_linen_model(key):
 
     z = 1.0 + jax.random.normal(key, (2, 5, 5, 3))
     model = Net(folded=False)
-    variables = model.init(key, z)
-    _, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
-    variables = {**variables, **updates}
-    expected = model.apply(variables, z)
-    params, state = variables["params"], variables["batch_stats"]["norm"]["state"]
-    conv = cbn.fold(estimator, state, params["conv"], **params["norm"])
-    actual = Net(folded=True).apply({"params": {"conv": conv, "head": params["head"]}}, z)
+
+    @jax.jit
+    def expected_and_actual(key, z):
+        variables = model.init(key, z)
+        _, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+        params, state = variables["params"], variables["batch_stats"]["norm"]["state"]
+        conv = cbn.fold(estimator, state, params["conv"], **params["norm"])
+        folded = {"params": {"conv": conv, "head": params["head"]}}
+        return model.apply(variables, z), Net(folded=True).apply(folded, z)
+
+    expected, actual = expected_and_actual(key, z)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -134,8 +145,9 @@ def test_an_nnx_model(key):
     estimator = cbn.cross_iteration_batch_norm(window=2)
     norm = Norm(estimator, nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs), rngs=rngs)
     model = nnx.Sequential(norm, nnx.relu)
+    run = nnx.jit(lambda model, z: model(z))
     z = 1.0 + jax.random.normal(key, (2, 5, 5, 3))
-    model(z)
+    run(model, z)
     model.eval()
     params = nnx.to_pure_dict(nnx.state(norm, nnx.Param))
     folded = cbn.fold(
@@ -147,8 +159,8 @@ def test_an_nnx_model(key):
     )
     conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
     nnx.update(conv, folded)
-    actual = nnx.Sequential(conv, nnx.relu)(z)
-    np.testing.assert_allclose(actual, model(z), rtol=1e-4, atol=1e-5)
+    actual = run(nnx.Sequential(conv, nnx.relu), z)
+    np.testing.assert_allclose(actual, run(model, z), rtol=1e-4, atol=1e-5)
 
 
 def test_against_float64():
@@ -157,7 +169,7 @@ def test_against_float64():
     kernel, bias = rng.normal(size=(5, 4)), rng.normal(size=4)
     mean, var = 100.0 * rng.normal(size=4), rng.uniform(0.01, 100.0, size=4)
     scale, beta = rng.normal(size=4), rng.normal(size=4)
-    state = cbn.running_moments(*(jnp.asarray(v, jnp.float32) for v in (mean, var)))
+    state = cbn.from_batch_stats(*(jnp.asarray(v, jnp.float32) for v in (mean, var)))
     float32 = [jnp.asarray(v, jnp.float32) for v in (kernel, bias, scale, beta)]
     folded = cbn.fold(
         cbn.batch_norm(epsilon=1e-3),
@@ -172,7 +184,7 @@ def test_against_float64():
 
 def test_a_small_kernel_dtype_is_rounded_once():
     kernel = jnp.full((1, 4), 3.0, jnp.bfloat16)
-    state = cbn.running_moments(BIAS, jnp.full(4, 1e4))
+    state = cbn.from_batch_stats(BIAS, jnp.full(4, 1e4))
     folded = cbn.fold(cbn.batch_norm(), state, kernel, 100.0 + SCALE, BIAS)
     expected = 3.0 * (100.0 + SCALE) / 100.0
     assert folded["kernel"].dtype == folded["bias"].dtype == jnp.bfloat16
@@ -182,7 +194,7 @@ def test_a_small_kernel_dtype_is_rounded_once():
 def test_under_jit_and_float64(key, x64):
     del key
     kernel = jnp.ones((3, 4), jnp.float64)
-    state = cbn.running_moments(BIAS, jnp.square(SCALE))
+    state = cbn.from_batch_stats(BIAS, jnp.square(SCALE))
     folded = jax.jit(lambda *args: cbn.fold(cbn.batch_norm(), *args))(state, kernel, SCALE)
     assert folded["kernel"].dtype == jnp.float64
     np.testing.assert_allclose(
@@ -192,7 +204,7 @@ def test_under_jit_and_float64(key, x64):
 
 def test_a_gate_is_folded_as_it_is():
     estimator = cbn.adaptive_batch_norm(cbn.batch_norm(), inference="gated")
-    state = estimator.init(4)._replace(state=cbn.running_moments(BIAS, jnp.square(SCALE)))
+    state = estimator.init(4)._replace(state=cbn.from_batch_stats(BIAS, jnp.square(SCALE)))
     kernel = jnp.ones((3, 4))
     shut = cbn.fold(estimator, cbn.set_gate(state, False), kernel)
     np.testing.assert_array_equal(shut["kernel"], kernel)

@@ -1,13 +1,17 @@
 import functools
+import inspect
+import pickle
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, KINDS, LAYERS
+from cases import FACTORIES
 from flax import linen as nn
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,36 +19,48 @@ import cbn_jax as cbn
 from cbn_jax.linen import Norm as LinenNorm
 from cbn_jax.nnx import Norm, from_batch_norm, to_batch_norm
 
-estimators = pytest.mark.parametrize("name", KINDS)
+
+@pytest.fixture(autouse=True)
+def traces():
+    chex.clear_trace_counter()
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance),
-        actual,
-        expected,
-    )
+    chex.assert_trees_all_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 class Net(nnx.Module):
-    def __init__(self, norm, rngs):
-        norm = functools.partial(norm, rngs=rngs)
-        conv = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
-        self.first = norm(layer=conv(2, 4, use_bias=False))
-        self.second = norm(layer=conv(4, 4, strides=2, feature_group_count=2))
-        self.head = nnx.Linear(4, 3, rngs=rngs)
+    def __init__(self, estimator, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.first = Norm(estimator, nnx.Linear(5, 8, use_bias=False, rngs=rngs), rngs=rngs)
+        self.second = Norm(estimator, nnx.Linear(8, 8, rngs=rngs), rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
 
     def __call__(self, z):
-        z = nnx.relu(self.second(nnx.relu(self.first(z))))
-        return self.head(z.mean((1, 2)))
+        return self.head(nnx.relu(self.second(nnx.relu(self.first(z)))))
 
 
 def net(name):
-    return Net(functools.partial(Norm, FACTORIES[name]()), nnx.Rngs(0))
+    return Net(FACTORIES[name]())
 
 
-def images(key):
-    return jax.random.normal(key, (4, 6, 6, 2))
+def rows():
+    return np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+
+
+def images(seed=0, shift=0.0):
+    values = np.random.default_rng(seed).normal(shift, size=(4, 6, 6, 2))
+    return values.astype(np.float32)
+
+
+@nnx.jit
+def run(module, z):
+    return module(z)
+
+
+@functools.partial(nnx.jit, static_argnums=2)
+def run_as(module, z, running):
+    return module(z, use_running_average=running)
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
@@ -56,7 +72,8 @@ def test_drop_in_for_batch_norm(axis, key):
     loss = nnx.value_and_grad(lambda module, x: jnp.sin(module(x)).sum())
     for module in (theirs, ours):
         module.train()
-    (mine, my_grad), (other, their_grad) = loss(ours, x), loss(theirs, x)
+    both = nnx.jit(lambda ours, theirs, x: (loss(ours, x), loss(theirs, x)))
+    (mine, my_grad), (other, their_grad) = both(ours, theirs, x)
     assert_close(mine, other, 2e-5)
     for name in ("scale", "bias"):
         assert_close(my_grad[name].get_value(), their_grad[name].get_value(), 2e-5)
@@ -65,37 +82,106 @@ def test_drop_in_for_batch_norm(axis, key):
     np.testing.assert_allclose(theirs.var.get_value(), 0.9 + 0.1 * state.var, rtol=1e-5)
 
 
-@estimators
-def test_equals_linen(name, key):
-    """The same weights, inputs and steps: one core under both."""
-    layer, estimator = LAYERS["dense"], FACTORIES[name]()
-    linen = LinenNorm(estimator, layer=nn.Dense(4), use_running_average=False)
-    variables = linen.init(key, layer.data(key))
-    module = Norm(estimator, nnx.Linear(5, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
-    for step in range(4):
-        moved = 0.5 + 0.1 * step + variables["params"]["layer"]["kernel"]
-        params = {**variables["params"]["layer"], "kernel": moved}
-        module.layer.kernel.set_value(moved)
-        variables = {**variables, "params": {**variables["params"], "layer": params}}
-        z = layer.data(jax.random.fold_in(key, step))
-        expected, updates = linen.apply(variables, z, mutable=["batch_stats"])
-        variables = {**variables, **updates}
-        assert_close(module(z), expected)
-    assert_close(module.state.get_value(), variables["batch_stats"]["state"])
-    module.eval()
-    assert_close(module(z), linen.clone(use_running_average=True).apply(variables, z))
+def transposed(params, z):
+    space = ("NHWC", "HWIO", "NHWC")
+    x = lax.conv_transpose(z, params["kernel"], (1, 1), "SAME", dimension_numbers=space)
+    return x + params["bias"].reshape(1, 1, 1, -1)
 
 
-@estimators
-def test_trains_and_evaluates(name, key):
-    model, z, labels = net(name), images(key), jnp.arange(4) % 3
+MIXED = cbn.learned(cbn.group_batch_norm, num_groups=2, momentum=0.9)
+STREAMING = cbn.streaming_batch_norm(window=3, samples=None, momentum=0.9)
+# Each with its layer in linen, in nnx, and as a function.
+WAYS = {
+    "no_layer": (cbn.batch_norm(momentum=0.9), None, lambda rngs: None, None),
+    "dense": (STREAMING, nn.Dense(4), functools.partial(nnx.Linear, 2, 4), cbn.dense),
+    "convolution": (
+        STREAMING,
+        nn.Conv(4, (3, 3), strides=2, padding=1, feature_group_count=2),
+        functools.partial(
+            nnx.Conv, 2, 4, (3, 3), strides=2, padding=1, feature_group_count=2
+        ),
+        cbn.convolution(2, 1, groups=2),
+    ),
+    "another_layer": (
+        cbn.cross_iteration_batch_norm(window=3, momentum=0.9),
+        nn.ConvTranspose(4, (3, 3)),
+        functools.partial(nnx.ConvTranspose, 2, 4, (3, 3)),
+        transposed,
+    ),
+    "learned": (MIXED, nn.Dense(4), functools.partial(nnx.Linear, 2, 4), cbn.dense),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_linen_nnx_and_functions_are_one(way):
+    """Two steps and a prediction each, with the same parameters and states."""
+    method, linen_layer, nnx_layer, layer = WAYS[way]
+    learns = isinstance(method, cbn.Learned)
+    rngs = nnx.Rngs(0)
+    features = 2 if layer is None else 4
+    module = Norm(method, nnx_layer(rngs=rngs), num_features=features, rngs=rngs)
+    graph, variables = nnx.split(module)
+    linen = LinenNorm(method, linen_layer)
+
+    def by_nnx(params, state, z, running):
+        module = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))  # a copy
+        nnx.update(module, params)
+        module.state.set_value(state)
+        y = module(z, use_running_average=running)
+        return y, module.state.get_value()
+
+    def by_linen(params, state, z, running):
+        given = {"params": params, "batch_stats": {"state": state}}
+        y, updates = linen.apply(given, z, running, mutable=["batch_stats"])
+        return y, updates["batch_stats"]["state"]
+
+    def by_functions(params, state, z, running):
+        estimator = method.at(jax.nn.sigmoid(params["mix"])) if learns else method
+        x, source = z, None
+        if layer is not None:
+            x, source = cbn.run_layer(layer, params["layer"], z)
+        if running:
+            statistics = estimator.infer(state, x)
+        else:
+            statistics, state = estimator.train(state, x, source)
+        return cbn.normalize(x, statistics, params["scale"], params["bias"]), state
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def steps(norm, params, state, batches):
+        def step(carry, z):
+            def loss(params, state):
+                y, state = norm(params, state, z, False)
+                return jnp.sin(y).sum(), (y, state)
+
+            gradient, (y, state) = jax.grad(loss, has_aux=True)(*carry)
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, carry[0], gradient)
+            return (params, state), (y, gradient)
+
+        after, results = lax.scan(step, (params, state), batches)
+        return after, results, norm(*after, batches[0], True)[0]
+
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: p + 0.3 * rng.normal(size=p.shape).astype(np.float32),
+        nnx.to_pure_dict(nnx.filter_state(variables, nnx.Param)),
+    )
+    estimator = method.at(0.5) if learns else method
+    state = estimator.init(features, layer, params.get("layer"))
+    chex.assert_trees_all_equal(module.state.get_value(), state)
+    batches = np.stack([images(), images(seed=1, shift=1.0)])
+    expected = steps(by_functions, params, state, batches)
+    assert_close(steps(by_linen, params, state, batches), expected)
+    assert_close(steps(by_nnx, params, state, batches), expected)
+
+
+def learn(model, steps):
+    """Losses of some jitted steps."""
+    z, labels = rows(), np.arange(8) % 3
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    traces = []
 
     @nnx.jit
+    @chex.assert_max_traces(1)
     def step(model, optimizer, z):
-        traces.append(None)
-
         def loss_fn(model):
             loss = optax.softmax_cross_entropy_with_integer_labels(model(z), labels)
             return loss.mean()
@@ -105,28 +191,56 @@ def test_trains_and_evaluates(name, key):
         return loss
 
     model.train()
-    losses = [step(model, optimizer, z) for _ in range(30)]
-    assert len(traces) == 1
-    assert losses[-1] < 0.6 * losses[0]
+    return [step(model, optimizer, z) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("name", ["cross_iteration_batch_norm", "fitted_inference"])
+def test_trains_and_evaluates(name):
+    model = net(name)
+    losses = learn(model, 8)
+    assert losses[-1] < 0.9 * losses[0]
     before = nnx.state(model, nnx.BatchStat)
     model.eval()
-    model(z)
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.BatchStat), before)
+    run(model, rows())
+    chex.assert_trees_all_equal(nnx.state(model, nnx.BatchStat), before)
 
 
-def test_split_and_merge(key):
-    model, z = net("cross_iteration_batch_norm"), images(key)
-    graph, state = nnx.split(model)
+def test_a_model_is_a_tree_with_values():
+    """Estimators made by equal calls are equal, so that models are of one form."""
 
-    @jax.jit
-    def step(state, z):
-        model = nnx.merge(graph, state)
-        y = model(z)
-        return y, nnx.state(model)
+    @nnx.jit
+    @chex.assert_max_traces(1)
+    def step(model, z):
+        return model(z)
 
-    y, state = step(state, z)
-    assert_close(y, model(z))
-    assert_close(state, nnx.state(model))
+    def made(seed):
+        return Net(cbn.corrected_inference(cbn.small_batch_norm(2), examples=2), seed)
+
+    for seed in range(3):
+        step(made(seed), rows())
+    one, other = made(0), made(1)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, other)
+    kernels = [m.first.layer.kernel.get_value() for m in (one, other, mean)]
+    assert_close(kernels[2], (kernels[0] + kernels[1]) / 2)
+    assert mean.first.estimator == one.first.estimator
+    assert jax.tree.structure(made(0)) != jax.tree.structure(Net(cbn.small_batch_norm(2)))
+
+
+def test_a_model_pickles():
+    model = net("cross_iteration_batch_norm")
+    again = pickle.loads(pickle.dumps(nnx.split(model)))
+    assert again[0] == nnx.graphdef(model)
+    chex.assert_trees_all_equal(nnx.merge(*again), model)
+
+
+def test_signature():
+    """Editors show the arguments, which the metaclass would hide."""
+    parameters = inspect.signature(Norm).parameters
+    expected = list(inspect.signature(Norm.__init__).parameters)[1:]
+    assert list(parameters) == expected
+    assert expected[:3] == ["estimator", "layer", "num_features"]
+    assert parameters["axis"].default == -1
+    assert parameters["rngs"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 def test_state_is_one_batch_stat_and_layers_keep_their_names():
@@ -138,15 +252,15 @@ def test_state_is_one_batch_stat_and_layers_keep_their_names():
     assert isinstance(stats["first"]["state"], cbn.CrossIterationState)
 
 
-def test_a_view_with_the_other_mode(key):
+def test_a_view_with_the_other_mode():
     module = Norm(cbn.batch_norm(), num_features=2, use_bias=False, rngs=nnx.Rngs(0))
-    x = images(key)
-    module(x)
+    x = images()
+    run(module, x)
     module.set_view(use_running_average=True)
     before = module.state.get_value()
-    module(x)
-    assert_close(module.state.get_value(), before, 0)
-    module(x, use_running_average=False)
+    run(module, x)
+    chex.assert_trees_all_equal(module.state.get_value(), before)
+    run_as(module, x, False)
     assert (module.state.get_value().steps == 2).all()
     assert module.bias is None
 
@@ -161,91 +275,42 @@ def test_number_of_features_must_be_known():
         norm(jnp.ones((4, 2)))
 
 
-@pytest.mark.parametrize(
-    ("options", "ours"),
-    [({}, ()), ({"strides": 2, "padding": 1, "feature_group_count": 2}, (2, 1, 1, 2))],
-)
-def test_convolutions_know_their_patches(options, ours, key):
-    estimator, layer = FACTORIES["streaming_batch_norm"](), cbn.convolution(*ours)
-    conv = nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0), **options)
-    module = Norm(estimator, conv, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
-    params = {"bias": conv.bias.get_value(), "kernel": conv.kernel.get_value()}
-    state = estimator.init(4, params, layer.groups)
-    for batch in (images(key), images(key) + 1.0):
-        x, source = cbn.run_layer(layer, params, batch)
-        statistics, state = estimator.train(state, x, source)
-        assert_close(module(batch), cbn.normalize(x, statistics))
-    assert_close(module.state.get_value(), state)
-
-
-def test_other_layers_say_what_to_write(key):
+def test_other_layers_say_what_to_write():
     conv = nnx.Conv(2, 4, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))
     module = Norm(cbn.small_batch_norm(2), conv, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
-        module(images(key))
+        nnx.eval_shape(module, images())
 
 
 # A learned weight.
 
 
-def mixed(mix):
-    return cbn.group_batch_norm(mix, num_groups=2, momentum=0.9)
-
-
 def gated(mix):
-    return cbn.adaptive_batch_norm(mixed(mix))
+    return cbn.adaptive_batch_norm(MIXED.at(mix))
 
 
-def test_a_function_of_a_weight_learns_it(key):
-    """A scalar as in linen; statistics, too, are those of linen."""
-    module = Norm(mixed, num_features=2, rngs=nnx.Rngs(0))
+def test_a_learned_method_has_a_parameter():
+    module = Norm(MIXED, num_features=2, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     assert set(params) == {"bias", "mix", "scale"}
     assert params["mix"].shape == ()
     assert jax.nn.sigmoid(params["mix"]) == pytest.approx(0.731, abs=1e-3)
-    linen = LinenNorm(mixed, use_running_average=False)
-    module.mix.set_value(jnp.array(-0.4))
-    x = images(key)
-    variables = linen.init(key, x)
-    variables["params"]["mix"] = jnp.array(-0.4)
-    for shift in (0.0, 2.0):
-        expected, updates = linen.apply(variables, x + shift, mutable=["batch_stats"])
-        variables = {**variables, **updates}
-        assert_close(module(x + shift), expected)
-    expected = linen.clone(use_running_average=True).apply(variables, x)
-    assert_close(module(x, use_running_average=True), expected)
 
 
 def test_mix_init():
     options = {"num_features": 2, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
-    module = Norm(mixed, mix_init=nnx.initializers.constant(-2.0), **options)
+    module = Norm(MIXED, mix_init=nnx.initializers.constant(-2.0), **options)
     assert module.mix.get_value() == -2.0
     assert module.mix.get_value().dtype == jnp.bfloat16
-    assert Norm(mixed(0.5), **options).mix is None
+    assert Norm(MIXED.at(0.5), **options).mix is None
 
 
-@pytest.mark.parametrize("factory", [mixed, gated])
-def test_the_weight_is_trained(factory, key):
+@pytest.mark.parametrize("method", [MIXED, cbn.learned(gated)], ids=repr)
+def test_the_weight_is_trained(method):
     """Also inside a wrapper, without a second trace."""
-    model = Net(functools.partial(Norm, factory), nnx.Rngs(0))
-    z, labels, traces = images(key), jnp.arange(4) % 3, []
-    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer):
-        traces.append(None)
-
-        def loss_fn(model):
-            loss = optax.softmax_cross_entropy_with_integer_labels(model(z), labels)
-            return loss.mean()
-
-        loss, gradient = nnx.value_and_grad(loss_fn)(model)
-        optimizer.update(model, gradient)
-        return loss
-
-    losses = [step(model, optimizer) for _ in range(20)]
-    assert len(traces) == 1
-    assert losses[-1] < 0.8 * losses[0]
+    model = Net(method)
+    losses = learn(model, 10)
+    assert losses[-1] < 0.95 * losses[0]
     for norm in (model.first, model.second):
         assert abs(norm.mix.get_value() - 1.0) > 1e-4
 
@@ -265,14 +330,20 @@ class Tower(nnx.Module):
         return self.norms[1](nnx.relu(self.norms[0](self.conv(z))))
 
 
-def trained_tower(key):
+@functools.cache
+def once_trained_tower():
     model = Tower(nnx.Rngs(0))
-    for name in ("scale", "bias"):
-        getattr(model.norms[0], name).set_value(1.0 + jax.random.normal(key, (4,)))
+    for i, name in enumerate(("scale", "bias")):
+        values = np.random.default_rng(i).normal(1.0, size=4)
+        getattr(model.norms[0], name).set_value(jnp.asarray(values, jnp.float32))
     model.train()
     for i in range(3):
-        model(i + images(jax.random.fold_in(key, i)))
+        run(model, images(seed=i, shift=i))
     return model
+
+
+def trained_tower():
+    return nnx.clone(once_trained_tower())
 
 
 def converted(model, estimator):
@@ -283,30 +354,30 @@ def converted(model, estimator):
 
 
 def large_batches(estimator):
-    return cbn.corrected_inference(estimator, batch_size=1e9, epsilon=1e-3)
+    return cbn.corrected_inference(estimator, examples=1e9)
 
 
 @pytest.mark.parametrize(
     "wrapper", [lambda e: e, large_batches, cbn.fitted_inference, cbn.adaptive_batch_norm]
 )
-def test_a_converted_model_predicts_the_same(wrapper, key):
+def test_a_converted_model_predicts_the_same(wrapper):
     """In the mode in which it was."""
-    trained, z = trained_tower(key), images(key)
+    trained, z = trained_tower(), images()
     trained.eval()
     model = converted(trained, wrapper(cbn.batch_norm(epsilon=1e-3)))
-    assert_close(model(z), trained(z))
+    assert_close(run(model, z), run(trained, z))
 
 
-def test_a_converted_model_trains_on(key):
+def test_a_converted_model_trains_on():
     """At its own pace: two more steps are those of Flax, averages included."""
-    trained = trained_tower(key)
+    trained = trained_tower()
     model = converted(trained, cbn.batch_norm(momentum=0.9, epsilon=1e-3))
     for i in range(2):
-        z = 5.0 + images(jax.random.fold_in(key, i))
-        assert_close(model(z), trained(z), 1e-4)
+        z = images(seed=i, shift=5.0)
+        assert_close(run(model, z), run(trained, z), 1e-4)
     for one in (model, trained):
         one.eval()
-    assert_close(model(z), trained(z), 1e-4)
+    assert_close(run(model, z), run(trained, z), 1e-4)
 
 
 def test_a_converted_module_keeps_its_options():
@@ -318,30 +389,59 @@ def test_a_converted_module_keeps_its_options():
     assert norm(jnp.ones((2, 3)), use_running_average=True).dtype == jnp.bfloat16
 
 
-def test_any_method_goes_on_from_batch_norm(key):
+def test_any_method_goes_on_from_batch_norm():
     """Around the layer before it: it predicts as before, and trains."""
-    trained, z = trained_tower(key), images(key)
+    trained, z = trained_tower(), images()
     estimator = cbn.small_batch_norm(2, epsilon=1e-3)
     norm = from_batch_norm(trained.norms[0], estimator, layer=trained.conv)
-    expected = trained.norms[0](trained.conv(z), use_running_average=True)
-    assert_close(norm(z, use_running_average=True), expected)
-    norm(z, use_running_average=False)
+    expected = run_as(trained.norms[0], run(trained.conv, z), True)
+    assert_close(run_as(norm, z, True), expected)
+    run_as(norm, z, False)
     assert norm.state.get_value().window.size[0] == z[..., 0].size
+
+
+@pytest.mark.parametrize("wrapper", [lambda e: e, cbn.fitted_inference, large_batches])
+def test_epsilon_is_one_and_the_same(wrapper):
+    trained = nnx.BatchNorm(3, epsilon=1e-3, rngs=nnx.Rngs(0))
+    message = (
+        r"^from_batch_norm got a module with epsilon=0.001 and an estimator with "
+        r"epsilon=1e-05, expected the same; write batch_norm\(epsilon=0.001\)\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        from_batch_norm(trained, wrapper(cbn.batch_norm()))
+    norm = from_batch_norm(trained, wrapper(cbn.batch_norm(epsilon=1e-3)))
+    assert to_batch_norm(norm).epsilon == 1e-3
+    norm = Norm(wrapper(cbn.batch_norm(epsilon=0.1)), num_features=3, rngs=nnx.Rngs(0))
+    assert to_batch_norm(norm).epsilon == 0.1
 
 
 @pytest.mark.parametrize(
     ("arguments", "came"),
     [
-        (
-            (nnx.Linear(3, 3, rngs=nnx.Rngs(0)), cbn.batch_norm()),
-            "a module, Linear, as its estimator",
-        ),
-        ((cbn.batch_norm(), 16), "layer=16, no module"),
+        ((nnx.Linear(3, 3, rngs=nnx.Rngs(0)), cbn.batch_norm()), r"estimator=Linear\("),
+        ((cbn.batch_norm(), 16), "layer=16, "),
+        ((cbn.batch_norm(), nnx.Linear), "layer=<class .*Linear'>, "),
+        ((MIXED.at,), "estimator=<function "),
     ],
 )
 def test_arguments_of_another_kind(arguments, came):
-    with pytest.raises(TypeError, match=f"Norm got {came}.*num_features"):
+    with pytest.raises(TypeError, match=f"^Norm got {came}.*num_features"):
         Norm(*arguments, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("method", "write"),
+    [
+        (cbn.batch_norm, r"Norm\(batch_norm\(...\)\), with the function called"),
+        (cbn.group_batch_norm, r"Norm\(cbn_jax.learned\(group_batch_norm, ...\)\), which"),
+    ],
+)
+def test_a_method_that_was_not_called(method, write):
+    message = (
+        f"^Norm got the function {method.__name__}, expected an estimator; write {write}"
+    )
+    with pytest.raises(TypeError, match=message):
+        Norm(method, num_features=4, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -356,17 +456,17 @@ def test_a_method_without_running_moments_cannot_go_on(estimator):
 # And back.
 
 
-def test_back_again(key):
+def test_back_again():
     """Predictions, the next step and options are what they were."""
-    trained, z = trained_tower(key), images(key)
+    trained, z = trained_tower(), images()
     back = converted(trained, cbn.batch_norm(momentum=0.9, epsilon=1e-3))
     for i, norm in enumerate(back.norms):
-        back.norms[i] = to_batch_norm(norm, momentum=0.9, epsilon=1e-3)
+        back.norms[i] = to_batch_norm(norm, momentum=0.9)
     back.train()
-    assert_close(back(z), trained(z), 1e-4)
+    assert_close(run(back, z), run(trained, z), 1e-4)
     for model in (back, trained):
         model.eval()
-    assert_close(back(z), trained(z), 1e-4)
+    assert_close(run(back, z), run(trained, z), 1e-4)
     assert back.norms[1].axis == 1
     assert back.norms[1].scale is back.norms[1].bias is None
 
@@ -378,11 +478,11 @@ def test_flax_predicts_what_norm_did(key):
     norm = Norm(estimator, nnx.Linear(3, 4, rngs=rngs), dtype=jnp.float16, rngs=rngs)
     norm.scale.set_value(jnp.linspace(1, 2, 4))
     z = 1.0 + jax.random.normal(key, (8, 3))
-    norm(z)
+    run(norm, z)
     norm.eval()
-    plain = nnx.Sequential(norm.layer, to_batch_norm(norm))
-    assert plain(z).dtype == jnp.float16
-    assert_close(plain(z), norm(z), 1e-2)
+    actual = run(nnx.Sequential(norm.layer, to_batch_norm(norm)), z)
+    assert actual.dtype == jnp.float16
+    assert_close(actual, run(norm, z), 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -395,12 +495,10 @@ def test_a_method_without_running_moments_cannot_go_back(estimator):
 
 
 @pytest.mark.parametrize("way", ["jit", "shard_map", "vmap"])
-@pytest.mark.parametrize(
-    "name", ["batch_norm", "cross_iteration_batch_norm", "small_batch_norm"]
-)
-def test_many_devices_are_one(name, way, key):
+def test_many_devices_are_one(way, key):
     """Gradients, outputs and statistics of a pure step around the module."""
     assert jax.device_count() == 8
+    estimator = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spread = way != "jit"
 
@@ -408,7 +506,7 @@ def test_many_devices_are_one(name, way, key):
         def loss_of(params):
             rngs = nnx.Rngs(0)
             layer = nnx.Conv(3, 4, (3, 3), rngs=rngs)
-            norm = Norm(FACTORIES[name](), layer, axis_name=axis_name, rngs=rngs)
+            norm = Norm(estimator, layer, axis_name=axis_name, rngs=rngs)
             nnx.update(norm, params, stats)
             y = norm(z)
             loss = jnp.square(y - 0.5).mean()
@@ -422,7 +520,7 @@ def test_many_devices_are_one(name, way, key):
         return gradients, stats, y
 
     rngs = nnx.Rngs(0)
-    norm = Norm(FACTORIES[name](), nnx.Conv(3, 4, (3, 3), rngs=rngs), rngs=rngs)
+    norm = Norm(estimator, nnx.Conv(3, 4, (3, 3), rngs=rngs), rngs=rngs)
     _, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
     z = jax.random.normal(key, (16, 5, 5, 3))
     expected = jax.jit(functools.partial(step, None))(params, stats, z)
@@ -437,11 +535,7 @@ def test_many_devices_are_one(name, way, key):
         mapped = jax.vmap(run, (None, None, 0), (None, None, 0), axis_name="data")
         *same, y = jax.jit(mapped)(params, stats, z.reshape(8, 2, *z.shape[1:]))
         actual = *same, y.reshape(16, *y.shape[2:])
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-5),
-        actual,
-        expected,
-    )
+    chex.assert_trees_all_close(actual, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_a_view_without_a_mode_changes_none():

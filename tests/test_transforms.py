@@ -2,13 +2,24 @@
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES, KINDS, LAYERS, init, train
+from cases import (
+    FACTORIES,
+    KINDS,
+    LAYERS,
+    apply,
+    eager_train,
+    infer,
+    init,
+    normalize,
+    train,
+)
 from flax import nnx
 from jax import export
 
@@ -17,43 +28,48 @@ from cbn_jax import linen as cbn_linen
 from cbn_jax import nnx as cbn_nnx
 
 estimators = pytest.mark.parametrize("name", KINDS)
-# One of each kind of state, in Flax models.
-flax_estimators = pytest.mark.parametrize(
-    "name",
-    [
-        "batch_norm",
-        "cross_iteration_batch_norm",
-        "small_batch_norm",
-        "replay_batch_norm",
-        "adaptive_batch_norm-group",
-        "fitted_inference-replay",
-    ],
-)
 WIDTH = 4
+# In Flax models: a plain state, and one in another, with a ring.
+NESTED = cbn.adaptive_batch_norm(cbn.cross_iteration_batch_norm(window=3, momentum=0.9))
+flax_estimators = pytest.mark.parametrize(
+    "estimator", [cbn.batch_norm(momentum=0.9), NESTED], ids=["plain", "nested"]
+)
 
 
 def assert_close(actual, expected, **tolerance):
     tolerance = {"rtol": 2e-5, "atol": 2e-5} | tolerance
-    jax.tree.map(
-        lambda a, e: np.testing.assert_allclose(a, e, **tolerance), actual, expected
-    )
+    chex.assert_trees_all_close(actual, expected, **tolerance)
+
+
+def slice_of(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], jax.device_get(tree))
 
 
 def loss_of(estimator, layer, state, z, params):
-    x, statistics, after = train(estimator, state, layer, params, z)
+    x, statistics, after = eager_train(estimator, state, layer, params, z)
     return jnp.square(cbn.normalize(x, statistics) - 1.0).sum(), after
 
 
 @estimators
-def test_checkpoint_recomputes_and_changes_nothing(name, key):
+def test_gradients_of_recomputed_and_of_scaled_losses(name, key):
+    """``jax.checkpoint`` changes nothing; loss scaling nothing but the gradient."""
     layer, estimator = LAYERS["dense"], FACTORIES[name]()
-    params = layer.params(key)
-    f = functools.partial(
-        loss_of, estimator, layer, init(estimator, layer, params), layer.data(key)
-    )
-    plain = jax.jit(jax.value_and_grad(f, has_aux=True))(params)
-    again = jax.jit(jax.value_and_grad(jax.checkpoint(f), has_aux=True))(params)
-    assert_close(again, plain)
+    params, z = layer.params(key), layer.data(key)
+    state = init(estimator, layer, params)
+
+    @jax.jit
+    def gradients(state, params, z):
+        f = functools.partial(loss_of, estimator, layer, state, z)
+
+        def scaled(params):
+            loss, after = f(params)
+            return 2.0**15 * loss, after
+
+        return [jax.grad(g, has_aux=True)(params) for g in (f, jax.checkpoint(f), scaled)]
+
+    plain, recomputed, (large, after) = gradients(state, params, z)
+    assert_close(recomputed, plain)
+    assert_close((jax.tree.map(lambda g: g / 2.0**15, large), after), plain)
 
 
 @estimators
@@ -61,32 +77,42 @@ def test_no_tracer_leaks(name, key):
     layer, estimator = LAYERS["dense"], FACTORIES[name]()
     params = layer.params(key)
     state = init(estimator, layer, params)
-    step = jax.jit(lambda s, z: train(estimator, s, layer, params, z)[2])
+    step = jax.jit(lambda s, z: eager_train(estimator, s, layer, params, z))
     with jax.checking_leaks():
-        step(state, layer.data(key))
+        step.trace(state, layer.data(key))
 
 
 @estimators
 def test_inference_is_exported(name, key):
     layer, estimator = LAYERS["dense"], FACTORIES[name]()
-    params = layer.params(key)
-    state = init(estimator, layer, params)
-    x, _, state = train(estimator, state, layer, params, layer.data(key))
-
-    def predict(state, x):
-        return cbn.normalize(x, estimator.infer(state, x))
-
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: rng.uniform(0.5, 2.0, leaf.shape).astype(np.float32),
+        init(estimator, layer, layer.params(key)),
+    )
+    x = apply(layer, layer.params(key), layer.data(key))
     (examples,) = export.symbolic_shape("examples")
     shape = jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype)
     # A state of NamedTuples has no name in a file: its leaves do.
     leaves, form = jax.tree.flatten(state)
 
-    def from_leaves(leaves, x):
-        return predict(jax.tree.unflatten(form, leaves), x)
+    @jax.jit
+    def predict(leaves, x):
+        return cbn.normalize(x, estimator.infer(jax.tree.unflatten(form, leaves), x))
 
-    exported = export.export(jax.jit(from_leaves))(leaves, shape)
-    restored = export.deserialize(exported.serialize())
-    assert_close(restored.call(leaves, x), predict(state, x))
+    restored = export.deserialize(export.export(predict)(leaves, shape).serialize())
+    expected = normalize(x, infer(estimator, state, x))
+    assert_close(restored.call(leaves, x), expected)
+
+
+@estimators
+def test_arrays_of_numpy_as_constants(name, key):
+    layer, estimator = LAYERS["dense"], FACTORIES[name]()
+    params, z = jax.device_get((layer.params(key), layer.data(key)))
+    state = init(estimator, layer, params)
+    x = np.ones((3, 4), np.float32)
+    jax.eval_shape(lambda: eager_train(estimator, state, layer, params, z))
+    jax.eval_shape(lambda: estimator.infer(state, x))
 
 
 @estimators
@@ -94,33 +120,12 @@ def test_shapes_without_values(name, key):
     layer, estimator = LAYERS["conv"], FACTORIES[name]()
     params, z = layer.params(key), layer.data(key)
     state = jax.eval_shape(lambda: init(estimator, layer, params))
-    _, _, after = jax.eval_shape(
-        lambda state, z: train(estimator, state, layer, params, z), state, z
-    )
+    step = functools.partial(eager_train, estimator)
+    _, _, after = jax.eval_shape(lambda s, z: step(s, layer, params, z), state, z)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for leaf, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert (new.shape, new.dtype) == (leaf.shape, jnp.float32)
         assert new.size > 0
-
-
-@estimators
-def test_loss_scaling_leaves_the_statistics_alone(name, key):
-    layer, estimator = LAYERS["dense"], FACTORIES[name]()
-    params, z = layer.params(key), layer.data(key)
-    state = init(estimator, layer, params)
-
-    @jax.jit
-    def step(scale, state, params):
-        def scaled(params):
-            loss, after = loss_of(estimator, layer, state, z, params)
-            return scale * loss, after
-
-        return jax.grad(scaled, has_aux=True)(params)
-
-    gradient, after = step(2.0**15, state, params)
-    expected, right = step(1.0, state, params)
-    assert_close(after, right, rtol=0, atol=0)
-    assert_close(jax.tree.map(lambda g: g / 2.0**15, gradient), expected)
 
 
 @pytest.mark.usefixtures("loose")
@@ -161,7 +166,7 @@ def test_accumulated_gradients_see_one_batch(factory, key):
     _, statistics, _ = train(estimator, filled, layer, before, batch)
     weight = 0.75 ** np.arange(micro - 1, -1, -1) if decays else np.ones(micro)
     weight = np.repeat(weight / weight.sum() / 4, 4)[:, None]
-    x = np.float64(layer.fn(before, z))
+    x = np.float64(apply(layer, before, z))
     mean = (weight * x).sum(axis=0)
     var = (weight * (x - mean) ** 2).sum(axis=0)
     assert float(jnp.abs(params["kernel"] - before["kernel"]).max()) > 1e-3
@@ -172,13 +177,13 @@ def test_accumulated_gradients_see_one_batch(factory, key):
 class Block(nn.Module):
     """A residual block, the same shape in and out."""
 
-    name_of: str
+    estimator: cbn.Estimator
     axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x, train):
         norm = cbn_linen.Norm(
-            FACTORIES[self.name_of](),
+            self.estimator,
             layer=nn.Dense(WIDTH),
             use_running_average=not train,
             axis_name=self.axis_name,
@@ -186,30 +191,34 @@ class Block(nn.Module):
         return x + nn.relu(norm(x))
 
 
-def data(key, examples=6):
-    return jax.random.normal(key, (examples, WIDTH))
+def data(examples=6):
+    return np.random.default_rng(0).normal(size=(examples, WIDTH)).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def linen_init(model, key, x):
+    return model.init(key, x, True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def linen_step(model, variables, x):
     def loss(params):
         given = {"params": params, "batch_stats": variables["batch_stats"]}
         y, updates = model.apply(given, x, True, mutable=["batch_stats"])
         return jnp.square(y).sum(), (y, updates["batch_stats"])
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
 
 @flax_estimators
-def test_linen_remat(name, key):
-    plain, remat = Block(name), nn.remat(Block, static_argnums=(2,))(name)
-    variables = plain.init(key, data(key), True)
-    assert_close(
-        linen_step(remat, variables, data(key)), linen_step(plain, variables, data(key))
-    )
+def test_linen_remat(estimator, key):
+    plain, remat = Block(estimator), nn.remat(Block, static_argnums=(2,))(estimator)
+    variables = linen_init(plain, key, data())
+    assert_close(linen_step(remat, variables, data()), linen_step(plain, variables, data()))
 
 
 @flax_estimators
-def test_linen_scan_over_layers(name, key):
+def test_linen_scan_over_layers(estimator, key):
     """Three layers in a loop are three layers in a row."""
 
     class Tower(nn.Module):
@@ -224,23 +233,20 @@ def test_linen_scan_over_layers(name, key):
                 split_rngs={"params": True},
                 length=3,
             )
-            return scan(Block(name), x)[0]
+            return scan(Block(estimator), x)[0]
 
-    x = data(key)
-    variables = Tower().init(key, x, True)
+    x = expected = data()
+    variables = linen_init(Tower(), key, x)
     (_, (y, after)), _ = linen_step(Tower(), variables, x)
-    expected = x
     for i in range(3):
-        one = jax.tree.map(lambda leaf: leaf[i], variables)  # noqa: B023
-        one = {kind: tree["Block_0"] for kind, tree in one.items()}
-        (_, (expected, stats)), _ = linen_step(Block(name), one, expected)
-        slice_of = jax.tree.map(lambda leaf: leaf[i], after["Block_0"])  # noqa: B023
-        assert_close(slice_of, stats, rtol=1e-4, atol=1e-4)
+        one = {kind: tree["Block_0"] for kind, tree in slice_of(variables, i).items()}
+        (_, (expected, stats)), _ = linen_step(Block(estimator), one, expected)
+        assert_close(slice_of(after["Block_0"], i), stats, rtol=1e-4, atol=1e-4)
     assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @flax_estimators
-def test_linen_vmap_over_seeds(name, key):
+def test_linen_vmap_over_seeds(estimator, key):
     """An ensemble, each with parameters and statistics of its own."""
     ensemble = nn.vmap(
         Block,
@@ -248,18 +254,15 @@ def test_linen_vmap_over_seeds(name, key):
         variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
         axis_size=3,
-    )(name)
-    x = data(key)
-    variables = ensemble.init(key, x, True)
-    (_, (y, after)), _ = linen_step(ensemble, variables, x)
-    one = jax.tree.map(lambda leaf: leaf[1], variables)
-    (_, (expected, stats)), _ = linen_step(Block(name), one, x)
-    assert_close(y[1], expected)
-    assert_close(jax.tree.map(lambda leaf: leaf[1], after), stats)
+    )(estimator)
+    variables = linen_init(ensemble, key, data())
+    (_, (y, after)), _ = linen_step(ensemble, variables, data())
+    (_, expected), _ = linen_step(Block(estimator), slice_of(variables, 1), data())
+    assert_close(slice_of((y, after), 1), expected)
 
 
 @flax_estimators
-def test_linen_vmap_over_parts_of_a_batch(name, key):
+def test_linen_vmap_over_parts_of_a_batch(estimator, key):
     """One model, whose statistics are those of all parts together."""
     shared = nn.vmap(
         Block,
@@ -267,84 +270,90 @@ def test_linen_vmap_over_parts_of_a_batch(name, key):
         variable_axes={"params": None, "batch_stats": None},
         split_rngs={"params": False},
         axis_name="parts",
-    )(name, axis_name="parts")
-    x = data(key, examples=8)
-    variables = Block(name).init(key, x, True)
+    )(estimator, axis_name="parts")
+    x = data(examples=8)
+    variables = linen_init(Block(estimator), key, x)
     (_, (y, after)), gradient = linen_step(shared, variables, x.reshape(4, 2, WIDTH))
-    (_, (expected, stats)), right = linen_step(Block(name), variables, x)
-    assert_close((y.reshape(8, WIDTH), gradient), (expected, right), rtol=1e-4, atol=1e-4)
-    if "replay" not in name:  # the rows of a memory are in another order
-        assert_close(after, stats, rtol=1e-4, atol=1e-4)
+    (_, (expected, stats)), right = linen_step(Block(estimator), variables, x)
+    actual = y.reshape(8, WIDTH), after, gradient
+    assert_close(actual, (expected, stats, right), rtol=1e-4, atol=1e-4)
 
 
-def nnx_norm(name, key):
+def nnx_norm(estimator, key):
     rngs = nnx.Rngs(key)
     layer = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-    return cbn_nnx.Norm(FACTORIES[name](), layer=layer, rngs=rngs)
+    return cbn_nnx.Norm(estimator, layer=layer, rngs=rngs)
 
 
-def three_norms(name, key):
-    return nnx.vmap(functools.partial(nnx_norm, name))(jax.random.split(key, 3))
+def three_norms(estimator, key):
+    make = nnx.vmap(functools.partial(nnx_norm, estimator))
+    return nnx.jit(lambda key: make(jax.random.split(key, 3)))(key)
 
 
-def nnx_step(norm, x):
-    def loss(norm):
-        return jnp.square(norm(x)).sum()
-
-    value, gradient = nnx.jit(nnx.value_and_grad(loss))(norm)
-    return value, nnx.to_pure_dict(gradient), nnx.state(norm, nnx.BatchStat)
+@nnx.jit
+def nnx_apply(norm, x):
+    return norm(x)
 
 
-@flax_estimators
-def test_nnx_remat(name, key):
-    plain, remat = nnx_norm(name, key), nnx_norm(name, key)
-    x = data(key)
-
-    def loss(norm):
-        return jnp.square(nnx.remat(lambda norm, x: norm(x))(norm, x)).sum()
-
-    value, gradient = nnx.jit(nnx.value_and_grad(loss))(remat)
-    actual = value, nnx.to_pure_dict(gradient), nnx.state(remat, nnx.BatchStat)
-    assert_close(actual, nnx_step(plain, x))
+def stats_of(norm):
+    return nnx.state(norm, nnx.BatchStat)
 
 
 @flax_estimators
-def test_nnx_vmap_over_seeds(name, key):
-    ensemble = three_norms(name, key)
+def test_nnx_remat(estimator, key):
+    plain = nnx_norm(estimator, key)
+    remat = nnx.clone(plain)
+
+    @nnx.jit
+    def both(plain, remat, x):
+        def gradient(apply, norm):
+            loss = nnx.value_and_grad(lambda norm: jnp.square(apply(norm, x)).sum())
+            value, gradient = loss(norm)
+            return value, nnx.to_pure_dict(gradient)
+
+        again = nnx.remat(lambda norm, x: norm(x))
+        return gradient(lambda n, x: n(x), plain), gradient(again, remat)
+
+    expected, actual = both(plain, remat, data())
+    assert_close(actual, expected)
+    assert_close(stats_of(remat), stats_of(plain))
+
+
+@flax_estimators
+def test_nnx_vmap_over_seeds(estimator, key):
+    ensemble = three_norms(estimator, key)
     graph, variables = nnx.split(ensemble)
-    one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[1], variables))
-    x = data(key)
-    y = nnx.vmap(lambda norm, x: norm(x), in_axes=(0, None))(ensemble, x)
-    assert_close(y[1], one(x))
-    after = jax.tree.map(lambda leaf: leaf[1], nnx.state(ensemble, nnx.BatchStat))
-    assert_close(after, nnx.state(one, nnx.BatchStat))
+    one = nnx.merge(graph, slice_of(variables, 1))
+    together = nnx.vmap(lambda norm, x: norm(x), in_axes=(0, None))
+    y = nnx.jit(lambda norm, x: together(norm, x))(ensemble, data())
+    assert_close(y[1], nnx_apply(one, data()))
+    assert_close(slice_of(stats_of(ensemble), 1), stats_of(one))
 
 
 @flax_estimators
-def test_nnx_scan_over_layers(name, key):
-    tower = three_norms(name, key)
+def test_nnx_scan_over_layers(estimator, key):
+    tower = three_norms(estimator, key)
     graph, variables = nnx.split(tower)
-    x = expected = data(key)
+    x = expected = data()
     for i in range(3):
-        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[i], variables))  # noqa: B023
-        expected = jnp.tanh(one(expected))
+        one = nnx.merge(graph, slice_of(variables, i))
+        expected = np.tanh(nnx_apply(one, expected))
 
+    @nnx.jit
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     def forward(x, norm):
         return jnp.tanh(norm(x))
 
     assert_close(forward(x, tower), expected, rtol=1e-4, atol=1e-4)
-    last = jax.tree.map(lambda leaf: leaf[2], nnx.state(tower, nnx.BatchStat))
-    assert_close(last, nnx.state(one, nnx.BatchStat), rtol=1e-4, atol=1e-4)
+    last = slice_of(stats_of(tower), 2)
+    assert_close(last, stats_of(one), rtol=1e-4, atol=1e-4)
 
 
 @flax_estimators
-def test_nnx_split_and_merge_under_jax_jit(name, key):
-    norm = nnx_norm(name, key)
-    x = data(key)
-    shapes = nnx.eval_shape(lambda: nnx_norm(name, key))
+def test_nnx_split_and_merge_under_jax_jit(estimator, key):
+    norm = nnx_norm(estimator, key)
+    abstract = nnx.state(nnx.eval_shape(lambda: nnx_norm(estimator, key)))
     graph, variables = nnx.split(norm)
-    abstract = nnx.state(shapes)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, abstract)
 
     @jax.jit
@@ -353,6 +362,6 @@ def test_nnx_split_and_merge_under_jax_jit(name, key):
         y = norm(x)
         return y, nnx.state(norm)
 
-    y, after = step(variables, x)
-    assert_close(y, norm(x))
+    y, after = step(variables, data())
+    assert_close(y, nnx_apply(norm, data()))
     assert_close(after, nnx.state(norm))

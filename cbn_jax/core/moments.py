@@ -150,7 +150,7 @@ def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
     Every field is ``[N, 1, …, 1, C]``. A matrix ``[N, C]`` has one position an example:
     its variances are 0.
     """
-    positions = x[:, None] if x.ndim == 2 else x
+    positions = jnp.asarray(x[:, None] if x.ndim == 2 else x)  # vmap keeps one of NumPy
     if mask is None:
         moments = jax.vmap(batch_moments)(positions)
     else:
