@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from cbn_jax.assessment import Assessment, assess
+from cbn_jax.figures import draw_assessment
 
 SPREADS = [1.0, 3.0, 2.0, 10.0, 4.0]
 
@@ -55,7 +56,7 @@ def test_values_are_the_heterogeneity_of_each_batch(measure, key):
     np.testing.assert_allclose(assessment.values, expected, rtol=1e-5)
     assert assessment.measure == measure
     gates = [bool(assessment.gate(x)) for x in images]
-    np.testing.assert_array_equal(gates, assessment.table)
+    np.testing.assert_array_equal(gates, assessment.selected)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,13 @@ def test_thresholds_part_the_batches(threshold, expected, above):
     np.testing.assert_array_equal(assessment.values, SPREADS)
     assert type(assessment.threshold) is float
     np.testing.assert_allclose(assessment.threshold, expected, rtol=1e-15)
-    assert assessment.table.dtype == bool
-    np.testing.assert_array_equal(np.flatnonzero(assessment.table), above)
+    assert assessment.selected.dtype == bool
+    np.testing.assert_array_equal(np.flatnonzero(assessment.selected), above)
     gate = jax.jit(assessment.gate)
     gates = [gate(x) for x in batches()]
     assert gates[0].shape == ()
     assert gates[0].dtype == bool
-    np.testing.assert_array_equal(gates, assessment.table)
+    np.testing.assert_array_equal(gates, assessment.selected)
 
 
 def test_the_mean_is_the_default():
@@ -92,7 +93,7 @@ def test_a_step_measures_the_same_number(key):
     images = [jax.random.normal(jax.random.fold_in(key, n), (5, 6, 3)) for n in range(21)]
     assessment = assess(images, threshold="median")
     gate = jax.jit(assessment.gate)
-    np.testing.assert_array_equal([gate(x) for x in images], assessment.table)
+    np.testing.assert_array_equal([gate(x) for x in images], assessment.selected)
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
@@ -102,7 +103,7 @@ def test_a_threshold_between_two_float32_numbers_divides_alike(value):
     spreads = [np.nextafter(near, np.float32(s)) for s in (0, 1)] + [near]
     made = [pair(spread) for spread in spreads]
     assessment = assess(made, threshold=lambda h: value)
-    np.testing.assert_array_equal([assessment.gate(x) for x in made], assessment.table)
+    np.testing.assert_array_equal([assessment.gate(x) for x in made], assessment.selected)
 
 
 def test_a_spread_batch_is_one_batch():
@@ -113,7 +114,7 @@ def test_a_spread_batch_is_one_batch():
         return assessment.gate(x, axis_name="data")
 
     spread = jax.jit(jax.shard_map(gate, mesh=mesh, in_specs=P("data"), out_specs=P()))
-    np.testing.assert_array_equal([spread(x) for x in batches()], assessment.table)
+    np.testing.assert_array_equal([spread(x) for x in batches()], assessment.selected)
 
 
 def test_report_counts_both_sets():
@@ -139,7 +140,7 @@ def drawn(figure):
 def test_draw_shows_both_sets(tmp_path):
     assessment = assess(batches(), threshold="median")
     for path in (tmp_path / "batches.png", str(tmp_path / "again.png"), None):
-        counts, threshold = drawn(assessment.draw(path))
+        counts, threshold = drawn(draw_assessment(assessment, path))
         assert counts == {"to normalize": 2, "to leave": 3}
         assert threshold == 3.0
     for path in tmp_path.iterdir():
@@ -152,7 +153,7 @@ def test_draw_shows_both_sets(tmp_path):
 def test_draw_shows_one_set_alone(values):
     """A single batch, or batches all alike."""
     assessment = Assessment(np.array(values), float(np.mean(values)), "entries")
-    counts, _ = drawn(assessment.draw())
+    counts, _ = drawn(draw_assessment(assessment))
     assert counts == {"to normalize": 0, "to leave": len(values)}
 
 
@@ -190,29 +191,15 @@ def test_bad_options():
         assess(batches(), "std")
 
 
-def test_a_bar_is_shown_where_rich_is_installed(capsys):
-    assess(batches())
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "assessing batches" in err
-
-
-def test_without_rich_there_is_no_bar(monkeypatch, capsys):
-    for module in ("rich", "rich.console", "rich.progress"):
-        monkeypatch.setitem(sys.modules, module, None)
-    np.testing.assert_array_equal(assess(batches()).values, SPREADS)
-    assert capsys.readouterr() == ("", "")
-
-
 def test_without_matplotlib_there_is_a_sentence():
     """And nothing else needs it."""
     code = (
         "import sys; sys.modules['matplotlib'] = None; import numpy as np;"
         "from cbn_jax.assessment import Assessment;"
-        "made = Assessment(np.ones(3), 1.0, 'entries'); print(made); made.draw()"
+        "from cbn_jax.figures import draw_assessment;"
+        "made = Assessment(np.ones(3), 1.0, 'entries'); print(made); draw_assessment(made)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
     assert run.stdout.startswith("3 batches")
-    sentence = "Assessment.draw needs matplotlib; install it with: pip install matplotlib"
-    assert sentence in run.stderr
+    assert "draw_assessment needs matplotlib; install it with: pip install" in run.stderr

@@ -35,6 +35,7 @@ from benchmarks.studies import (
 )
 
 pytestmark = [
+    pytest.mark.studies,
     pytest.mark.usefixtures("loose"),
     # Raised inside tensorflow-datasets and what it imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -367,7 +368,7 @@ def test_xla_counts_the_body_of_a_loop_once():
             x, source = cbn_jax.run_layer(cbn_jax.dense, kernel, z)
             return estimator.train(state, x, source)
 
-        state = estimator.init(64, kernel)
+        state = estimator.init(64, cbn_jax.convolution(), kernel)
         program = jax.jit(step, donate_argnums=1).lower(kernel, state, jnp.ones((4, 512)))
         bytes_of[window] = program.compile().cost_analysis()["bytes accessed"]
     assert bytes_of[8] - bytes_of[2] < 2 * kernel.nbytes

@@ -16,6 +16,7 @@ from benchmarks.studies import data_parallel
 from benchmarks.studies.data_parallel import ONE, WAYS, Network
 
 pytestmark = [
+    pytest.mark.studies,
     # Raised inside tensorflow-datasets and what it imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ from flax import linen as nn
 from flax import nnx
 
 import cbn_jax as cbn
-from cbn_jax.diagnostics import Errors, draw, errors, reference, watch
+from cbn_jax.diagnostics import Errors, errors, reference, watch
+from cbn_jax.figures import draw_errors
 from cbn_jax.linen import Norm
 from cbn_jax.nnx import Norm as NnxNorm
 
@@ -50,8 +52,8 @@ def test_each_method_trains_as_if_alone(layer, key):
     for name, estimator in METHODS.items():
         _, alone, expected = run(layer, key, estimator=estimator)
         assert_same(state.states[name], expected)
-        assert_same(state.believed[name], alone)
-    assert_same(statistics, state.believed["streaming"])
+        assert_same(state.estimated[name], alone)
+    assert_same(statistics, state.estimated["streaming"])
 
 
 def test_inference_and_gradients_are_those_of_the_one_in_use(key):
@@ -76,7 +78,9 @@ def test_reference_measures_and_changes_nothing_else(layer, key):
     x, measured_with, after = train(TWIN, state, layer, params, many)
     assert_same(measured_with, statistics)
     assert_same(after._replace(truth=state.truth), state)
-    assert_same(after.truth, cbn.batch_moments(x))
+    mean, var, _ = cbn.batch_moments(x)
+    expected = cbn.Statistics(mean, (var + WATCHED.epsilon) ** -0.5)
+    chex.assert_trees_all_close(after.truth, expected, rtol=1e-5, atol=1e-6)
 
 
 @layers
@@ -124,7 +128,7 @@ def test_what_is_not_finite_stays_out_of_the_state(key):
     bad = layer.data(key).at[3, 2].set(jnp.nan)
     _, statistics, after = train(WATCHED, state, layer, params, bad)
     assert np.isnan(statistics.mean).all()
-    assert_same(after.believed, state.believed)
+    assert_same(after.estimated, state.estimated)
     _, _, measured = train(TWIN, after, layer, params, bad)
     for leaf in jax.tree.leaves(measured):
         assert np.isfinite(leaf).all()
@@ -139,17 +143,27 @@ def test_no_error_with_frozen_weights_and_the_reference_as_the_batch(layer, key)
         _, _, state = train(WATCHED, state, layer, params, z)
     _, _, state = train(TWIN, state, layer, params, z)
     (measured,) = errors(state).values()
-    assert list(measured) == list(METHODS)
+    assert set(measured) == set(METHODS)
     np.testing.assert_allclose(list(measured.values()), 0.0, atol=1e-5)
 
 
 def test_errors_are_those_computed_by_hand():
     state = watch({"batch": cbn.batch_norm()}, "batch").init(3)
-    believed = cbn.Statistics(jnp.array([1.0, 2.0, 9.0]), 1 / jnp.array([1.0, 4.0, 9.0]))
-    truth = cbn.Moments(jnp.zeros(3), jnp.array([1.0, 4.0, 0.0]), jnp.full(3, 8.0))
-    state = state._replace(believed={"batch": believed}, truth=truth)
+    estimated = cbn.Statistics(jnp.array([1.0, 2.0, 9.0]), 1 / jnp.array([1.0, 4.0, 9.0]))
+    truth = cbn.Statistics(jnp.zeros(3), jnp.array([1.0, 0.5, 0.0]))
+    state = state._replace(estimated={"batch": estimated}, truth=truth)
     expected = Errors(mean=1.0, scale=np.log(2) / np.sqrt(2))  # the third does not vary
     np.testing.assert_allclose(errors(state)[""]["batch"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 3.0])
+def test_the_true_scale_has_the_epsilon_of_the_method_in_use(epsilon):
+    estimators = {"batch": cbn.batch_norm(epsilon=epsilon)}
+    x = jnp.array([[1.0], [3.0]])
+    _, state = watch(estimators, "batch").train(watch(estimators, "batch").init(1), x)
+    _, state = reference(estimators, "batch").train(state, x)
+    np.testing.assert_allclose(state.truth.inv_std, (1 + epsilon) ** -0.5, rtol=1e-6)
+    np.testing.assert_allclose(errors(state)[""]["batch"], 0.0, atol=1e-6)
 
 
 def test_compensation_is_seen_where_weights_move(key):
@@ -174,22 +188,23 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, z):
-        for _ in range(12):
+        for _ in range(11):
             z = Norm(self.estimator, nn.Dense(4), use_running_average=False)(z)
         return z
 
 
 def test_linen_layers_in_their_order(key):
     z = jax.random.normal(key, (8, 5))
-    variables = Net(WATCHED).init(key, z)
-    _, updates = Net(WATCHED).apply(variables, z, mutable=["batch_stats"])
+    variables = jax.jit(Net(WATCHED).init)(key, z)
+    apply = jax.jit(functools.partial(Net(WATCHED).apply, mutable=["batch_stats"]))
+    _, updates = apply(variables, z)
     unmeasured = errors(updates["batch_stats"])
     assert np.isnan(unmeasured["Norm_0"]["batch"]).all()
     _, measured = jax.jit(functools.partial(Net(TWIN).apply, mutable=["batch_stats"]))(
         {**variables, **updates}, z
     )
     layers = errors(measured["batch_stats"])
-    assert list(layers) == [f"Norm_{i}" for i in range(12)]
+    assert list(layers) == [f"Norm_{i}" for i in range(11)]
     np.testing.assert_allclose([layer["batch"] for layer in layers.values()], 0, atol=1e-4)
     assert "batch_stats/Norm_3" in errors(measured)
 
@@ -217,19 +232,19 @@ def test_nnx_layers(key):
 
 def test_draw(tmp_path):
     made = {"batch": Errors(0.7, 0.9), "exact": Errors(0.0, np.nan)}
-    draw([(1, {"only": made}), (2, {"only": made})], tmp_path / "one.png")
+    draw_errors([(1, {"only": made}), (2, {"only": made})], tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 10_000
     records = [(1, dict.fromkeys(("first", "second", "third", "fourth"), made))]
 
     def titles(figure):
         return [axes.get_title() for axes in figure.axes if axes.get_title()]
 
-    assert titles(draw(records)) == ["first", "second", "fourth"]
-    assert titles(draw(records, layers=["third"])) == ["third"]
+    assert titles(draw_errors(records)) == ["first", "second", "fourth"]
+    assert titles(draw_errors(records, layers=["third"])) == ["third"]
     with pytest.raises(ValueError, match="layer is 'fifth', expected 'first' or 'second'"):
-        draw(records, layers=["fifth"])
-    with pytest.raises(ValueError, match="draw got no records"):
-        draw([])
+        draw_errors(records, layers=["fifth"])
+    with pytest.raises(ValueError, match="draw_errors got no records"):
+        draw_errors([])
 
 
 def test_wrong_use():
@@ -247,20 +262,22 @@ def test_wrong_use():
 def test_a_missing_matplotlib_is_one_sentence():
     code = (
         "import sys; sys.modules['matplotlib'] = None;"
-        "from cbn_jax import diagnostics as d;"
-        "d.draw([(1, {'layer': {'batch': d.Errors(1.0, 1.0)}})])"
+        "from cbn_jax import diagnostics, figures;"
+        "errors = diagnostics.Errors(1.0, 1.0);"
+        "figures.draw_errors([(1, {'layer': {'batch': errors}})])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
-    assert "draw needs matplotlib; install it with: pip install matplotlib" in run.stderr
+    assert "draw_errors needs matplotlib; install it with: pip install" in run.stderr
 
 
+@pytest.mark.studies
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in tensorflow-datasets
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_study_writes_its_files(tmp_path):
     from rich.console import Console
 
-    from benchmarks import statistics_error
+    from benchmarks.studies import statistics_error
 
     config = statistics_error.Config(
         networks=("mlp",),

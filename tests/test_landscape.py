@@ -7,11 +7,13 @@ import matplotlib
 import numpy as np
 import pytest
 from cases import FACTORIES, LAYERS, init, train
-from cbn_jax.landscape import Bands, draw, fan, perturb
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
+from benchmarks.lib.perturbation import Bands, draw, fan, perturb
+
+pytestmark = pytest.mark.studies
 
 GROUPS = 2
 # Statistics of a feature, of an example, of a place; none at all; with a layer.

@@ -12,6 +12,7 @@ import pytest
 from worker import STEPS, WAYS, train
 
 pytestmark = [
+    pytest.mark.studies,
     # Raised inside tensorflow-datasets and what it imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

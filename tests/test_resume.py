@@ -15,6 +15,7 @@ from benchmarks import small_batch
 from benchmarks.lib import checkpoints, data, methods, report, runs
 
 pytestmark = [
+    pytest.mark.studies,
     pytest.mark.usefixtures("loose"),
     # Raised inside tensorflow-datasets and what it imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -9,6 +9,8 @@ pytest.importorskip("tyro", reason="the studies need cbn_jax[benchmarks]")
 
 from benchmarks import small_batch, tables
 
+pytestmark = pytest.mark.studies
+
 ROOT = Path(__file__).parent.parent
 
 
