@@ -38,10 +38,10 @@ class Config:
     """Examples per step."""
     methods: tuple[str, ...] = (
         "batch_norm",
-        "group_norm",
-        "cross_iteration",
-        "cross_iteration_burn_in",
-        "small_batch",
+        "nn.GroupNorm",
+        "cross_iteration_batch_norm",
+        "cross_iteration_batch_norm-burn_in",
+        "small_batch_norm",
         "batch_norm@32",
     )
     """Normalizers to compare; NAME@SIZE sets a batch size of its own."""
@@ -98,7 +98,7 @@ def main(config: Config, console: Console) -> dict:
         "environment": report.environment(),
         "cells": cells,
     }
-    report.write_json(config.output / "results.json", results)
+    results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(report.markdown(results))
     report.figure(results, config.output / "curves.png")
     console.print(report.table(results))
@@ -174,7 +174,7 @@ def compare(results: dict, usual: dict) -> str:
         difference = ends[0].mean() - ends[1].mean()
         error = np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends))
         text = f"{cell['label']} {difference:+.1f} ± {error:.1f} ({cell['network']})"
-        if cell["method"] == "small_batch":
+        if cell["method"] == "small_batch_norm":
             recommended.append(text)
         if difference < -2 * error:
             below.append(text)

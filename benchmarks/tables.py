@@ -82,8 +82,11 @@ class Config:
 
 
 def main(config: Config, console: Console) -> dict:
-    """Rewrites the documents that are not up to date."""
+    """Rewrites the tables of all studies, and the documents that are not up to date."""
     changed = redrawn(config.root) if config.figures else []
+    for name, module in STUDIES.items():
+        path = ROOT / "benchmarks/results" / name / "table.md"
+        path.write_text(module.markdown(json.loads(results(name))))
     for path in documents(config.root):
         before = path.read_text()
         after = rendered(before)

@@ -103,7 +103,9 @@ def test_any_set_of_tensorflow_datasets_by_name(data_dir):
 
 def test_main_job_writes_results_and_takes_them_up_again(small):
     small = dataclasses.replace(
-        small, networks=("mlp",), methods=("batch_norm", "cross_iteration", "batch_norm@4")
+        small,
+        networks=("mlp",),
+        methods=("batch_norm", "cross_iteration_batch_norm", "batch_norm@4"),
     )
     console = Console(width=80)
     results = small_batch.main(small, console)
@@ -127,7 +129,7 @@ def test_main_job_writes_results_and_takes_them_up_again(small):
 def test_seeds_are_reproducible(tmp_path, data_dir):
     """Also where positions are sampled."""
     dataset = data.load("digits", data_dir, 32)
-    method = methods.parse("small_batch", 2)
+    method = methods.parse("small_batch_norm", 2)
     run = runs.Run("cnn", method, 0.1, epochs=1, seed=3, reports=2)
     trainer = run.trainer(dataset)
     curves = [
@@ -151,7 +153,7 @@ def test_every_method_trains(name, data_dir):
 
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 @pytest.mark.parametrize(
-    "name", ["batch_norm", "group_norm", "cross_iteration", "small_batch"]
+    "name", ["batch_norm", "nn.GroupNorm", "cross_iteration_batch_norm", "small_batch_norm"]
 )
 def test_bfloat16_is_for_activations_and_products_alone(name, network, data_dir):
     dataset = data.load("digits", data_dir, 16)
@@ -223,18 +225,22 @@ def test_predictions_of_the_theory_hold(tmp_path):
     config = theory.Config(windows=(8,), turns=(0.0, 0.5), runs=2000, output=tmp_path)
     results = theory.main(config, Console(width=100))
     for cell in results["cells"]:
-        measured, predicted = (cell[k]["streaming"] for k in ("measured", "predicted"))
+        measured, predicted = (
+            cell[k]["streaming_batch_norm"] for k in ("measured", "predicted")
+        )
         error = measured["deviation"] / np.sqrt(config.runs)
         assert abs(measured["bias"] - predicted["bias"]) < 3 * error
         assert measured["deviation"] == pytest.approx(predicted["deviation"], rel=0.1)
-    taylor = [cell["measured"]["taylor"]["bias"] for cell in results["cells"]]
+    taylor = [
+        cell["measured"]["cross_iteration_batch_norm"]["bias"] for cell in results["cells"]
+    ]
     assert taylor[1] < taylor[0] - 0.02 < 0
     assert (tmp_path / "theory.png").stat().st_size > 10_000
 
 
 def test_the_study_of_samples(tmp_path, data_dir):
     config = samples.Config(
-        methods=("streaming_4", "replay_4"),
+        methods=("streaming_batch_norm-4", "replay_batch_norm-4"),
         network="mlp",
         counted="mlp",
         seeds=(0,),
@@ -249,7 +255,7 @@ def test_the_study_of_samples(tmp_path, data_dir):
         assert 0.0 < cell["scale"][0] < 1.0
         assert 0.0 <= cell["accuracy"][0] <= 1.0
     assert (tmp_path / "samples.png").stat().st_size > 10_000
-    assert "| replay_4 |" in (tmp_path / "table.md").read_text()
+    assert "| replay_batch_norm-4 |" in (tmp_path / "table.md").read_text()
 
 
 PAPERS = {
@@ -268,11 +274,11 @@ ROWS = {"diminishing": 4, "corrected_inference": 2, "adaptive": 3, "landscape": 
 
 
 def test_the_papers_methods_cost_what_the_readme_says():
-    names = ("batch_norm", "diminishing_0.25", "group_batch")
+    names = ("batch_norm", "diminishing_batch_norm-0.25", "group_batch_norm")
     flops = cost.flops("cnn", 4, names)
     assert flops["batch_norm"] <= 1.02
-    assert flops["diminishing_0.25"] <= 1.02
-    assert flops["group_batch"] <= 1.05
+    assert flops["diminishing_batch_norm-0.25"] <= 1.02
+    assert flops["group_batch_norm"] <= 1.05
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -324,14 +330,14 @@ def test_an_unknown_place_or_method():
 
 
 def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
-    monkeypatch.setitem(cost.TARGETS, "small_batch", 0.0)  # so that it is missed
+    monkeypatch.setitem(cost.TARGETS, "small_batch_norm", 0.0)  # so that it is missed
     config = dataclasses.replace(cost.QUICK, output=tmp_path)
     results = cost.main(config, Console(width=100))
     # Batch norm cannot train an MLP on one example.
     assert [(c["batch_size"], c["label"]) for c in results["cells"]] == [
-        (2, "flax_batch_norm"),
+        (2, "nn.BatchNorm"),
         (2, "batch_norm"),
-        (2, "small_batch"),
+        (2, "small_batch_norm"),
     ]
     baseline, ours, small = results["cells"]
     assert ours["flops"] <= 1.02 * baseline["flops"]
@@ -346,7 +352,9 @@ def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
     assert "transport" not in baseline["profile"]
     table = (tmp_path / "table.md").read_text()
     assert table == cost.markdown(json.loads((tmp_path / "results.json").read_text()))
-    assert "| mlp | 2 | small_batch |" in table.partition("Where a target is missed")[2]
+    assert (
+        "| mlp | 2 | small_batch_norm |" in table.partition("Where a target is missed")[2]
+    )
 
 
 def test_costs_without_running(tmp_path):
@@ -404,7 +412,7 @@ def test_a_device_that_is_not_there():
     [("resnet50", 64, 1000, 25_557_032), ("resnet18", 32, 10, 11_173_962)],
 )
 def test_networks_are_those_of_the_literature(name, side, classes, params):
-    norm = methods.parse("flax_batch_norm", 2).norm(1)
+    norm = methods.parse("nn.BatchNorm", 2).norm(1)
     model = networks.NETWORKS[name](norm=norm, classes=classes)
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     made = jax.eval_shape(
@@ -437,7 +445,7 @@ def test_accuracy_against_batch_size(quick):
             # The tuning seed, and two more for a rate that is reported.
             ended = list(folder.glob(f"*-{label}-{size}-{rate:g}-*"))
             assert len(ended) == (3 if reported else 1)
-        assert (cell["corrected"][0] is None) == (label == "group_norm")
+        assert (cell["corrected"][0] is None) == (label == "nn.GroupNorm")
     table = (quick.output / "table.md").read_text()
     written = json.loads((quick.output / "results.json").read_text())
     assert table == batch_size_report.markdown(written)
@@ -460,7 +468,7 @@ def test_a_batch_size_that_is_not_studied(quick):
 def test_one_program_serves_all_rates(quick):
     """And gives what a program of its own for that rate gives."""
     parts = batch_size.split(quick.load())
-    run = runs.Run("mlp", methods.parse("small_batch", 2), 0.0, epochs=1, seed=3)
+    run = runs.Run("mlp", methods.parse("small_batch_norm", 2), 0.0, epochs=1, seed=3)
     programs = batch_size.make_programs(run, parts.dataset)
     arrays = parts.dataset.train_images, parts.dataset.train_labels
     order = list(training.batches(len(arrays[1]), 2, 1, seed=3))
@@ -510,7 +518,7 @@ def test_slopes(tmp_path):
     for cell in written["cells"]:
         if cell["what"] == "all-reduces":
             assert cell["values"] == [1, 1]
-        if (cell["what"], cell["method"]) == ("state", "cross_iteration"):
+        if (cell["what"], cell["method"]) == ("state", "cross_iteration_batch_norm"):
             assert cell["has"] == pytest.approx(cell["should"], abs=0.2)
     assert scaling.slope((1, 2, 8), [1.0, 3.0, 48.0]) == pytest.approx(2.0)
 

@@ -115,7 +115,7 @@ def test_a_batch_that_cannot_be_split():
 
 
 def test_a_method_without_statistics_of_a_batch():
-    message = refuse("--methods", "group_norm")
+    message = refuse("--methods", "nn.GroupNorm")
     assert "method 'group_norm' takes no statistics over devices" in message
 
 

@@ -32,7 +32,7 @@ from benchmarks.lib import checkpoints
 data, *folders = sys.argv[1:]
 for folder in folders:
     small_batch.cli(
-        "--methods small_batch --networks mlp --seeds 0 1 --epochs 2 --timing-rounds 1 "
+        "--methods small_batch_norm --networks mlp --seeds 0 1 --epochs 2 --timing-rounds 1 "
         f"--examples {EXAMPLES} --data-dir {{data}} --output {{folder}}/output "
         f"--checkpoint-dir {{folder}}/checkpoints".split()
     )
@@ -80,7 +80,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(tmp_path, data
         for folder in (killed, straight)
     ]
     assert curves[0] == curves[1]
-    run = runs.Run("mlp", methods.parse("small_batch", 2), 0.1, epochs=2, seed=1)
+    run = runs.Run("mlp", methods.parse("small_batch_norm", 2), 0.1, epochs=2, seed=1)
     start = run.trainer(dataset).init(jax.random.key(0))
     ends = [
         bits(folder / "checkpoints/mlp-small_batch-1", start)
@@ -125,7 +125,7 @@ OTHER = {
     "dataset": "digits:1.0.0",
     "batch_size": 4,
     "networks": ("cnn",),
-    "methods": ("group_norm",),
+    "methods": ("nn.GroupNorm",),
     "seeds": (1,),
     "epochs": 2,
     "examples": 32,

@@ -58,9 +58,11 @@ class Method(NamedTuple):
     @property
     def pooled(self) -> int:
         """The number of examples from which statistics come in training."""
-        if self.name.startswith(("small_batch", "streaming", "replay")):
+        if self.name.startswith(
+            ("small_batch_norm", "streaming_batch_norm", "replay_batch_norm")
+        ):
             return max(self.batch_size, 32)
-        if self.name.startswith(("cross_iteration", "naive")):
+        if self.name.startswith("cross_iteration_batch_norm"):
             return WINDOW * self.batch_size
         return self.batch_size
 
@@ -112,9 +114,9 @@ def _flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
 # Modules that need no estimator.
 LAYERS: dict[str, NormFn] = {
     "none": lambda layer, train: _Unnormalized(layer),
-    "layer_norm": _group_norm(1),
-    "group_norm": _group_norm(GROUPS),
-    "flax_batch_norm": _flax_batch_norm,
+    "nn.GroupNorm-1": _group_norm(1),
+    "nn.GroupNorm": _group_norm(GROUPS),
+    "nn.BatchNorm": _flax_batch_norm,
 }
 
 
@@ -157,27 +159,37 @@ def _averaged(batch_size: int) -> Any:
 # Each takes the batch size and the number of steps of the run.
 ESTIMATORS: dict[str, MakeEstimator] = {
     "batch_norm": lambda size, steps: cbn_jax.batch_norm(MOMENTUM),
-    "small_batch": lambda size, steps: cbn_jax.small_batch_norm(size, momentum=MOMENTUM),
+    "small_batch_norm": lambda size, steps: cbn_jax.small_batch_norm(
+        size, momentum=MOMENTUM
+    ),
     # As published: window 8, gradients through the current batch.
-    "cross_iteration": lambda size, steps: _cross_iteration(running=_averaged(size)),
+    "cross_iteration_batch_norm": lambda size, steps: _cross_iteration(
+        running=_averaged(size)
+    ),
     # Plain batch norm for the first 40 %, while the weights move fast.
-    "cross_iteration_burn_in": lambda size, steps: _cross_iteration(
+    "cross_iteration_batch_norm-burn_in": lambda size, steps: _cross_iteration(
         burn_in=2 * steps // 5, running=_averaged(size)
     ),
-    "cross_iteration_gradient": lambda size, steps: _cross_iteration(
+    "cross_iteration_batch_norm-gradient": lambda size, steps: _cross_iteration(
         gradient="window", running="window"
     ),
-    "naive": lambda size, steps: _cross_iteration(rho=0.0, running="window"),
-    **{f"diminishing_{name}": _diminishing(alpha) for name, alpha in ALPHAS.items()},
-    "group_batch": _group_batch("group_first"),
-    "group_batch_first": _group_batch("batch_first"),
-    "group_batch_parallel": _group_batch("parallel"),
-    "group_plus": lambda size, steps: cbn_jax.learned(
+    "cross_iteration_batch_norm-uncompensated": lambda size, steps: _cross_iteration(
+        rho=0.0, running="window"
+    ),
+    **{
+        f"diminishing_batch_norm-{name}": _diminishing(alpha)
+        for name, alpha in ALPHAS.items()
+    },
+    "group_batch_norm": _group_batch("group_first"),
+    "group_batch_norm-batch_first": _group_batch("batch_first"),
+    "group_batch_norm-parallel": _group_batch("parallel"),
+    "group_norm": lambda size, steps: cbn_jax.group_norm(GROUPS),
+    "group_norm_plus": lambda size, steps: cbn_jax.learned(
         cbn_jax.group_norm_plus, num_groups=GROUPS
     ),
-    "streaming_all": _streaming(None),
-    **{f"streaming_{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
-    **{f"replay_{n}": _replay(n) for n in (4, 8, 16, 32)},
+    "streaming_batch_norm-all": _streaming(None),
+    **{f"streaming_batch_norm-{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
+    **{f"replay_batch_norm-{n}": _replay(n) for n in (4, 8, 16, 32)},
 }
 METHODS = (*ESTIMATORS, *LAYERS)
 

@@ -58,7 +58,7 @@ def publish(
         "environment": report.environment(device),
         **found,
     }
-    report.write_json(config.output / "results.json", results)
+    results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
     for name, draw in figures.items():
         draw(results, config.output / f"{name}.png")

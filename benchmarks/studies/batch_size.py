@@ -35,7 +35,13 @@ from benchmarks.lib.data import Dataset
 from benchmarks.studies import batch_size_report
 
 # Those that keep running statistics of a batch: the others have nothing to correct.
-_CORRECTABLE = ("batch_norm", "cross_iteration", "naive", "small_batch", "replay")
+_CORRECTABLE = (
+    "batch_norm",
+    "cross_iteration_batch_norm",
+    "cross_iteration_batch_norm-uncompensated",
+    "small_batch_norm",
+    "replay_batch_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,17 +52,17 @@ class Config(study.Options):
     """Examples per step."""
     methods: tuple[str, ...] = (
         "none",
-        "layer_norm",
-        "group_norm",
+        "nn.GroupNorm-1",
+        "nn.GroupNorm",
         "batch_norm",
-        "diminishing_0.5",
-        "group_plus",
-        "group_batch",
-        "naive",
-        "cross_iteration",
-        "cross_iteration_burn_in",
-        "cross_iteration_gradient",
-        "small_batch",
+        "diminishing_batch_norm-0.5",
+        "group_norm_plus",
+        "group_batch_norm",
+        "cross_iteration_batch_norm-uncompensated",
+        "cross_iteration_batch_norm",
+        "cross_iteration_batch_norm-burn_in",
+        "cross_iteration_batch_norm-gradient",
+        "small_batch_norm",
     )
     """Normalizers to compare."""
     networks: tuple[str, ...] = ("mlp", "cnn")
@@ -77,7 +83,7 @@ class Config(study.Options):
 
 QUICK = Config(
     batch_sizes=(1, 2),
-    methods=("batch_norm", "group_norm", "small_batch"),
+    methods=("batch_norm", "nn.GroupNorm", "small_batch_norm"),
     networks=("mlp",),
     learning_rates=(0.1, 0.4),
     seeds=(1, 2),

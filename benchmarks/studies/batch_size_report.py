@@ -14,15 +14,15 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib import report, study
 
-VERDICT = ("small_batch", "batch_norm", "group_norm")
+VERDICT = ("small_batch_norm", "batch_norm", "nn.GroupNorm")
 # Those that a figure has room for; the table has all.
 DRAWN = (
-    "small_batch",
+    "small_batch_norm",
     "batch_norm",
-    "group_norm",
-    "cross_iteration",
-    "cross_iteration_burn_in",
-    "group_batch",
+    "nn.GroupNorm",
+    "cross_iteration_batch_norm",
+    "cross_iteration_batch_norm-burn_in",
+    "group_batch_norm",
     "none",
 )
 

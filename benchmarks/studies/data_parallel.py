@@ -242,7 +242,11 @@ class Config(study.Options):
 
     devices: int | None = None
     """So many simulated devices of a CPU; the devices that are there if not given."""
-    methods: tuple[str, ...] = ("batch_norm", "cross_iteration", "streaming_all")
+    methods: tuple[str, ...] = (
+        "batch_norm",
+        "cross_iteration_batch_norm",
+        "streaming_batch_norm-all",
+    )
     """Normalizers, all with statistics over a batch; NAME@SIZE sets a batch size of its
     own."""
     batch_size: int = 8

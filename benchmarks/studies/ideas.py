@@ -37,11 +37,14 @@ FOLLOWED: dict[str, tuple[cbn_jax.Estimator, int]] = {
     "batch of 2": (cbn_jax.batch_norm(), 2),
     "batch of 32": (cbn_jax.batch_norm(), 32),
     "batch of 8": (cbn_jax.batch_norm(), 8),
-    "naive": (cbn_jax.cross_iteration_batch_norm(WINDOW, rho=0.0), 2),
-    "taylor": (cbn_jax.cross_iteration_batch_norm(WINDOW), 2),
-    "streaming": (cbn_jax.streaming_batch_norm(WINDOW), 2),
-    "replay": (cbn_jax.replay_batch_norm(WINDOW, samples=2), 2),
-    **{f"small_batch {n}": (cbn_jax.small_batch_norm(n), n) for n in (1, 2, 8)},
+    "cross_iteration_batch_norm-uncompensated": (
+        cbn_jax.cross_iteration_batch_norm(WINDOW, rho=0.0),
+        2,
+    ),
+    "cross_iteration_batch_norm": (cbn_jax.cross_iteration_batch_norm(WINDOW), 2),
+    "streaming_batch_norm": (cbn_jax.streaming_batch_norm(WINDOW), 2),
+    "replay_batch_norm": (cbn_jax.replay_batch_norm(WINDOW, samples=2), 2),
+    **{f"small_batch_norm {n}": (cbn_jax.small_batch_norm(n), n) for n in (1, 2, 8)},
     "diminishing 0.25": (cbn_jax.diminishing_batch_norm(0.25), 2),
     "diminishing 0.05": (cbn_jax.diminishing_batch_norm(0.05), 2),
     "diminishing 1/m": (cbn_jax.diminishing_batch_norm(cbn_jax.diminishing(1.0)), 2),
@@ -211,12 +214,12 @@ def markdown(results: dict) -> str:
 # One color a method in all pictures.
 _COLORS = {
     "batch": 0,
-    "naive": 1,
-    "taylor": 1,
-    "small_batch": 2,
-    "streaming": 2,
+    "cross_iteration_batch_norm-uncompensated": 1,
+    "cross_iteration_batch_norm": 1,
+    "small_batch_norm": 2,
+    "streaming_batch_norm": 2,
     "diminishing": 4,
-    "replay": 5,
+    "replay_batch_norm": 5,
 }
 
 
@@ -334,25 +337,25 @@ def _draw_means(results: dict) -> Any:
 FIGURES = {
     "batch_norm": _following("batch of 2", "batch of 8", "batch of 32"),
     "small_batch": _following(
-        "small_batch 1",
-        "small_batch 2",
-        "small_batch 8",
+        "small_batch_norm 1",
+        "small_batch_norm 2",
+        "small_batch_norm 8",
         titles=("batch size 1", "batch size 2", "batch size 8"),
     ),
     "cross_iteration": _following(
         "batch of 2",
-        "naive",
-        "taylor",
+        "cross_iteration_batch_norm-uncompensated",
+        "cross_iteration_batch_norm",
         titles=("one batch of 2", "16 batches as they are", "16 batches, compensated"),
     ),
     "streaming": _following(
-        "taylor",
-        "streaming",
+        "cross_iteration_batch_norm",
+        "streaming_batch_norm",
         titles=("compensated to first order", "moved in every step"),
     ),
     "replay": _following(
-        "taylor",
-        "replay",
+        "cross_iteration_batch_norm",
+        "replay_batch_norm",
         titles=("compensated to first order", "inputs seen again"),
     ),
     "diminishing": _following(

@@ -39,7 +39,7 @@ METHODS: dict[str, Any] = {
     "batch norm": BATCH_NORM,
     "group norm": _group_batch(jnp.ones(())),
     "group and batch": _group_batch,
-    "streaming": cbn_jax.streaming_batch_norm(4, momentum=methods.MOMENTUM),
+    "streaming_batch_norm": cbn_jax.streaming_batch_norm(4, momentum=methods.MOMENTUM),
 }
 
 

@@ -39,7 +39,7 @@ class Config:
     tensorflow-datasets by name."""
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     """Examples per step."""
-    methods: tuple[str, ...] = ("small_batch", "group_norm", "batch_norm@32")
+    methods: tuple[str, ...] = ("small_batch_norm", "nn.GroupNorm", "batch_norm@32")
     """The method that is judged, then those it is judged by; NAME@SIZE sets a batch size
     of its own."""
     networks: tuple[str, ...] = ("mlp", "cnn")
@@ -81,7 +81,7 @@ def main(config: Config, console: Console) -> dict:
         "environment": report.environment(),
         "cells": measured,
     }
-    report.write_json(config.output / "results.json", results)
+    results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
     figure(results, config.output / "robustness.png")
     console.print(Markdown(markdown(results)))

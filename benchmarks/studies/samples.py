@@ -40,15 +40,15 @@ class Config:
     batch_size: int = 2
     """Examples per step."""
     methods: tuple[str, ...] = (
-        "streaming_4",
-        "streaming_8",
-        "streaming_16",
-        "streaming_32",
-        "streaming_all",
-        "replay_4",
-        "replay_8",
-        "replay_16",
-        "replay_32",
+        "streaming_batch_norm-4",
+        "streaming_batch_norm-8",
+        "streaming_batch_norm-16",
+        "streaming_batch_norm-32",
+        "streaming_batch_norm-all",
+        "replay_batch_norm-4",
+        "replay_batch_norm-8",
+        "replay_batch_norm-16",
+        "replay_batch_norm-32",
     )
     """streaming_N and replay_N, N positions each step; streaming_8 is the default."""
     network: str = "cnn"
@@ -91,7 +91,7 @@ def main(config: Config, console: Console) -> dict:
         "environment": report.environment(),
         "cells": [{**cell, "flops": flops[cell["label"]]} for cell in cells],
     }
-    report.write_json(config.output / "results.json", results)
+    results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
     figure(results, config.output / "samples.png")
     console.print(Markdown(markdown(results)))
@@ -179,7 +179,7 @@ def figure(results: dict) -> Any:
     """Error of the scale and accuracy over the FLOPs, a line for each kind of method."""
     made = matplotlib.figure.Figure((8.4, 3.4))
     left, right = made.subplots(1, 2)
-    for index, kind in enumerate(("streaming", "replay")):
+    for index, kind in enumerate(("streaming_batch_norm", "replay_batch_norm")):
         cells = [cell for cell in results["cells"] if cell["label"].startswith(kind)]
         flops = [cell["flops"] for cell in cells]
         for axis, key, unit in ((left, "scale", 1), (right, "accuracy", 100)):

@@ -60,9 +60,9 @@ QUICK = Config(windows=(2, 4), features=(8, 16), devices=(1, 2), side=4, rounds=
 # Window -> estimator.
 METHODS: dict[str, Callable[[int], cbn_jax.Estimator]] = {
     "batch_norm": lambda window: cbn_jax.batch_norm(),
-    "streaming": lambda window: cbn_jax.streaming_batch_norm(window),
-    "cross_iteration": lambda window: cbn_jax.cross_iteration_batch_norm(window),
-    "replay": lambda window: cbn_jax.replay_batch_norm(window, samples=SAMPLES),
+    "streaming_batch_norm": lambda window: cbn_jax.streaming_batch_norm(window),
+    "cross_iteration_batch_norm": lambda window: cbn_jax.cross_iteration_batch_norm(window),
+    "replay_batch_norm": lambda window: cbn_jax.replay_batch_norm(window, samples=SAMPLES),
 }
 # What grows how: the exponents that the methods should have, for large sizes. A state of
 # the size of θ is features² and one of input patches features; k slots of either grow with
@@ -72,21 +72,21 @@ METHODS: dict[str, Callable[[int], cbn_jax.Estimator]] = {
 SLOPES: dict[tuple[str, str], dict[str, float]] = {
     ("window", "state"): {
         "batch_norm": 0,
-        "streaming": 0,
-        "cross_iteration": 1,
-        "replay": 1,
+        "streaming_batch_norm": 0,
+        "cross_iteration_batch_norm": 1,
+        "replay_batch_norm": 1,
     },
     ("window", "time"): {
         "batch_norm": 0,
-        "streaming": 0,
-        "cross_iteration": 1,
-        "replay": 1,
+        "streaming_batch_norm": 0,
+        "cross_iteration_batch_norm": 1,
+        "replay_batch_norm": 1,
     },
     ("features", "state"): {
         "batch_norm": 1,
-        "streaming": 2,
-        "cross_iteration": 2,
-        "replay": 1,
+        "streaming_batch_norm": 2,
+        "cross_iteration_batch_norm": 2,
+        "replay_batch_norm": 1,
     },
     ("features", "FLOPs"): dict.fromkeys(METHODS, 2),
     ("devices", "all-reduces"): dict.fromkeys(METHODS, 0),

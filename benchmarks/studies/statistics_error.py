@@ -35,7 +35,7 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib import data, networks, report, runs, training
 
-USE = "streaming"
+USE = "streaming_batch_norm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +72,17 @@ class Config:
 
 
 def methods(config: Config) -> dict[str, cbn_jax.Estimator]:
-    """The methods that are compared; ``naive`` averages old statistics as they are."""
+    """The methods that are compared; ``-uncompensated`` averages old statistics as they are."""
     window = config.window
     samples = max(16, config.batch_size)
     return {
-        "batch": cbn_jax.batch_norm(),
-        "naive": cbn_jax.cross_iteration_batch_norm(window, rho=0.0),
-        "taylor": cbn_jax.cross_iteration_batch_norm(window),
-        "streaming": cbn_jax.streaming_batch_norm(window),
-        "replay": cbn_jax.replay_batch_norm(window, samples=samples),
+        "batch_norm": cbn_jax.batch_norm(),
+        "cross_iteration_batch_norm-uncompensated": cbn_jax.cross_iteration_batch_norm(
+            window, rho=0.0
+        ),
+        "cross_iteration_batch_norm": cbn_jax.cross_iteration_batch_norm(window),
+        "streaming_batch_norm": cbn_jax.streaming_batch_norm(window),
+        "replay_batch_norm": cbn_jax.replay_batch_norm(window, samples=samples),
     }
 
 
@@ -98,7 +100,7 @@ def main(config: Config, console: Console) -> dict:
             "environment": report.environment(),
             "runs": list(_runs(config, dataset, bar)),
         }
-    report.write_json(config.output / "results.json", results)
+    results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
     figure(results, config.output / "statistics_error.png")
     console.print(Markdown(markdown(results)))

@@ -63,7 +63,7 @@ def main(config: Config, console: Console) -> dict:
             for cell in _cells(config, window)
         ],
     }
-    report.write_json(config.output / "results.json", results)
+    results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
     figure(results, config.output / "theory.png")
     console.print(Markdown(markdown(results)))
@@ -74,8 +74,10 @@ def main(config: Config, console: Console) -> dict:
 def _cells(config: Config, window: int) -> Iterator[dict]:
     """One window, every turn."""
     methods = {
-        "streaming": cbn_jax.streaming_batch_norm(window, epsilon=EPSILON),
-        "taylor": cbn_jax.cross_iteration_batch_norm(window, epsilon=EPSILON),
+        "streaming_batch_norm": cbn_jax.streaming_batch_norm(window, epsilon=EPSILON),
+        "cross_iteration_batch_norm": cbn_jax.cross_iteration_batch_norm(
+            window, epsilon=EPSILON
+        ),
     }
     simulators = {
         name: simulator(estimator, config.batch_size, config.runs)
@@ -92,11 +94,13 @@ def _cells(config: Config, window: int) -> Iterator[dict]:
                 for name, var in estimated.items()
             },
             "predicted": {
-                "streaming": {
+                "streaming_batch_norm": {
                     "bias": streaming_bias(weights, window, config.batch_size),
                     "deviation": streaming_deviation(weights, window, config.batch_size),
                 },
-                "taylor": {"bias": taylor_bias(weights, window, config.batch_size)},
+                "cross_iteration_batch_norm": {
+                    "bias": taylor_bias(weights, window, config.batch_size)
+                },
             },
         }
 
@@ -175,7 +179,7 @@ def markdown(results: dict) -> str:
     for cell in results["cells"]:
         streaming, taylor = (
             (cell["measured"][name], cell["predicted"][name])
-            for name in ("streaming", "taylor")
+            for name in ("streaming_batch_norm", "cross_iteration_batch_norm")
         )
         rows.append(
             (
@@ -216,9 +220,9 @@ def figure(results: dict) -> Any:
         cells = [cell for cell in results["cells"] if cell["window"] == window]
         turns = [cell["turn"] for cell in cells]
         for axis, method, what, style in (
-            (left, "streaming", "bias", "-"),
-            (left, "taylor", "bias", "--"),
-            (right, "streaming", "deviation", "-"),
+            (left, "streaming_batch_norm", "bias", "-"),
+            (left, "cross_iteration_batch_norm", "bias", "--"),
+            (right, "streaming_batch_norm", "deviation", "-"),
         ):
             look = report.look(index)
             predicted = [100 * cell["predicted"][method][what] for cell in cells]
