@@ -722,6 +722,14 @@ def test_a_state_without_running_moments_cannot_go_back(name):
         to_batch_norm({"batch_stats": stats})
 
 
+def test_a_state_of_another_module_stays():
+    averages = FACTORIES["batch_norm"]().init(3)
+    stats = {"Norm_0": {"state": averages}, "own": {"state": jnp.zeros(3)}}
+    back = to_batch_norm({"batch_stats": stats})["batch_stats"]
+    assert set(back) == {"BatchNorm_0", "own"}
+    assert_same(back["own"], stats["own"])
+
+
 def test_nothing_to_convert_back(key):
     variables = jax.eval_shape(nn.Dense(4).init, key, rows())
     with pytest.raises(ValueError, match=r"^to_batch_norm got .*\['params'\] without"):
