@@ -326,7 +326,7 @@ def test_other_layers_say_what_to_write(layer, key):
 MIXED = cbn.learned(cbn.group_batch_norm, num_groups=2, momentum=0.9)
 
 
-def gated(mix, momentum=0.9):
+def gated(mix):
     return cbn.adaptive_batch_norm(MIXED.at(mix))
 
 
