@@ -326,7 +326,7 @@ def test_other_layers_say_what_to_write(layer, key):
 MIXED = cbn.learned(cbn.group_batch_norm, num_groups=2, momentum=0.9)
 
 
-def gated(mix, momentum=0.9):
+def gated(mix):
     return cbn.adaptive_batch_norm(MIXED.at(mix))
 
 
@@ -720,6 +720,14 @@ def test_a_state_without_running_moments_cannot_go_back(name):
     stats = {"Norm_0": {"state": FACTORIES[name]().init(4)}}
     with pytest.raises(ValueError, match=r"with 0 RunningMoments inside, expected one"):
         to_batch_norm({"batch_stats": stats})
+
+
+def test_a_state_of_another_module_stays():
+    averages = FACTORIES["batch_norm"]().init(3)
+    stats = {"Norm_0": {"state": averages}, "own": {"state": jnp.zeros(3)}}
+    back = to_batch_norm({"batch_stats": stats})["batch_stats"]
+    assert set(back) == {"BatchNorm_0", "own"}
+    assert_same(back["own"], stats["own"])
 
 
 def test_nothing_to_convert_back(key):

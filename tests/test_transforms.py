@@ -17,6 +17,7 @@ from cases import (
     eager_train,
     infer,
     init,
+    make,
     normalize,
     train,
 )
@@ -53,7 +54,7 @@ def loss_of(estimator, layer, state, z, params):
 @estimators
 def test_gradients_of_recomputed_and_of_scaled_losses(name, key):
     """``jax.checkpoint`` changes nothing; loss scaling nothing but the gradient."""
-    layer, estimator = LAYERS["dense"], FACTORIES[name]()
+    layer, estimator = LAYERS["dense"], make(name)
     params, z = layer.params(key), layer.data(key)
     state = init(estimator, layer, params)
 
