@@ -186,7 +186,7 @@ def test_wrappers_know_what_is_inside():
     with pytest.raises(ValueError, match="one gate is enough"):
         cbn.adaptive_batch_norm(noisy)
     with pytest.raises(ValueError, match="statistics per example"):
-        cbn.corrected_inference(perturb(cbn.batch_norm()), batch_size=2)
+        cbn.corrected_inference(perturb(cbn.batch_norm()), examples=2)
 
 
 def test_noise_needs_whole_groups():
@@ -335,5 +335,5 @@ def test_an_average_is_over_some_of_the_steps(smooth):
 def test_without_matplotlib(monkeypatch):
     for module in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModuleNotFoundError, match=r"draw needs .*pip install matplotlib$"):
+    with pytest.raises(ModuleNotFoundError, match=r"draw needs .*cbn_jax\[figures\]"):
         draw({"one": bands()})

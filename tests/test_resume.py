@@ -32,8 +32,9 @@ from benchmarks.lib import checkpoints
 data, *folders = sys.argv[1:]
 for folder in folders:
     small_batch.cli(
-        "--methods small_batch_norm --networks mlp --seeds 0 1 --epochs 2 --timing-rounds 1 "
-        f"--examples {EXAMPLES} --data-dir {{data}} --output {{folder}}/output "
+        "--methods small_batch_norm --networks mlp --seeds 0 1 --epochs 2 "
+        f"--timing-rounds 1 --examples {EXAMPLES} --data-dir {{data}} "
+        f"--output {{folder}}/output "
         f"--checkpoint-dir {{folder}}/checkpoints".split()
     )
 """
@@ -70,7 +71,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(tmp_path, data
     killing = JOB.replace("\ndata,", f"{KILLED}\ndata,")
     assert call(killing, data_dir, killed)[0] == -signal.SIGKILL
     # Half of the steps: the third of four saves never came.
-    saved = killed / "checkpoints/mlp-small_batch-1"
+    saved = killed / "checkpoints/mlp-small_batch_norm-1"
     assert [path.name for path in saved.iterdir()] == [str(EXAMPLES // 2)]
     assert len(list((killed / "output/runs").iterdir())) == 1
     code, said = call(JOB, data_dir, killed, straight)
@@ -83,7 +84,7 @@ def test_a_killed_run_ends_bit_for_bit_like_one_never_interrupted(tmp_path, data
     run = runs.Run("mlp", methods.parse("small_batch_norm", 2), 0.1, epochs=2, seed=1)
     start = run.trainer(dataset).init(jax.random.key(0))
     ends = [
-        bits(folder / "checkpoints/mlp-small_batch-1", start)
+        bits(folder / "checkpoints/mlp-small_batch_norm-1", start)
         for folder in (killed, straight)
     ]
     assert ends[0] == ends[1]

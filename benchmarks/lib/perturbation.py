@@ -247,7 +247,7 @@ def draw(
             f"smooth is {smooth!r}, expected at most {longest}, the least number of losses "
             "or changes of the gradient in the bands."
         )
-    with styled("cbn_jax.landscape.draw") as new_figure:
+    with styled("benchmarks.lib.perturbation.draw") as new_figure:
         figure = new_figure((1.2 + 2.4 * len(bands), 4.8))
         grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
         for column, (name, band) in enumerate(bands.items()):

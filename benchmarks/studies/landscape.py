@@ -38,7 +38,7 @@ def _group_batch(mix: jax.Array) -> cbn_jax.Estimator:
 METHODS: dict[str, Any] = {
     "batch norm": BATCH_NORM,
     "group norm": _group_batch(jnp.ones(())),
-    "group and batch": _group_batch,
+    "group and batch": cbn_jax.learned(cbn_jax.group_batch_norm, num_groups=methods.GROUPS),
     "streaming_batch_norm": cbn_jax.streaming_batch_norm(4, momentum=methods.MOMENTUM),
 }
 

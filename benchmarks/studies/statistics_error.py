@@ -72,7 +72,7 @@ class Config:
 
 
 def methods(config: Config) -> dict[str, cbn_jax.Estimator]:
-    """The methods that are compared; ``-uncompensated`` averages old statistics as they are."""
+    """The methods that are compared."""
     window = config.window
     samples = max(16, config.batch_size)
     return {

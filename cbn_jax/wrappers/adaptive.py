@@ -140,8 +140,8 @@ def adaptive_batch_norm(
 
     The learned scale serves two regimes, normalized and not, and inference by running
     statistics never uses the second. In our measurements it is rarely better than
-    normalizing every batch (``python -m benchmarks.studies.adaptive``); prefer other methods unless
-    homogeneous batches are your problem.
+    normalizing every batch; ``python -m benchmarks.studies.adaptive`` repeats them. Prefer
+    other methods unless homogeneous batches are your problem.
 
     Args:
       estimator: any method, wrapped or not.
