@@ -1,5 +1,6 @@
 """Eight CPU devices, no implicit promotion: what is sloppy fails here first."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,6 +31,21 @@ def optimizations(request):
     always = os.environ.get("CBN_JAX_OPTIMIZE") == "1"
     off = not always and request.node.get_closest_marker("program") is None
     jax.config.update("jax_disable_most_optimizations", off)
+
+
+# These import what only the extra ``studies`` installs.
+STUDIES = [
+    "test_benchmarks.py",
+    "test_colabs.py",
+    "test_data_parallel.py",
+    "test_landscape.py",
+    "test_packaging.py",
+    "test_processes.py",
+    "test_resume.py",
+    "test_site.py",
+    "test_tables.py",
+]
+collect_ignore = [] if importlib.util.find_spec("tyro") else STUDIES
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tyro", reason="the studies need cbn_jax[benchmarks]")
-
 from benchmarks import small_batch, tables
 
 pytestmark = pytest.mark.studies
@@ -30,8 +28,7 @@ def test_documents_hold_what_was_measured(document):
 def test_precisions_are_compared_as_measured():
     """The same job, but for the precision."""
     compared = [
-        json.loads(tables.results(name))
-        for name in ("small_batch_bfloat16", "small_batch_norm")
+        json.loads(tables.results(name)) for name in ("small_batch_bfloat16", "small_batch")
     ]
     assert small_batch.compare(*compared) in (ROOT / "README.md").read_text()
     other, usual = (dict(each["config"]) for each in compared)
