@@ -268,7 +268,7 @@ def markdown(results: dict) -> str:
     """One row a network, batch size and method; then targets and profiles."""
     config = results["config"]
     legend = (
-        "FLOPs, bytes and time of a training step as ratios to flax_batch_norm, whose "
+        "FLOPs, bytes and time of a training step as ratios to nn.BatchNorm, whose "
         "time is given in ms (time: median and quartiles of side-by-side ratios); memory: "
         "arguments, results and temporary arrays; compile: to trace and compile, once, "
         "seconds; state / θ: bytes of batch_stats over bytes of the parameters"

@@ -310,7 +310,8 @@ def estimator_of(method: methods.Method, steps: int) -> Any:
     if method.name in methods.LAYERS:
         raise ValueError(
             f"method {method.label!r} takes no statistics over devices, expected one that "
-            "does; write batch_norm, cross_iteration or streaming_all."
+            "does; write batch_norm, cross_iteration_batch_norm or "
+            "streaming_batch_norm-all."
         )
     return method.estimator(steps)
 
