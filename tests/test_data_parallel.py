@@ -17,12 +17,12 @@ from benchmarks.studies.data_parallel import ONE, WAYS, Network
 
 pytestmark = [
     pytest.mark.studies,
+    pytest.mark.usefixtures("eight_devices", "loose"),
     # Raised inside tensorflow-datasets and what it imports.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.usefixtures("eight_devices", "loose")
 DEVICES = 8
 NAMES = [
     "batch_norm",
@@ -116,7 +116,7 @@ def test_a_batch_that_cannot_be_split():
 
 def test_a_method_without_statistics_of_a_batch():
     message = refuse("--methods", "nn.GroupNorm")
-    assert "method 'group_norm' takes no statistics over devices" in message
+    assert "method 'nn.GroupNorm' takes no statistics over devices" in message
 
 
 def test_devices_cannot_be_simulated_after_the_first_use():
@@ -134,6 +134,6 @@ def test_differences_are_relative_to_each_array():
 
 def test_every_estimator_fits_the_network():
     """Also one with a weight to learn."""
-    model = Network(cbn.group_batch_norm, features=(32,))
+    model = Network(cbn.learned(cbn.group_batch_norm), features=(32,))
     state = data_parallel.init(model, optax.sgd(0.1), np.zeros((2, 8, 8, 1)), seed=0)
     assert "mix" in state.params["Norm_0"]

@@ -259,6 +259,13 @@ def test_wrong_use():
         errors({"Norm_0": {"state": state}})
 
 
+def test_without_matplotlib_nothing_is_drawn(monkeypatch):
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib; .*jax\[figures\]"):
+        draw_errors([(1, {"layer": {"batch": Errors(1.0, 1.0)}})])
+
+
 def test_a_missing_matplotlib_is_one_sentence():
     code = (
         "import sys; sys.modules['matplotlib'] = None;"

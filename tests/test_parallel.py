@@ -265,6 +265,21 @@ def test_a_sharded_batch_needs_the_pivot_and_the_sums(layer, key):
     assert collectives(backward, x) == ["all-reduce"] * 3
 
 
+def test_many_devices_sample_the_positions_of_one(key):
+    """The same positions of every example, wherever the example is."""
+    layer, estimator = LAYERS["conv"], cbn.streaming_batch_norm(3, samples=2 * DEVICES)
+    params = layer.params(key)
+    state = init(estimator, layer, params)
+    z = layer.data(key, examples=DEVICES)
+
+    def step(z):
+        return eager_train(estimator, state, layer, params, z, axis_name="data")[1:]
+
+    parallel = jax.shard_map(step, mesh=mesh(), in_specs=P("data"), out_specs=P())
+    expected = train(estimator, state, layer, params, z)[1:]
+    chex.assert_trees_all_close(jax.jit(parallel)(z), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.program
 @pytest.mark.parametrize("name", ["small_batch_norm", "streaming_batch_norm"])
 def test_sampled_positions_stay_on_their_device(name, key):

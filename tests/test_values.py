@@ -153,6 +153,17 @@ def returned(estimator):
     return estimator
 
 
+@cbn.factory
+def with_steps(steps):
+    return cbn.ramp(sum(steps))
+
+
+def test_lists_compare_by_their_entries():
+    assert with_steps([1, 2]) == with_steps([1, 2])
+    assert hash(with_steps([1, 2])) == hash(with_steps((1, 2)))
+    assert with_steps([1, 2]) != with_steps([3])
+
+
 def test_an_estimator_is_a_static_argument(key):
     x = jax.random.normal(key, (4, 2))
 
