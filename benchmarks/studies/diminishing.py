@@ -82,7 +82,7 @@ NETWORKS = {"after": "mlp300_normalized_last", "before": "mlp300"}
 def _run(config: Config, place: str, alpha: str) -> runs.Run:
     if place not in NETWORKS:
         raise ValueError(f"place is {place!r}, expected 'after' or 'before'.")
-    name = alpha if alpha == "batch_norm" else f"diminishing_{alpha}"
+    name = alpha if alpha == "batch_norm" else f"diminishing_batch_norm-{alpha}"
     method = methods.parse(f"{name}+adagrad", config.batch_size)
     rate, epochs = config.learning_rate, config.epochs
     return runs.Run(NETWORKS[place], method, rate, epochs, seed=0, reports=epochs)
@@ -94,7 +94,7 @@ def _cell(config, run, dataset, bar) -> dict:
         runs.curve(run._replace(seed=seed), trainer, dataset, folder, bar.advance)
         for seed in config.seeds
     ]
-    name = run.method.name.removeprefix("diminishing_")
+    name = run.method.name.removeprefix("diminishing_batch_norm-")
     return {
         "place": "after" if run.network == NETWORKS["after"] else "before",
         "alpha": name,

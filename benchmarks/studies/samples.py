@@ -50,7 +50,7 @@ class Config:
         "replay_batch_norm-16",
         "replay_batch_norm-32",
     )
-    """streaming_N and replay_N, N positions each step; streaming_8 is the default."""
+    """N positions each step; streaming_batch_norm-8 is the default."""
     network: str = "cnn"
     """Network to train."""
     counted: str = "resnet18"
@@ -104,9 +104,9 @@ def _estimators(config: Config) -> dict[str, cbn_jax.Estimator]:
     window = max(1, 32 // config.batch_size)
     made = {statistics_error.USE: cbn_jax.streaming_batch_norm(window, samples=None)}
     for text in config.methods:
-        kind, _, count = text.partition("_")
+        kind, _, count = text.partition("-")
         samples = None if count == "all" else int(count)
-        factory = getattr(cbn_jax, f"{kind}_batch_norm")
+        factory = getattr(cbn_jax, kind)
         made[text] = factory(window, samples=samples)
     return made
 
@@ -192,7 +192,7 @@ def figure(results: dict) -> Any:
                 label=kind,
             )
             for cell, x, y in zip(cells, flops, values.mean(1), strict=True):
-                text = cell["label"].partition("_")[2]
+                text = cell["label"].partition("-")[2]
                 axis.annotate(text, (x, y), (3, 4), textcoords="offset points", fontsize=7)
     left.set_ylabel("error of the scale (log of the ratio)")
     right.set_ylabel("test accuracy, %")
