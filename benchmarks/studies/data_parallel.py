@@ -290,7 +290,7 @@ def simulate(devices: int) -> None:
         raise ValueError(
             f"--devices {devices} came when JAX was in use with "
             f"{jax.local_device_count()}, expected a fresh process; run python -m "
-            f"benchmarks.data_parallel --devices {devices}."
+            f"benchmarks.studies.data_parallel --devices {devices}."
         ) from error
 
 
