@@ -40,7 +40,7 @@ class Source(NamedTuple):
 def run_layer(
     layer: LayerFn | Layer, params: Params, inputs: Any
 ) -> tuple[jax.Array, Source]:
-    """Runs a layer that is linear in its parameters and keeps its derivatives at hand.
+    """Runs a layer that is linear in its parameters and keeps its derivatives available.
 
     Any such layer works: dense or convolution, with strides, padding, dilation, groups,
     with or without bias. JAX differentiates a plain function; ``dense`` and

@@ -21,7 +21,7 @@ from .layers import as_layer
 class Norm(nn.Module):
     """Normalizes activations with any estimator of this library.
 
-    ``Norm(estimator)(x)`` stands where ``nn.BatchNorm()(x)`` stood.
+    ``Norm(estimator)(x)`` replaces ``nn.BatchNorm()(x)``.
     ``Norm(estimator, layer=nn.Conv(...))(z)`` runs the layer first and lets the estimator
     see its parameters; every method accepts that form, cross-iteration methods need it.
     The layer's parameters stay where they were: ``Conv_0/kernel`` remains
