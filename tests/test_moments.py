@@ -152,8 +152,8 @@ def test_normalize_takes_statistics_per_example():
 
 
 def test_no_rounding_makes_a_variance_negative(monkeypatch):
-    """The two sums of a constant about a bad pivot do not cancel to the last digit."""
-    monkeypatch.setattr(_moments, "_pivot", lambda x: jnp.full(x.shape[-1], 1e3))
+    """The two sums of a constant from a bad start do not cancel to the last digit."""
+    monkeypatch.setattr(_moments, "_start", lambda x: jnp.full(x.shape[-1], 1e3))
     x = jnp.broadcast_to(jnp.linspace(0.1, 3.0, 200), (7, 200))
     with jax.disable_jit():
         var = cbn.batch_moments(x).var

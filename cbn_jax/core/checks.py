@@ -8,26 +8,61 @@ import jax
 import jax.numpy as jnp
 
 
-def check_activations(method: str, x: jax.Array) -> None:
-    """Activations are floating point, features last, and not empty."""
+def accepted(
+    method: str,
+    state: Any,
+    expected: type,
+    per_feature: Callable[[Any], jax.Array],
+    x: jax.Array,
+    mask: Any,
+) -> tuple[Any, jax.Array]:
+    """The state in float32 and ``x`` as a JAX array, after the checks of every method.
+
+    Args:
+      method: the function that the user called.
+      state: what the user passed.
+      expected: the type of the method's states.
+      per_feature: a leaf ``[..., C]`` of such a state.
+      x: what the user passed.
+      mask: what the user passed.
+    """
+    x = activations(method, x)
+    check_state_type(method, state, expected)
+    check_features(method, per_feature(state).shape[-1], x)
+    check_mask(method, x, mask)
+    return in_float32(state), x
+
+
+def in_float32(state: Any) -> Any:
+    """A state that may have been cast to half precision, where averages stand still."""
+
+    def widened(leaf):
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(widened, state)
+
+
+def activations(method: str, x: jax.Array) -> jax.Array:
+    """``x`` as a JAX array: floating point, features last."""
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
+        parts = "jnp.concatenate([x.real, x.imag], axis=-1)"
+        complex_valued = jnp.issubdtype(x.dtype, jnp.complexfloating)
         raise TypeError(
             f"{method} got x of dtype {x.dtype}, expected floating point; "
-            "write x.astype(jnp.float32)."
+            f"write {parts if complex_valued else 'x.astype(jnp.float32)'}."
         )
-    if x.ndim < 2 or x.size == 0:
+    if x.ndim < 2:
         raise ValueError(
-            f"{method} got x of shape {x.shape}, expected [..., features] with at least "
-            "one example; a single example is x[None]."
+            f"{method} got x of shape {x.shape}, expected [..., features] with an axis of "
+            "examples; a single example is x[None]."
         )
+    return x
 
 
-def check_state(
-    method: str, state: Any, expected: type, mean: Callable[[Any], jax.Array], x: Any
-) -> None:
-    """The state is this method's own and has as many features as ``x``."""
-    check_state_type(method, state, expected)
-    features = mean(state).shape[-1]
+def check_features(method: str, features: int, x: jax.Array) -> None:
+    """The state has as many features as ``x``."""
     if x.shape[-1] != features:
         raise ValueError(
             f"{method} got x of shape {x.shape}, expected {features} features last as in "
@@ -37,23 +72,19 @@ def check_state(
 
 def check_state_type(method: str, state: Any, expected: type) -> None:
     """The state is this method's own."""
-    if not isinstance(state, expected):
-        raise TypeError(
-            f"{method} got a state of type {type(state).__name__}, expected "
-            f"{expected.__name__}; make it with estimator.init(features, layer, params), "
-            "and give that as the template when you restore a checkpoint."
+    if isinstance(state, expected):
+        return
+    if hasattr(state, "get_value"):
+        write = "write norm.state.get_value()."
+    else:
+        write = (
+            "make it with estimator.init(features, layer, params), and give that as the "
+            "template when you restore a checkpoint."
         )
-
-
-def check_values(method: str, x: jax.Array, axis_name: Any, mask: Any) -> None:
-    """A variance needs two values per feature, here or on the other devices."""
-    # With an axis name or a mask the number of values is not known before the run.
-    if axis_name is None and mask is None and x.size == x.shape[-1]:
-        raise ValueError(
-            f"{method} got x of shape {x.shape}, one value per feature in training, "
-            "expected at least two; use more examples, axis_name=..., or "
-            "small_batch_norm(batch_size=1)."
-        )
+    raise TypeError(
+        f"{method} got a state of type {type(state).__name__}, expected "
+        f"{expected.__name__}; {write}"
+    )
 
 
 def check_features_last(method: str, features: int, params: Any) -> None:
@@ -75,13 +106,33 @@ def check_features_last(method: str, features: int, params: Any) -> None:
 
 
 def check_mask(method: str, x: jax.Array, mask: Any) -> None:
+    """A mask has the axes of ``x``; broadcasting would guess which ones are missing."""
+    if mask is None or jnp.ndim(mask) == 0:
+        return
+    shape = jnp.shape(mask)
+    fits = (each in (1, size) for each, size in zip(shape, x.shape, strict=False))
+    if len(shape) != x.ndim or not all(fits):
+        raise ValueError(
+            f"{method} got a mask of shape {shape} for x of shape {x.shape}, expected as "
+            f"many axes, each of size 1 or that of x; {_write_mask(shape, x.shape)}"
+        )
+
+
+def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
     """All features of a position count, or none."""
     if mask is not None and jnp.ndim(mask) > 0 and jnp.shape(mask)[-1] != 1:
         raise ValueError(
-            f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, "
-            "expected a last axis of 1, the same mask for all features; write "
-            "mask[..., None]."
+            f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, expected a "
+            "last axis of 1, the same mask for all features; write "
+            "mask.all(axis=-1, keepdims=True)."
         )
+
+
+def _write_mask(shape: tuple[int, ...], of_x: tuple[int, ...]) -> str:
+    missing = len(of_x) - len(shape)
+    if missing > 0 and shape == of_x[: len(shape)]:
+        return f"write mask[{', '.join(['...', *['None'] * missing])}]."
+    return f"write a mask of shape {(*of_x[:-1], 1)}."
 
 
 def check_traits(wrapper: str, traits: frozenset[str], refused: dict[str, str]) -> None:

@@ -35,7 +35,9 @@ class Train(Protocol):
 
 
 class Infer(Protocol):
-    def __call__(self, state: State, x: jax.Array) -> Statistics: ...
+    def __call__(
+        self, state: State, x: jax.Array, *, mask: jax.Array | None = None
+    ) -> Statistics: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -65,8 +67,8 @@ class Estimator(Value):
       train: ``(state, x, source=None, *, axis_name=None, mask=None) -> (statistics,
         state)``. Statistics to train with, and the state that includes this batch.
         Gradients flow through ``statistics``, never through the state.
-      infer: ``(state, x) -> statistics``. It returns no state, so that evaluation cannot
-        change one.
+      infer: ``(state, x, *, mask=None) -> statistics``. It returns no state, so that
+        evaluation cannot change one. ``x`` may hold no example.
       epsilon: ε, which keeps the scale finite.
       traits: facts that wrappers and tools must know. "per_example": every example has
         statistics of its own. "corrected": inference looks at the example. "gated": a gate

@@ -89,11 +89,11 @@ def branch(
 
 def pool_groups(instance: Moments, num_groups: int) -> Moments:
     """Moments of each group of each example, repeated by feature: ``[N, 1, …, 1, C]``."""
+    size = instance.mean.shape[-1] // num_groups
 
     def split(leaf):
-        return jnp.moveaxis(leaf.reshape(*leaf.shape[:-1], num_groups, -1), -1, 0)
+        return jnp.moveaxis(leaf.reshape(*leaf.shape[:-1], num_groups, size), -1, 0)
 
-    size = instance.mean.shape[-1] // num_groups
     pooled = pool_moments(jax.tree.map(split, instance))
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, size, axis=-1), pooled)
 

@@ -19,7 +19,7 @@ from .moments import (
     pool_devices,
 )
 from .patches import inner, per_row, product, pull
-from .running import usable_moments
+from .running import finite_moments
 from .source import Source
 
 
@@ -134,14 +134,19 @@ def _derivatives(
     (mean, _, count), x = seen
     x = x.astype(mean.dtype)
     shape = (*x.shape[:-1], 1)
-    weight = jnp.broadcast_to(1.0 / jnp.maximum(count[0], 1.0), shape)
+    # A layer in half precision takes the cotangent in it: 1/N would underflow there, and a
+    # sum without it overflow. So about 1/√N goes in, and the rest follows.
+    total = jnp.maximum(count[0], 1.0)
+    root = jnp.exp2(jnp.round(jnp.log2(total) / 2.0))
+    weight = jnp.broadcast_to(1.0 / root, shape)
     deviation = x - align(mean, x)
     if mask is not None:
         counts = jnp.broadcast_to(mask, shape).astype(bool)
         weight = jnp.where(counts, weight, 0.0)
         deviation = jnp.where(counts, deviation, 0.0)
     d_var, d_mean = source.pullback(2.0 * deviation * weight, weight)
-    return jax.tree.map(lambda leaf: leaf.astype(mean.dtype), (d_mean, d_var))
+    rest = root / total
+    return jax.tree.map(lambda leaf: leaf.astype(mean.dtype) * rest, (d_mean, d_var))
 
 
 def _slot(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> History:
@@ -163,7 +168,7 @@ def _slot(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> Hi
 @jax.named_scope("remember")
 def push(history: History, entry: History, slot: jax.Array) -> History:
     """Overwrites one slot; features that are not finite leave theirs empty."""
-    usable = usable_moments(Moments(entry.mean, entry.var, entry.size))
+    usable = finite_moments(Moments(entry.mean, entry.var, entry.size))
     usable &= jnp.isfinite(entry.mean_at) & jnp.isfinite(entry.var_at)
 
     def overwrite(ring, new):

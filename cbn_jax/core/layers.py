@@ -168,7 +168,7 @@ def _like(params: Params, patches: jax.Array) -> Params:
     """Patches in the form of the parameters; a bias always sees a one."""
     if not isinstance(params, dict):
         return patches
-    ones = jnp.ones((len(patches), patches.shape[-1]), patches.dtype)
+    ones = jnp.ones((patches.shape[0], patches.shape[-1]), patches.dtype)
     return {name: patches if name == "kernel" else ones for name in params}
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean and variance of a batch: accurate in float32, one collective."""
 
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .checks import check_activations
+from .checks import activations, check_mask
 
 AxisName = Hashable | None
 
@@ -56,10 +57,11 @@ def pool_moments(moments: Moments) -> Moments:
     total = count.sum(axis=0)
     share = count / jnp.where(total > 0, total, 1.0)[None]
     # Differences to one of the means keep the digits that a sum of large means would lose.
-    offset = jnp.where(count > 0, mean - mean[:1], 0.0)
+    one = _of_largest(count, mean)
+    offset = jnp.where(count > 0, mean - one[None], 0.0)
     center = (share * offset).sum(axis=0)
     spread = jnp.where(count > 0, var + jnp.square(offset - center[None]), 0.0)
-    return Moments(mean[0] + center, (share * spread).sum(axis=0), total)
+    return Moments(one + center, (share * spread).sum(axis=0), total)
 
 
 def pool_two(current: Moments, past: Moments) -> Moments:
@@ -72,18 +74,18 @@ def batch_moments(
 ) -> Moments:
     """Mean and biased variance of each feature over all other axes.
 
-    ``var = E[(x − c)²] − E[x − c]²`` about a pivot c taken from the data itself. The
-    textbook form, c = 0, loses all digits of the variance once the mean is a few thousand
-    standard deviations; with a value of the batch as c nothing cancels, and the two sums
-    do not wait for each other, so that a compiler can take both in one pass. The relative
-    error of the variance stays below 1e-5 in float32 up to mean/std = 1e5.
+    Two sums over ``x``: the mean, then the squares of the deviations from it. Nothing
+    cancels, whatever the mean and the order of the values. The relative error of the
+    variance stays below 1e-5 in float32 wherever the variance is above the rounding of the
+    values.
 
     Args:
-      x: activations ``[..., C]``, floating point, at least two axes, not empty.
+      x: activations ``[..., C]``, floating point, at least two axes.
       axis_name: axis or axes of ``shard_map``, ``pmap`` or ``vmap`` over which the batch
         is spread. Leave it None under ``jit``, also with a sharded batch.
-      mask: broadcastable to ``x``, True where a value counts. Values that do not count may
-        be anything, NaN included: they reach neither the moments nor their gradients.
+      mask: True where a value counts, one axis for each of ``x``, of size 1 or that of
+        ``x``. Values that do not count may be anything, NaN included: they reach neither
+        the moments nor their gradients.
 
     Returns:
       Moments, every field ``[C]``, in float32 (float64 for float64 input). A feature
@@ -92,7 +94,7 @@ def batch_moments(
 
     Raises:
       TypeError: ``x`` is not floating point.
-      ValueError: ``x`` is empty or has fewer than two axes.
+      ValueError: ``x`` has fewer than two axes; the mask does not fit ``x``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,9 +103,7 @@ def batch_moments(
       Array([1.], dtype=float32)
 
     Under an axis name every device learns the moments of all others in one collective of
-    ``devices · 4C`` numbers and pools them exactly. A matrix ``[N, C]`` and a masked batch
-    are read once more, for the pivot. XLA's CPU backend reads ``x`` once for each sum, as
-    it does for Flax's default.
+    ``devices · 4C`` numbers and pools them exactly. A masked batch is read three times.
     """
     part = device_moments(x, mask)
     if axis_name is None:
@@ -116,8 +116,8 @@ class Part(NamedTuple):
     """What one device contributes to a batch's moments.
 
     Attributes:
-      pivot: ``[C]``, a value near the mean.
-      moments: of ``x − pivot``, whose mean has digits that ``x`` in float32 has not.
+      pivot: ``[C]``, the mean, rounded; the gradient of the mean flows through it.
+      moments: of ``x − pivot``, whose mean is what the rounding left.
     """
 
     pivot: jax.Array
@@ -127,21 +127,25 @@ class Part(NamedTuple):
 @jax.named_scope("moments")
 def device_moments(x: jax.Array, mask: jax.Array | None = None) -> Part:
     """This device's part of ``batch_moments``."""
-    check_activations("batch_moments", x)
-    x = jnp.asarray(x, wide(x.dtype))
-    return _about_pivot(x) if mask is None else _masked_about_pivot(x, mask)
+    x = activations("batch_moments", x)
+    check_mask("batch_moments", x, mask)
+    x = x.astype(wide(x.dtype))
+    if 0 in x.shape:
+        return _nothing(x)
+    return _part(x) if mask is None else _masked_part(x, mask)
 
 
 def about_zero(part: Part) -> Moments:
     """The moments of ``x`` itself."""
-    return part.moments._replace(mean=part.pivot + part.moments.mean)
+    return part.moments._replace(mean=part.pivot)
 
 
 def pool_devices(parts: Part) -> Moments:
     """Moments of the whole batch, from the parts of all devices, every field ``[D, C]``."""
-    first = parts.pivot[0]
-    mean = parts.moments.mean + (parts.pivot - first[None])
-    return about_zero(Part(first, pool_moments(parts.moments._replace(mean=mean))))
+    pivot = _of_largest(parts.moments.size, parts.pivot)
+    mean = parts.moments.mean + (parts.pivot - pivot[None])
+    moments = pool_moments(parts.moments._replace(mean=mean))
+    return moments._replace(mean=pivot + moments.mean)
 
 
 def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
@@ -150,7 +154,7 @@ def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
     Every field is ``[N, 1, …, 1, C]``. A matrix ``[N, C]`` has one position an example:
     its variances are 0.
     """
-    positions = jnp.asarray(x[:, None] if x.ndim == 2 else x)  # vmap keeps one of NumPy
+    positions = x[:, None] if x.ndim == 2 else x
     if mask is None:
         moments = jax.vmap(batch_moments)(positions)
     else:
@@ -170,71 +174,91 @@ def pool_examples(instance: Moments, axis_name: AxisName = None) -> Moments:
     return pool_moments(devices)
 
 
-def _about_pivot(x: jax.Array) -> Part:
-    """A pivot per feature, and the moments of ``x − pivot``."""
-    pivot, offset, var = _offset_and_var(x)
-    return Part(pivot, Moments(offset, var, jnp.full_like(var, x.size // x.shape[-1])))
-
-
-@jax.custom_jvp
-def _offset_and_var(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _part(x: jax.Array) -> Part:
     rows = tuple(range(x.ndim - 1))
-    pivot = _pivot(x)
-    offset = (x - align(pivot, x)).mean(axis=rows)
-    # Without the barrier XLA's CPU backend computes x − pivot once, writes it to memory
-    # and reads it back twice; with it, each sum subtracts on the fly.
-    again = lax.optimization_barrier(pivot)
-    spread = jnp.square(x - align(again, x)).mean(axis=rows)
-    return pivot, offset, jnp.maximum(spread - jnp.square(offset), 0.0)
+    count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
+    return _about_mean(x, _start(x), lambda values: values.mean(axis=rows), count)
 
 
-@_offset_and_var.defjvp
-def _offset_and_var_jvp(primals, tangents):
-    """The textbook derivative: shorter and better conditioned than that of the sums."""
-    (x,), (x_dot,) = primals, tangents
-    rows = tuple(range(x.ndim - 1))
-    pivot, offset, var = _offset_and_var(x)
-    offset_dot = x_dot.mean(axis=rows)
-    deviation = x - align(pivot + offset, x)  # as in normalize, which XLA sees
-    var_dot = 2.0 * (deviation * x_dot).mean(axis=rows)
-    return (pivot, offset, var), (jnp.zeros_like(pivot), offset_dot, var_dot)
-
-
-def _pivot(x: jax.Array) -> jax.Array:
-    """A typical value per feature: the middle position, averaged over the examples.
-
-    The rounding error of the variance grows with (pivot − mean)² / variance, so any value
-    of the batch would do but an outlier, and first positions often are: corners, start
-    tokens. The batch axis is not sliced but averaged, because it may be sharded.
-    """
-    middle = tuple(n // 2 for n in x.shape[1:-1])
-    return x[(slice(None), *middle)].mean(axis=0)
-
-
-def _masked_about_pivot(x: jax.Array, mask: jax.Array) -> Part:
+def _masked_part(x: jax.Array, mask: jax.Array) -> Part:
     rows = tuple(range(x.ndim - 1))
     mask = jnp.broadcast_to(mask, x.shape).astype(bool)
     count = mask.sum(axis=rows, dtype=x.dtype)
 
     def mean_of(values):
-        return values.sum(axis=rows) / jnp.maximum(count, 1.0)
+        return jnp.where(mask, values, 0.0).sum(axis=rows) / jnp.maximum(count, 1.0)
 
-    # The middle position may not count, so the pivot is the mean: two passes.
-    pivot = lax.stop_gradient(mean_of(jnp.where(mask, x, 0.0)))
-    shifted = jnp.where(mask, x - align(pivot, x), 0.0)
-    offset = mean_of(shifted)
-    var = mean_of(jnp.square(shifted)) - jnp.square(offset)
-    return Part(pivot, Moments(offset, jnp.maximum(var, 0.0), count))
+    # Any one position may not count.
+    start = lax.stop_gradient(mean_of(x))
+    # NaN in a value that does not count would be 0 times NaN in gradients.
+    return _about_mean(jnp.where(mask, x, align(start, x)), start, mean_of, count)
+
+
+def _about_mean(
+    x: jax.Array,
+    start: jax.Array,
+    mean_of: Callable[[jax.Array], jax.Array],
+    count: jax.Array,
+) -> Part:
+    """The mean, then the squares about it.
+
+    The float32 number next to the mean may still be a deviation away from it, so what the
+    rounding left is kept.
+    """
+    offset = mean_of(x - align(start, x))
+    mean = start + offset
+    # Fixed, so that gradients flow through the sums alone. The deviations are those that
+    # ``normalize`` needs: a compiler computes them once.
+    pivot = lax.stop_gradient(mean)
+    rest = offset - (pivot - start)
+    var = mean_of(jnp.square(x - align(pivot, x))) - jnp.square(rest)
+    # A scale of 0 would hide an overflow; NaN shows it.
+    var = jnp.where(var < jnp.inf, jnp.maximum(var, 0.0), jnp.nan)
+    rest = lax.stop_gradient(rest)  # the gradient of the mean flows once
+    return Part(mean, Moments(rest, var, jnp.broadcast_to(count, var.shape)))
+
+
+def _start(x: jax.Array) -> jax.Array:
+    """A value between those of the feature: the middle position, averaged over examples.
+
+    The rounding error of the mean grows with the distance, which for N values between
+    theirs is at most √N standard deviations. The batch axis is not sliced but averaged,
+    because it may be sharded.
+    """
+    middle = x
+    for axis in range(1, x.ndim - 1):
+        at = x.shape[axis] // 2
+        middle = lax.slice_in_dim(middle, at, at + 1, axis=axis)
+    return lax.stop_gradient(middle.mean(axis=range(x.ndim - 1)))
+
+
+def _nothing(x: jax.Array) -> Part:
+    """The part of a batch without a value."""
+    zero = jnp.zeros(x.shape[-1], x.dtype)
+    return Part(zero, Moments(zero, zero, zero))
+
+
+def _of_largest(count: jax.Array, values: jax.Array) -> jax.Array:
+    """The row of ``values`` ``[G, C]`` whose group holds most values, by feature."""
+    largest = count.argmax(axis=0)[None]
+    return jnp.take_along_axis(values, largest, axis=0)[0]
 
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of statistics: float64 for float64, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    """The dtype of statistics: float64 for float64 where JAX has it, else float32."""
+    return jax.dtypes.canonicalize_dtype(
+        jnp.float64 if dtype == jnp.float64 else jnp.float32
+    )
 
 
 def align(per_feature: jax.Array, x: jax.Array) -> jax.Array:
     """Leading axes of size 1 for ``[C]`` (or more), until its rank is that of ``x``."""
     return jnp.expand_dims(per_feature, range(x.ndim - per_feature.ndim))
+
+
+def device_count(axis_name: AxisName) -> int:
+    """Over how many devices the batch is spread."""
+    return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
 def exchange(rows: Any, sums: Any, axis_name: AxisName) -> tuple[Any, Any]:

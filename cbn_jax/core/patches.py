@@ -14,6 +14,7 @@ from .moments import (
     AxisName,
     Moments,
     about_zero,
+    device_count,
     device_moments,
     exchange,
     pool_devices,
@@ -61,8 +62,8 @@ def moments_and_sample(
     """
     part = device_moments(x, mask)
     positions = math.prod(x.shape[1:-1])
-    n = per_example(len(x), positions, samples, axis_name)
-    index = _strata(len(x), positions, n, step, axis_name)
+    n = per_example(x.shape[0], positions, samples, axis_name)
+    index = _strata(x.shape[0], positions, n, step, axis_name)
     sample = _take(source, lax.stop_gradient(x), index, mask)
     if axis_name is None:
         return about_zero(part), _weighted(sample)
@@ -77,7 +78,7 @@ def _take(source: Source, x: jax.Array, index: jax.Array, mask: jax.Array | None
     dtype = wide(x.dtype)
 
     def at_index(values):
-        values = values.reshape(len(x), -1, values.shape[-1])
+        values = values.reshape(x.shape[0], -1, values.shape[-1])
         return jnp.take_along_axis(values, index[..., None], 1).reshape(index.size, -1)
 
     patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
@@ -101,12 +102,8 @@ def per_example(
     """How many positions of each example make about ``samples`` on all devices."""
     if samples is None:
         return positions
-    return min(positions, max(1, samples // (examples * device_count(axis_name))))
-
-
-def device_count(axis_name: AxisName) -> int:
-    """Over how many devices the batch is spread."""
-    return 1 if axis_name is None else lax.axis_size(axis_name)
+    share = samples // (examples * device_count(axis_name))
+    return jax.core.min_dim(positions, jax.core.max_dim(1, share))  # also symbolic sizes
 
 
 def _strata(
@@ -121,7 +118,8 @@ def _strata(
     if axis_name is not None:
         first = lax.axis_index(axis_name) * examples
         jitter = lax.dynamic_slice_in_dim(jitter, first, examples)
-    index = (jnp.arange(n, dtype=jnp.float32)[None] + jitter) * (positions / n)
+    width = jnp.asarray(positions, jnp.float32) / jnp.asarray(n, jnp.float32)
+    index = (jnp.arange(n, dtype=jnp.float32)[None] + jitter) * width
     return jnp.minimum(index.astype(jnp.int32), positions - 1)
 
 
@@ -136,7 +134,7 @@ def product(patches: Params, params: Params) -> jax.Array:
     """⟨P, θ⟩ ``[n, C]``: the layer at the positions of the patches."""
 
     def one(patch, leaf):
-        n, groups = len(patch), patch.shape[-1]
+        n, groups = patch.shape[0], patch.shape[-1]
         leaf = leaf.astype(patch.dtype)
         if groups == 1:  # a batched matrix product is far slower on a CPU
             return _matmul(patch.reshape(n, -1), leaf.reshape(-1, leaf.shape[-1]))
@@ -153,7 +151,7 @@ def pull(patches: Params, cotangent: jax.Array) -> Params:
     """Σₙ cotangentₙ Pₙ, the transpose of ``product``: leaves ``[*, C]``."""
 
     def one(patch):
-        n, groups = len(patch), patch.shape[-1]
+        n, groups = patch.shape[0], patch.shape[-1]
         if groups == 1:
             pulled = _matmul(patch.reshape(n, -1).T, cotangent)
         else:

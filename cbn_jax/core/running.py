@@ -5,13 +5,14 @@ All averages are ``r ← r + α_m (batch − r)``; they differ in α_m, the weig
 With α₁ = 1 there is nothing to debias: after one step the average is that step's value.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .moments import Moments
+from .moments import AxisName, Moments, device_count
 from .schedules import ScheduleFn, weights
 
 
@@ -55,7 +56,8 @@ def from_batch_stats(mean: jax.Array, var: jax.Array) -> RunningMoments:
       >>> cbn.from_batch_stats(**batch_stats).var
       Array([4.], dtype=float32)
     """
-    mean, var = jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32)
+    # Copies: a state is donated, and what it was made of may be used again.
+    mean, var = jnp.array(mean, jnp.float32), jnp.array(var, jnp.float32)
     if mean.shape != var.shape:
         raise ValueError(
             f"from_batch_stats got mean of shape {mean.shape} and var of shape "
@@ -106,20 +108,46 @@ def update_running(
     )
 
 
+# A single value has no variance. Where the number of values is static, too few are an
+# error; elsewhere such a feature is normalized by the running statistics and leaves them
+# as they are.
+
+
+def check_values(method: str, x: jax.Array, axis_name: AxisName, least: int = 2) -> None:
+    """A batch has at least so many values per feature, here and on the other devices."""
+    count = math.prod(x.shape[:-1]) * device_count(axis_name)
+    if isinstance(count, int) and count < least:  # else the shape is symbolic
+        more = "use more examples, axis_name=..., or small_batch_norm(batch_size=1)."
+        raise ValueError(
+            f"{method} got x of shape {x.shape}, {count} values per feature in training, "
+            f"expected at least {least}; {more if count else 'skip an empty batch.'}"
+        )
+
+
+def has_variance(moments: Moments) -> jax.Array:
+    """True for features of more than one value; in a window, values have weights."""
+    return moments.size > 1
+
+
+def known_moments(moments: Moments, running: RunningMoments) -> Moments:
+    """The batch's moments, or the running ones for features without a variance."""
+    known = has_variance(moments)
+    return Moments(
+        mean=jnp.where(known, moments.mean, running.mean.astype(moments.mean.dtype)),
+        var=jnp.where(known, moments.var, running.var.astype(moments.var.dtype)),
+        size=moments.size,
+    )
+
+
 def usable_moments(moments: Moments) -> jax.Array:
-    """True for features whose moments are finite and come from at least one value.
+    """True for features whose moments an average may take in."""
+    return finite_moments(moments) & has_variance(moments)
+
+
+def finite_moments(moments: Moments) -> jax.Array:
+    """True for features whose moments a window may take in, also those of one value.
 
     One overflow or NaN must not enter a state: it shows in its own step and in no other.
     """
     # A mean that is not finite makes the variance NaN.
     return jnp.isfinite(moments.var) & (moments.size > 0)
-
-
-def known_moments(moments: Moments, running: RunningMoments) -> Moments:
-    """The batch's moments, or the running ones for features without a single value."""
-    empty = moments.size == 0
-    return Moments(
-        mean=jnp.where(empty, running.mean.astype(moments.mean.dtype), moments.mean),
-        var=jnp.where(empty, running.var.astype(moments.var.dtype), moments.var),
-        size=moments.size,
-    )

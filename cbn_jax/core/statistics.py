@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .checks import activations
 from .moments import Moments, align, wide
 
 
@@ -66,20 +67,27 @@ def normalize(
     statistics: Statistics,
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes activations: ``(x − mean) · inv_std · scale + bias``.
 
-    Written once for all methods. The arithmetic is done in float32 (float64 for float64
-    input) and rounded once, at the end.
+    Written once for all methods. The arithmetic is done in float32 (float64 if ``x`` or
+    ``dtype`` is float64) and rounded once, at the end.
 
     Args:
       x: activations ``[..., C]``, floating point.
       statistics: from an estimator's ``train`` or ``infer``.
       scale: learned factor, broadcastable against ``x``, usually ``[C]``; None for 1.
       bias: learned offset, broadcastable against ``x``, usually ``[C]``; None for 0.
+      dtype: floating dtype of the result; None for that of ``x``.
 
     Returns:
-      The normalized activations, in the shape and dtype of ``x``.
+      The normalized activations, in the shape of ``x``.
+
+    Raises:
+      TypeError: ``x`` or ``dtype`` is not floating point.
+      ValueError: ``x`` has fewer than two axes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,15 +100,26 @@ def normalize(
     Differs from ``flax.linen.BatchNorm``: the output keeps the dtype of ``x`` also where
     the parameters have a wider one.
     """
-    dtype = wide(x.dtype)
+    x = activations("normalize", x)
+    asked = _result_dtype(x.dtype if dtype is None else dtype)
+    wider = jnp.promote_types(wide(x.dtype), wide(asked))
 
     def aligned(value):
-        return align(value, x).astype(dtype)
+        return align(jnp.asarray(value), x).astype(wider)
 
     factor = aligned(statistics.inv_std)
     if scale is not None:
         factor = factor * aligned(scale)
-    y = (x.astype(dtype) - aligned(statistics.mean)) * factor
+    y = (x.astype(wider) - aligned(statistics.mean)) * factor
     if bias is not None:
         y = y + aligned(bias)
-    return y.astype(x.dtype)
+    return y.astype(asked)
+
+
+def _result_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"normalize got dtype={jnp.dtype(dtype)}, expected a floating one; write "
+            "dtype=jnp.float32."
+        )
+    return jax.dtypes.canonicalize_dtype(dtype)

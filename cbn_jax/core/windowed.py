@@ -9,17 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from .checks import (
-    check_activations,
+    accepted,
     check_features_last,
-    check_mask,
-    check_state,
-    check_state_type,
-    check_values,
+    check_position_mask,
 )
 from .estimator import Estimator, State
 from .layers import Layer
 from .moments import AxisName, Moments
-from .running import known_moments, update_running
+from .running import check_values, known_moments, update_running
 from .schedules import ScheduleFn
 from .source import Source
 from .statistics import statistics_of
@@ -60,32 +57,36 @@ def windowed(
       patches: whether the step uses ``source.patches``.
     """
 
+    def accept(state, x, mask):
+        return accepted(name, state, state_type, lambda s: s.running.mean, x, mask)
+
     def init(features, layer=None, params=None):
         check_features_last(name, features, params)
         return init_state(features, params, _groups_of(name, layer))
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
-        check_activations(name, x)
-        check_state_type(name, state, state_type)
+        state, x = accept(state, x, mask)
         source = _check_source(name, source, patches)
         _check_form(name, state, init_state, x, source)
-        check_mask(name, x, mask)
-        if alone:
-            check_values(name, x, axis_name, mask)
+        check_position_mask(name, x, mask)
+        check_values(name, x, axis_name, 2 if alone else 1)
         state = lax.stop_gradient(state)
         batch, pooled, new = step(state, x, source, axis_name, mask)
-        if mask is not None:
-            pooled = known_moments(pooled, state.running)
-        seen = batch if running == "batch" else pooled._replace(size=batch.size)
+        pooled = known_moments(pooled, state.running)
+        seen = batch if running == "batch" else _if_any(batch, pooled)
         new = new._replace(running=update_running(state.running, seen, average))
         return statistics_of(pooled, epsilon), lax.stop_gradient(new)
 
-    def infer(state, x):
-        check_activations(name, x)
-        check_state(name, state, state_type, lambda s: s.running.mean, x)
+    def infer(state, x, *, mask=None):
+        state, x = accept(state, x, mask)
         return statistics_of(state.running, epsilon)
 
     return Estimator(init, train, infer, epsilon)
+
+
+def _if_any(batch: Moments, pooled: Moments) -> Moments:
+    """The window's moments; a step without a value leaves the averages as they are."""
+    return pooled._replace(size=jnp.where(batch.size > 0, pooled.size, 0.0))
 
 
 def _groups_of(name: str, layer: Any) -> int:

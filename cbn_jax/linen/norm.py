@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
+from cbn_jax._flax import check_axis, check_modules, estimator_of, flag_of, to_last
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -92,8 +92,9 @@ class Norm(nn.Module):
           inputs: activations, or the layer's input if the module has one.
           use_running_average: True for inference, False for training; give it here or in
             the constructor, not in both.
-          mask: broadcastable to the activations, True where a value counts. Statistics
-            ignore the others; the output is computed everywhere.
+          mask: True where a value counts, one axis for each of the activations, of size 1
+            or theirs. Statistics ignore the others, in training and inference; the output
+            is computed everywhere.
           update_stats: False trains with the method's statistics and leaves its state as
             it is.
 
@@ -107,13 +108,14 @@ class Norm(nn.Module):
             self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
         )
         x, source, layer, params = self._run_layer(inputs)
+        check_axis(self.axis, self.layer, x)
         x, mask, back = to_last(x, mask, self.axis)
         features = x.shape[-1]
         state = self.variable(
             "batch_stats", "state", lambda: estimator.init(features, layer, params)
         )
         if running or self.is_initializing():
-            statistics = estimator.infer(state.value, x)
+            statistics = estimator.infer(state.value, x, mask=mask)
         else:
             statistics, after = estimator.train(
                 state.value, x, source, axis_name=self.axis_name, mask=mask
@@ -121,8 +123,7 @@ class Norm(nn.Module):
             if update_stats:
                 state.value = after
         scale, bias = self._affine(features)
-        y = back(normalize(x, statistics, scale, bias))
-        return y if self.dtype is None else y.astype(self.dtype)
+        return back(normalize(x, statistics, scale, bias, dtype=self.dtype))
 
     def _check_variables(self):
         if self.has_variable("batch_stats", "mean"):

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch normalization: the baseline against which every other method is measured."""
 
-from cbn_jax.core.checks import check_activations, check_epsilon, check_state, check_values
+from cbn_jax.core.checks import accepted, check_epsilon
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import batch_moments
-from cbn_jax.core.running import RunningMoments, init_running, known_moments, update_running
+from cbn_jax.core.running import (
+    RunningMoments,
+    check_values,
+    init_running,
+    known_moments,
+    update_running,
+)
 from cbn_jax.core.schedules import ScheduleFn, averaging
 from cbn_jax.core.statistics import statistics_of
 from cbn_jax.core.values import factory
@@ -30,11 +36,11 @@ def batch_norm(momentum: float | ScheduleFn = 0.99, *, epsilon: float = 1e-5) ->
       An Estimator whose state is a ``RunningMoments``.
 
     Raises:
-      ValueError: ``momentum`` or ``epsilon`` out of range; ``train`` with one value per
-        feature; features that do not fit the state.
+      ValueError: ``momentum`` or ``epsilon`` out of range; ``train`` with fewer than two
+        values per feature; features that do not fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features without a single value that counts (``mask``) are normalized by the running
+    Features with fewer than two values that count (``mask``) are normalized by the running
     statistics and leave the state as it is. NaN or inf in a feature makes that feature's
     output NaN in this step; the running averages do not take it in.
 
@@ -67,9 +73,8 @@ def named_batch_norm(name: str, momentum: float | ScheduleFn, epsilon: float) ->
     check_epsilon(epsilon)
     average = averaging(momentum)
 
-    def check(state, x):
-        check_activations(name, x)
-        check_state(name, state, RunningMoments, lambda s: s.mean, x)
+    def accept(state, x, mask):
+        return accepted(name, state, RunningMoments, lambda s: s.mean, x, mask)
 
     def init(features, layer=None, params=None):
         del layer, params
@@ -77,16 +82,16 @@ def named_batch_norm(name: str, momentum: float | ScheduleFn, epsilon: float) ->
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         del source
-        check(state, x)
-        check_values(name, x, axis_name, mask)
+        state, x = accept(state, x, mask)
+        check_values(name, x, axis_name)
         moments = batch_moments(x, axis_name=axis_name, mask=mask)
         new = update_running(state, moments, average)
         if mask is not None:
             moments = known_moments(moments, state)
         return statistics_of(moments, epsilon), new
 
-    def infer(state, x):
-        check(state, x)
+    def infer(state, x, *, mask=None):
+        state, _ = accept(state, x, mask)
         return statistics_of(state, epsilon)
 
     return Estimator(init, train, infer, epsilon)

@@ -8,17 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbn_jax.core.checks import (
-    check_activations,
+    accepted,
     check_choice,
     check_epsilon,
     check_number,
-    check_state,
     check_unit,
-    check_values,
 )
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import Moments, batch_moments
-from cbn_jax.core.running import usable_moments
+from cbn_jax.core.running import check_values, has_variance, usable_moments
 from cbn_jax.core.schedules import ScheduleFn, check_schedule, weights
 from cbn_jax.core.statistics import Statistics, std_of
 from cbn_jax.core.values import factory
@@ -81,8 +79,8 @@ def diminishing_batch_norm(
         that do not fit the state.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features without a single value that counts (``mask``) are normalized by the average as
-    it is. NaN or inf in a feature makes that feature's output NaN in this step (with
+    Features with fewer than two values that count (``mask``) are normalized by the average
+    as it is. NaN or inf in a feature makes that feature's output NaN in this step (with
     "previous" only in its own place); the averages do not take it in.
 
     Example:
@@ -111,31 +109,33 @@ def diminishing_batch_norm(
     check_choice("normalize_by", normalize_by, ("updated", "previous"))
     check_epsilon(epsilon)
 
-    def check(state, x):
-        check_activations(name, x)
-        check_state(name, state, DiminishingState, lambda s: s.mean, x)
+    def accept(state, x, mask):
+        return accepted(name, state, DiminishingState, lambda s: s.mean, x, mask)
 
     def init(features, layer=None, params=None):
         del layer, params
-        zeros, ones = jnp.zeros(features, jnp.float32), jnp.ones(features, jnp.float32)
-        return DiminishingState(mean=zeros, std=ones, steps=jnp.zeros_like(zeros))
+
+        def full(value):
+            return jnp.full(features, value, jnp.float32)
+
+        return DiminishingState(mean=full(0.0), std=full(1.0), steps=full(0.0))
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         del source
-        check(state, x)
-        check_values(name, x, axis_name, mask)
+        state, x = accept(state, x, mask)
+        check_values(name, x, axis_name)
         state = lax.stop_gradient(state)
         moments = batch_moments(x, axis_name=axis_name, mask=mask)
         previous = jax.tree.map(lambda leaf: leaf.astype(moments.mean.dtype), state)
         updated = _update(previous, moments, alpha)
         used = updated if normalize_by == "updated" else previous
         if mask is not None:
-            used = _choose(moments.size > 0, used, previous)
+            used = _choose(has_variance(moments), used, previous)
         new = lax.stop_gradient(_choose(usable_moments(moments), updated, state))
         return _statistics(used, epsilon), new
 
-    def infer(state, x):
-        check(state, x)
+    def infer(state, x, *, mask=None):
+        state, _ = accept(state, x, mask)
         return _statistics(state, epsilon)
 
     return Estimator(init, train, infer, epsilon)

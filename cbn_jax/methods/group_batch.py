@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.checks import check_activations, check_state
+from cbn_jax.core.checks import accepted
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import (
     Order,
@@ -17,7 +17,14 @@ from cbn_jax.core.groups import (
     pool_groups,
 )
 from cbn_jax.core.moments import Moments, instance_moments, pool_examples
-from cbn_jax.core.running import RunningMoments, init_running, known_moments, update_running
+from cbn_jax.core.running import (
+    RunningMoments,
+    check_values,
+    has_variance,
+    init_running,
+    known_moments,
+    update_running,
+)
 from cbn_jax.core.schedules import ScheduleFn, averaging
 from cbn_jax.core.statistics import Statistics, identity_where, statistics_of
 from cbn_jax.core.values import factory
@@ -70,10 +77,10 @@ def group_batch_norm(
         ``num_groups``, that do not fit the state, or that leave groups of one value.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with one value in the whole batch (a single example after a dense layer) have
-    no batch statistics: they are normalized by groups alone, as in inference before any
-    batch was seen. Under a ``mask``, features without a value use the running statistics
-    for B, and an example without a value passes G as it is. NaN or inf makes the output of
+    Features with fewer than two values in the whole batch (a single example after a dense
+    layer, or a ``mask``) use the running statistics for B. Before the first batch they are
+    normalized by groups alone, as in inference. A group with fewer than two values passes
+    G as it is. NaN or inf makes the output of
     its feature, and of its example's group, NaN; the averages do not take it in.
 
     Example:
@@ -98,14 +105,14 @@ def group_batch_norm(
     check_options(mix, num_groups, order, epsilon)
     average = averaging(momentum)
 
-    def check(state, x):
-        check_activations(name, x)
-        check_state(name, state, RunningMoments, lambda s: s.mean, x)
+    def accept(state, x, mask):
+        state, x = accepted(name, state, RunningMoments, lambda s: s.mean, x, mask)
         check_group_size(name, x, num_groups)
+        return state, x
 
     def group(instance):
         moments = pool_groups(instance, num_groups)
-        return identity_where(moments.size == 0, statistics_of(moments, epsilon))
+        return identity_where(~has_variance(moments), statistics_of(moments, epsilon))
 
     def batch_branch(moments, known, x):
         return branch(statistics_of(moments, epsilon), mix, known, moments, x)
@@ -117,27 +124,23 @@ def group_batch_norm(
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         del source
-        check(state, x)
+        state, x = accept(state, x, mask)
+        check_values(name, x, axis_name, 1)
         state = lax.stop_gradient(state)
 
         def batch(instance):
             seen = pool_examples(instance, axis_name)
-            known = seen.size > 1
-            moments = seen
-            if mask is not None:
-                known |= (seen.size == 0) & (state.steps > 0)
-                moments = known_moments(seen, state)
-            # A single value has no variance to average.
-            seen = seen._replace(size=jnp.where(seen.size > 1, seen.size, 0.0))
+            known = has_variance(seen) | (state.steps > 0)
+            moments = known_moments(seen, state)
             return batch_branch(moments, known, x)._replace(moments=seen)
 
         instance = instance_moments(x, mask)
         statistics, seen = mixed(order, instance, group, batch, _normalized)
         return statistics, update_running(state, seen, average)
 
-    def infer(state, x):
-        check(state, x)
-        instance = instance_moments(x)
+    def infer(state, x, *, mask=None):
+        state, x = accept(state, x, mask)
+        instance = instance_moments(x, mask)
         running = Moments(*(leaf.astype(instance.mean.dtype) for leaf in state))
         known = batch_branch(running, state.steps > 0, x)
         return mixed(order, instance, group, lambda _: known, _normalized)[0]

@@ -4,10 +4,11 @@
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.checks import check_activations, check_count, check_epsilon, check_state
+from cbn_jax.core.checks import accepted, check_count, check_epsilon
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import StepCount, check_divides, check_group_size, pool_groups
 from cbn_jax.core.moments import instance_moments
+from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import identity_where, statistics_of
 from cbn_jax.core.values import factory
 
@@ -35,8 +36,8 @@ def group_norm(num_groups: int = 32, *, epsilon: float = 1e-5) -> Estimator:
         ``num_groups``, that do not fit the state, or that leave groups of one value.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Under a ``mask``, an example without a value that counts passes as it is. NaN or inf
-    makes the output of its example's group NaN.
+    Under a ``mask``, a group of fewer than two values passes as it is. NaN or inf makes the
+    output of its example's group NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,14 +58,14 @@ def group_norm(num_groups: int = 32, *, epsilon: float = 1e-5) -> Estimator:
     check_count("num_groups", num_groups, 1)
     check_epsilon(epsilon)
 
-    def check(state, x):
-        check_activations(name, x)
-        check_state(name, state, StepCount, lambda s: s.steps, x)
+    def accept(state, x, mask):
+        state, x = accepted(name, state, StepCount, lambda s: s.steps, x, mask)
         check_group_size(name, x, num_groups)
+        return state, x
 
     def statistics_of_groups(x, mask):
         moments = pool_groups(instance_moments(x, mask), num_groups)
-        return identity_where(moments.size == 0, statistics_of(moments, epsilon))
+        return identity_where(~has_variance(moments), statistics_of(moments, epsilon))
 
     def init(features, layer=None, params=None):
         del layer, params
@@ -72,13 +73,14 @@ def group_norm(num_groups: int = 32, *, epsilon: float = 1e-5) -> Estimator:
         return StepCount(jnp.zeros(features, jnp.float32))
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
-        del source, axis_name
-        check(state, x)
+        del source
+        state, x = accept(state, x, mask)
+        check_values(name, x, axis_name, 1)
         statistics = statistics_of_groups(x, mask)
         return statistics, StepCount(lax.stop_gradient(state.steps) + 1.0)
 
-    def infer(state, x):
-        check(state, x)
-        return statistics_of_groups(x, None)
+    def infer(state, x, *, mask=None):
+        _, x = accept(state, x, mask)
+        return statistics_of_groups(x, mask)
 
     return Estimator(init, train, infer, epsilon, frozenset({"per_example"}))

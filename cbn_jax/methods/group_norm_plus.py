@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group norm plus, with the conventions of the published code."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.checks import check_activations, check_state
+from cbn_jax.core.checks import accepted
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import (
     Order,
@@ -17,7 +19,15 @@ from cbn_jax.core.groups import (
     mixed,
     pool_groups,
 )
-from cbn_jax.core.moments import AxisName, Moments, batch_moments, instance_moments, wide
+from cbn_jax.core.moments import (
+    AxisName,
+    Moments,
+    batch_moments,
+    device_count,
+    instance_moments,
+    wide,
+)
+from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import Statistics, identity_where, normalize, std_of
 from cbn_jax.core.values import factory
 
@@ -56,7 +66,7 @@ def group_norm_plus(
       TypeError: ``x`` is not floating point; the state is another method's.
 
     A place with fewer than two values, by a ``mask`` or in inference for a single example,
-    is normalized by groups alone. An example without a value passes G as it is.
+    is normalized by groups alone. A group with fewer than two values passes G as it is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,25 +87,25 @@ def group_norm_plus(
     name = "group_norm_plus"
     check_options(mix, num_groups, order, epsilon)
 
-    def check(state, x):
-        check_activations(name, x)
-        check_state(name, state, StepCount, lambda s: s.steps, x)
+    def accept(state, x, mask):
+        state, x = accepted(name, state, StepCount, lambda s: s.steps, x, mask)
         check_group_size(name, x, num_groups)
+        return state, x
 
     def statistics_of_batch(x, axis_name, mask):
         x = x.astype(wide(x.dtype))
-        if (
-            mask is not None
-        ):  # a value that does not count would be 0 times NaN in gradients
+        if mask is not None:
+            # NaN in a value that does not count would be 0 times NaN in gradients.
             x = jnp.where(mask, x, 0.0)
 
         def group(x):
             moments = pool_groups(instance_moments(x, mask), num_groups)
-            return identity_where(moments.size == 0, _unbiased(moments, epsilon))
+            return identity_where(~has_variance(moments), _unbiased(moments, epsilon))
 
         def batch(x):
             moments = _place_moments(x, axis_name, mask)
-            return branch(_unbiased(moments, epsilon), mix, moments.size > 1, moments, x)
+            known = has_variance(moments)
+            return branch(_unbiased(moments, epsilon), mix, known, moments, x)
 
         return mixed(order, x, group, batch, normalize)[0]
 
@@ -106,14 +116,15 @@ def group_norm_plus(
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         del source
-        check(state, x)
+        state, x = accept(state, x, mask)
+        check_values(name, x, axis_name, 1)
         _check_examples(name, x, axis_name)
         statistics = statistics_of_batch(x, axis_name, mask)
         return statistics, StepCount(lax.stop_gradient(state.steps) + 1.0)
 
-    def infer(state, x):
-        check(state, x)
-        return statistics_of_batch(x, None, None)
+    def infer(state, x, *, mask=None):
+        _, x = accept(state, x, mask)
+        return statistics_of_batch(x, None, mask)
 
     return Estimator(init, train, infer, epsilon, frozenset({"per_example"}))
 
@@ -126,15 +137,17 @@ def _unbiased(moments: Moments, epsilon: float) -> Statistics:
 
 def _place_moments(x: jax.Array, axis_name: AxisName, mask: jax.Array | None) -> Moments:
     """Moments over the examples at each place, ``[1, ..., C]``."""
+    flat = (x.shape[0], math.prod(x.shape[1:]))
+    rows = x.reshape(flat)
     if mask is not None:
-        mask = jnp.broadcast_to(mask, x.shape).reshape(x.shape[0], -1)
-    rows = x.reshape(x.shape[0], -1)
+        mask = jnp.broadcast_to(mask, x.shape).reshape(flat)
     moments = batch_moments(rows, axis_name=axis_name, mask=mask)
     return jax.tree.map(lambda leaf: leaf.reshape(1, *x.shape[1:]), moments)
 
 
 def _check_examples(name: str, x: jax.Array, axis_name: AxisName) -> None:
-    if len(x) == 1 and axis_name is None:
+    examples = x.shape[0] * device_count(axis_name)
+    if isinstance(examples, int) and examples < 2:  # else the shape is symbolic
         raise ValueError(
             f"{name} got x of shape {x.shape}, expected two examples or more, as it "
             "normalizes over examples; write group_batch_norm(...) instead."

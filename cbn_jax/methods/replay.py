@@ -11,9 +11,9 @@ from jax import lax
 from cbn_jax.core.checks import check_count, check_epsilon
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import Moments, pool_two
+from cbn_jax.core.moments import AxisName, Moments, device_count, pool_two
 from cbn_jax.core.patches import Sample, moments_and_sample, per_row, product
-from cbn_jax.core.running import RunningMoments, init_running, usable_moments
+from cbn_jax.core.running import RunningMoments, finite_moments, init_running
 from cbn_jax.core.schedules import ScheduleFn, averaging
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
@@ -125,6 +125,7 @@ def replay_batch_norm(
         )
         pooled = pool_two(batch, _past_moments(state, source.params, batch.mean.dtype))
         if window > 1:
+            _check_examples(x, samples, axis_name)
             rows = _padded(_rows(sample, batch), samples)
             state = _overwrite(state, rows, state.slot * samples)
         return batch, pooled, state._replace(slot=(state.slot + 1) % slots)
@@ -164,26 +165,40 @@ def _rows(sample: Sample, batch: Moments) -> _Rows:
     """The sample as rows; rows that are not finite are empty."""
     size = sample.weight * batch.size.max()
     finite = [
-        jnp.isfinite(p).reshape(len(p), -1).all(axis=1, keepdims=True)
+        jnp.isfinite(p).reshape(p.shape[0], -1).all(axis=1, keepdims=True)
         for p in jax.tree.leaves(sample.patches)
     ]
     usable = functools.reduce(jnp.logical_and, finite, size > 0)
-    usable &= usable_moments(batch).any()  # an overflow would stay for a whole window
+    usable &= finite_moments(batch).any()  # an overflow would stay for a whole window
     rows = _Rows(sample.patches, size)
     return jax.tree.map(lambda leaf: jnp.where(per_row(usable, leaf), leaf, 0.0), rows)
 
 
+def _check_examples(x: jax.Array, samples: int, axis_name: AxisName) -> None:
+    """There is a row for each example."""
+    examples = x.shape[0] * device_count(axis_name)
+    if not isinstance(examples, int):  # a symbolic size, which may have bounds
+        fits = jax.core.max_dim(examples, samples) == samples
+        write = f"give symbolic_shape constraints=['{x.shape[0]} <= {samples}']"
+    else:
+        fits = examples <= samples
+        write = f"write samples={examples}"
+    if not fits:
+        raise ValueError(
+            f"replay_batch_norm(samples={samples}) got {examples} examples, expected no "
+            f"more examples than samples; {write}."
+        )
+
+
 def _padded(rows: _Rows, samples: int) -> _Rows:
     """Exactly ``samples`` rows, the last ones empty."""
-    missing = samples - len(rows.size)
-    if missing < 0:
-        raise ValueError(
-            f"replay_batch_norm(samples={samples}) got {len(rows.size)} examples, expected "
-            f"no more examples than samples; write samples={len(rows.size)}."
-        )
-    return jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)]), rows
-    )
+    missing = samples - rows.size.shape[0]
+
+    def padded(leaf):
+        edges = [(0, missing, 0), *[(0, 0, 0)] * (leaf.ndim - 1)]
+        return lax.pad(leaf, jnp.zeros((), leaf.dtype), edges)
+
+    return jax.tree.map(padded, rows)
 
 
 def _overwrite(state: ReplayState, rows: _Rows, start: jax.Array) -> ReplayState:

@@ -19,7 +19,7 @@ from cbn_jax.core.patches import (
     product,
     pull,
 )
-from cbn_jax.core.running import RunningMoments, init_running, usable_moments
+from cbn_jax.core.running import RunningMoments, finite_moments, init_running
 from cbn_jax.core.schedules import ScheduleFn, averaging
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
@@ -152,7 +152,7 @@ def named_streaming(
         size = _past_size(keep * old.window.size, batch, past, spread, source.groups)
         pooled = pool_two(batch, past._replace(size=size))
         new = lax.stop_gradient(_absorb(old, batch, pooled, sample, moved, params))
-        usable = usable_moments(pooled._replace(size=batch.size))
+        usable = finite_moments(pooled._replace(size=batch.size))
         return batch, pooled, _replace_usable(usable, new, state)
 
     return windowed(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
+from cbn_jax._flax import check_axis, check_modules, estimator_of, flag_of, to_last
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -111,8 +111,9 @@ class Norm(nnx.Module):
         Args:
           inputs: activations, or the layer's input if the module has one.
           use_running_average: overrides the module's own.
-          mask: broadcastable to the activations, True where a value counts. Statistics
-            ignore the others; the output is computed everywhere.
+          mask: True where a value counts, one axis for each of the activations, of size 1
+            or theirs. Statistics ignore the others, in training and inference; the output
+            is computed everywhere.
           update_stats: False trains with the method's statistics and leaves its state as
             it is.
 
@@ -125,18 +126,19 @@ class Norm(nnx.Module):
             running = use_running_average
         estimator = self._estimator()
         x, source = self._run_layer(inputs)
+        check_axis(self.axis, self.layer, x)
         x, mask, back = to_last(x, mask, self.axis)
         state = self.state.get_value()
         if running:
-            statistics = estimator.infer(state, x)
+            statistics = estimator.infer(state, x, mask=mask)
         else:
             statistics, state = estimator.train(
                 state, x, source, axis_name=self.axis_name, mask=mask
             )
             if update_stats:
                 self.state.set_value(state)
-        y = back(normalize(x, statistics, _value(self.scale), _value(self.bias)))
-        return y if self.dtype is None else y.astype(self.dtype)
+        scale, bias = _value(self.scale), _value(self.bias)
+        return back(normalize(x, statistics, scale, bias, dtype=self.dtype))
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Switches the mode, for ``nnx.view(model, use_running_average=...)``."""

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.checks import check_activations, check_choice, check_state
+from cbn_jax.core.checks import accepted, check_choice
 from cbn_jax.core.estimator import Estimator, State
 from cbn_jax.core.moments import batch_moments
 from cbn_jax.core.running import usable_moments
@@ -115,7 +115,7 @@ def watch(estimators: Mapping[str, Estimator], use: str) -> Estimator:
         )
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
-        _check(state, x)
+        state, x = _accept(state, x, mask)
         trained = {
             name: e.train(state.states[name], x, source, axis_name=axis_name, mask=mask)
             for name, e in estimators.items()
@@ -127,9 +127,9 @@ def watch(estimators: Mapping[str, Estimator], use: str) -> Estimator:
         states = {name: new for name, (_, new) in trained.items()}
         return trained[use][0], WatchState(states, estimated, state.truth)
 
-    def infer(state, x):
-        _check(state, x)
-        return estimators[use].infer(state.states[use], x)
+    def infer(state, x, *, mask=None):
+        state, x = _accept(state, x, mask)
+        return estimators[use].infer(state.states[use], x, mask=mask)
 
     return Estimator(init, train, infer, estimators[use].epsilon)
 
@@ -172,7 +172,7 @@ def reference(estimators: Mapping[str, Estimator], use: str) -> Estimator:
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         del source
-        _check(state, x)
+        state, x = _accept(state, x, mask)
         x = lax.stop_gradient(x)
         moments = batch_moments(x, axis_name=axis_name, mask=mask)
         varies = usable_moments(moments) & (moments.var > 0)
@@ -233,9 +233,8 @@ def errors(tree: Any) -> dict[str, dict[str, Errors]]:
     }
 
 
-def _check(state: WatchState, x: jax.Array) -> None:
-    check_activations("watch", x)
-    check_state("watch", state, WatchState, lambda s: s.truth.mean, x)
+def _accept(state: WatchState, x: jax.Array, mask: Any) -> tuple[WatchState, jax.Array]:
+    return accepted("watch", state, WatchState, lambda s: s.truth.mean, x, mask)
 
 
 def _keep_finite(old: Statistics, new: Statistics) -> Statistics:

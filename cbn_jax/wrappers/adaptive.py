@@ -8,13 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbn_jax.core.checks import (
-    check_activations,
+    activations,
     check_choice,
+    check_mask,
     check_state_type,
     check_traits,
+    in_float32,
 )
 from cbn_jax.core.estimator import Estimator, State, Trait
 from cbn_jax.core.moments import AxisName, batch_moments, pool_moments
+from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import identity_where, std_of
 from cbn_jax.core.values import factory
 
@@ -35,7 +38,11 @@ class GateState(NamedTuple):
 
 
 def heterogeneity(
-    x: jax.Array, measure: Measure = "entries", *, axis_name: AxisName = None
+    x: jax.Array,
+    measure: Measure = "entries",
+    *,
+    axis_name: AxisName = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """How much a batch varies: one number, by which it is normalized or not.
 
@@ -46,12 +53,16 @@ def heterogeneity(
         same place, averaged over places and channels.
       axis_name: axis or axes of ``shard_map``, ``pmap`` or ``vmap`` over which the batch
         is spread; None under ``jit``.
+      mask: True where an entry counts, one axis for each of ``x``, of size 1 or that of
+        ``x``.
 
     Returns:
-      A float32 scalar, not negative; NaN for a batch with NaN or inf in it.
+      A float32 scalar, not negative; NaN for a batch with NaN or inf in it. Channels, or
+      places, with fewer than two entries are left out.
 
     Raises:
-      ValueError: another measure; ``x`` is empty or has fewer than two axes.
+      ValueError: another measure; ``x`` is empty or has fewer than two axes; a mask that
+        does not fit.
       TypeError: ``x`` is not floating point.
 
     Example:
@@ -62,13 +73,18 @@ def heterogeneity(
       1.0
     """
     check_choice("measure", measure, ("entries", "channels", "examples"))
-    check_activations("heterogeneity", x)
+    x = activations("heterogeneity", x)
+    check_mask("heterogeneity", x, mask)
+    check_values("heterogeneity", x, axis_name, 1)
     if measure == "examples":
+        mask = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(len(x), -1)
         x = x.reshape(len(x), -1)
-    moments = batch_moments(x, axis_name=axis_name)
+    moments = batch_moments(x, axis_name=axis_name, mask=mask)
     if measure == "entries":
         moments = pool_moments(jax.tree.map(lambda leaf: leaf[:, None], moments))
-    return std_of(moments.var).mean().astype(jnp.float32)
+    std, several = std_of(moments.var), has_variance(moments)
+    total = jnp.where(several, std, 0.0).sum()
+    return (total / jnp.maximum(several.sum(dtype=std.dtype), 1.0)).astype(jnp.float32)
 
 
 def set_gate(tree: Any, open: jax.typing.ArrayLike) -> Any:
@@ -181,16 +197,16 @@ def adaptive_batch_norm(
     )
     check_choice("inference", inference, ("running", "gated"))
 
-    def check(state):
+    def accept(state):
         check_state_type(name, state, GateState)
+        return in_float32(state)
 
     def init(features, layer=None, params=None):
         inside = estimator.init(features, layer, params)
         return GateState(inside, jnp.ones((), jnp.float32))
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
-        check(state)
-        state = lax.stop_gradient(state)
+        state = lax.stop_gradient(accept(state))
         statistics, inside = estimator.train(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
@@ -202,9 +218,9 @@ def adaptive_batch_norm(
         inside = jax.tree.map(keep, inside, state.state)
         return identity_where(closed, statistics), GateState(inside, state.gate)
 
-    def infer(state, x):
-        check(state)
-        statistics = estimator.infer(state.state, x)
+    def infer(state, x, *, mask=None):
+        state = accept(state)
+        statistics = estimator.infer(state.state, x, mask=mask)
         if inference == "running":
             return statistics
         return identity_where(state.gate == 0, statistics)

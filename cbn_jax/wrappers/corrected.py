@@ -40,8 +40,8 @@ def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
     ``estimator``, so that a trained one can be wrapped.
 
     The correction matters at one or two examples, and little from there on. A prediction
-    still depends on its own example only. The moments of an example include padding,
-    because inference takes no mask. The layer cannot be folded into the one before it.
+    still depends on its own example only. An example without a value that counts (``mask``)
+    has ordinary inference. The layer cannot be folded into the one before it.
 
     Args:
       estimator: any method with one mean and one variance per feature.
@@ -79,11 +79,12 @@ def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
             f"examples is {examples!r}, expected the number of examples behind a training "
             "statistic, from 1 on."
         )
-    share = 1.0 / examples
 
-    def infer(state, x):
-        running = estimator.infer(state, x)
-        instance = instance_moments(x)
+    def infer(state, x, *, mask=None):
+        running = estimator.infer(state, x, mask=mask)
+        x = jnp.asarray(x)
+        instance = instance_moments(x, mask)
+        share = jnp.where(instance.size > 0, 1.0 / examples, 0.0)
         mean, inv_std = (align(v, x).astype(instance.mean.dtype) for v in running)
         offset = instance.mean - mean
         var = (1.0 - share) * inv_std**-2 + share * (instance.var + estimator.epsilon)

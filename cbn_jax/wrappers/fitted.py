@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.checks import check_activations, check_state, check_traits
+from cbn_jax.core.checks import accepted, check_traits
 from cbn_jax.core.estimator import Estimator, State, Trait
 from cbn_jax.core.moments import AxisName, Moments, align, exchange, instance_moments
 from cbn_jax.core.schedules import ScheduleFn, averaging, cumulative, weights
@@ -118,9 +118,8 @@ def fitted_inference(
     check_traits(name, estimator.traits, REFUSED)
     average = averaging(momentum)
 
-    def check(state, x):
-        check_activations(name, x)
-        check_state(name, state, FittedState, lambda s: s.steps, x)
+    def accept(state, x, mask):
+        return accepted(name, state, FittedState, lambda s: s.steps, x, mask)
 
     def init(features, layer=None, params=None):
         def zeros(*shape):
@@ -130,14 +129,14 @@ def fitted_inference(
         return FittedState(inside, Fit(zeros(2), zeros(3, 3), zeros(3)), zeros())
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
-        check(state, x)
+        state, x = accept(state, x, mask)
         state = lax.stop_gradient(state)
         statistics, inside = estimator.train(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
         # Of the batches before: an average that holds this one already leans towards it.
         # Only the first batch, before which there may be none, is compared with its own.
-        before, after = (estimator.infer(s, x) for s in (state.state, inside))
+        before, after = (estimator.infer(s, x, mask=mask) for s in (state.state, inside))
         running = jax.tree.map(
             lambda old, new: jnp.where(state.steps > 0, old, new), before, after
         )
@@ -145,10 +144,10 @@ def fitted_inference(
         seen = _fit(lax.stop_gradient(statistics), running, instance, axis_name)
         return statistics, _averaged(state, seen, average)._replace(state=inside)
 
-    def infer(state, x):
-        check(state, x)
-        running = estimator.infer(state.state, x)
-        instance = instance_moments(x)
+    def infer(state, x, *, mask=None):
+        state, x = accept(state, x, mask)
+        running = estimator.infer(state.state, x, mask=mask)
+        instance = instance_moments(x, mask)
         a, c = _solve(state.fit)
         mean, inv_std, a, *c = (
             align(value, x).astype(instance.mean.dtype) for value in (*running, a, *c)
