@@ -57,7 +57,8 @@ def with_running(state: Any, moments: RunningMoments) -> Any:
 
     def put(node):
         found.append(isinstance(node, RunningMoments))
-        return moments if found[-1] else node
+        # A copy for each: a state that holds a buffer twice cannot be donated.
+        return jax.tree.map(jnp.copy, moments) if found[-1] else node
 
     state = jax.tree.map(put, state, is_leaf=lambda n: isinstance(n, RunningMoments))
     if not any(found):
@@ -101,6 +102,13 @@ def patches_of(conv: Any) -> Patches | None:
     return conv_patches(
         conv.strides or 1, conv.padding, conv.kernel_dilation or 1, conv.feature_group_count
     )
+
+
+def outputs_last(layer: Any, params: Any) -> Any:
+    """The parameters with the outputs of a kernel last, and back again."""
+    if not getattr(layer, "transpose_kernel", False):
+        return params
+    return {**params, "kernel": jnp.swapaxes(params["kernel"], -1, -2)}
 
 
 def check_axis(axis: int, layer: Any, x: jax.Array) -> None:

@@ -379,9 +379,13 @@ def test_bad_batches_and_measures():
         cbn.heterogeneity(jnp.ones((4, 3)), "std")
     with pytest.raises(TypeError, match=r"heterogeneity got x of dtype uint8, expected fl"):
         cbn.heterogeneity(jnp.ones((4, 3), jnp.uint8))
-    for shape in ((3,), (0, 3)):
-        with pytest.raises(ValueError, match=r"heterogeneity got x of shape .*one example"):
+    for shape, expected in (((3,), "an axis of examples"), ((0, 3), "at least 1")):
+        with pytest.raises(ValueError, match=f"heterogeneity got x of shape .*{expected}"):
             cbn.heterogeneity(jnp.ones(shape), "examples")
+    with pytest.raises(
+        ValueError, match=r"heterogeneity got a mask of shape \(4,\) .*write"
+    ):
+        cbn.heterogeneity(jnp.ones((4, 3)), mask=jnp.ones(4, bool))
 
 
 def test_a_gate_is_one_truth_value():

@@ -169,7 +169,7 @@ def test_bad_batches():
             assess(images(bad))
     with pytest.raises(TypeError, match=r"dtype uint8, .*write x\.astype"):
         assess(images(np.ones((2, 3), np.uint8)))
-    with pytest.raises(ValueError, match=r"shape \(3,\), .*at least one example"):
+    with pytest.raises(ValueError, match=r"shape \(3,\), .*an axis of examples"):
         assess(images(np.ones(3, np.float32)))
 
 

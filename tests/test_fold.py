@@ -30,14 +30,14 @@ def some_state(name, layer):
     return estimator, state, params
 
 
-fold = jax.jit(cbn.fold, static_argnames="estimator")
+fold = jax.jit(cbn.fold, static_argnames=("estimator", "layer"))
 
 
 def check(layer, estimator, state, params, z, scale, bias):
     """The folded layer against the layer, inference and the affine map."""
     x = apply(layer, params, z)
     expected = normalize(x, infer(estimator, state, x), scale, bias)
-    folded = fold(estimator, state, params, scale, bias)
+    folded = fold(estimator, state, layer.layer, params, scale, bias)
     assert set(folded) == {"kernel", "bias"}
     np.testing.assert_allclose(apply(layer, folded, z), expected, rtol=1e-4, atol=1e-4)
 
@@ -53,7 +53,7 @@ def test_every_method_with_one_statistic_per_feature(name, key):
 def test_inference_that_looks_at_the_example_is_refused(name):
     estimator = FACTORIES[name]()
     with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
-        cbn.fold(estimator, None, jnp.ones((3, 4)))
+        cbn.fold(estimator, None, cbn.dense, jnp.ones((3, 4)))
 
 
 def test_statistics_per_example_are_refused_without_the_trait():
@@ -62,7 +62,7 @@ def test_statistics_per_example_are_refused_without_the_trait():
 
     estimator = dataclasses.replace(cbn.batch_norm(), infer=infer)
     with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
-        cbn.fold(estimator, None, jnp.ones((3, 4)))
+        cbn.fold(estimator, None, cbn.dense, jnp.ones((3, 4)))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -86,8 +86,11 @@ def test_a_normalizer_without_scale_or_bias(affine, key):
         (nn.Conv(4, (3,)), (2, 5, 3)),
         (nn.Conv(4, (2, 2, 2), use_bias=False), (1, 2, 2, 2, 2)),
         (nn.ConvTranspose(4, (3, 3), strides=(2, 2)), (2, 3, 3, 2)),
+        (nn.ConvTranspose(4, (3, 3), transpose_kernel=True), (2, 3, 3, 2)),
+        # The same number of inputs and outputs does not show which axis is which.
+        (nn.ConvTranspose(4, (3, 3), transpose_kernel=True), (2, 3, 3, 4)),
     ],
-    ids=["1d", "3d", "transposed"],
+    ids=["1d", "3d", "transposed", "transposed-kernel", "transposed-kernel-square"],
 )
 def test_convolutions_of_linen(layer, shape, key):
     z = jax.random.normal(key, shape)
@@ -101,7 +104,7 @@ def test_convolutions_of_linen(layer, shape, key):
             params = {**params, "bias": jax.random.normal(key, params["bias"].shape)}
         x = layer.apply({"params": params}, z)
         expected = cbn.normalize(x, estimator.infer(state, x), SCALE, BIAS)
-        folded = cbn.fold(estimator, state, params, SCALE, BIAS)
+        folded = cbn.fold(estimator, state, layer, params, SCALE, BIAS)
         with jax.numpy_rank_promotion("allow"):
             return expected, layer.clone(use_bias=True).apply({"params": folded}, z)
 
@@ -132,7 +135,9 @@ def test_a_linen_model(key):
         _, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
         variables = {**variables, **updates}
         params, state = variables["params"], variables["batch_stats"]["norm"]["state"]
-        conv = cbn.fold(estimator, state, params["conv"], **params["norm"])
+        conv = cbn.fold(
+            estimator, state, cbn.convolution(), params["conv"], **params["norm"]
+        )
         folded = {"params": {"conv": conv, "head": params["head"]}}
         return model.apply(variables, z), Net(folded=True).apply(folded, z)
 
@@ -153,6 +158,7 @@ def test_an_nnx_model(key):
     folded = cbn.fold(
         estimator,
         norm.state.get_value(),
+        norm.layer,
         params["layer"],
         params["scale"],
         params["bias"],
@@ -161,6 +167,31 @@ def test_an_nnx_model(key):
     nnx.update(conv, folded)
     actual = run(nnx.Sequential(conv, nnx.relu), z)
     np.testing.assert_allclose(actual, run(model, z), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variables", [False, True])
+def test_an_nnx_layer_with_a_transposed_kernel(variables, key):
+    """By what the modules hold, or by the variables themselves."""
+    rngs, z = nnx.Rngs(0), 1.0 + jax.random.normal(key, (2, 5, 5, 4))
+    conv = nnx.ConvTranspose(4, 4, (3, 3), transpose_kernel=True, rngs=rngs)
+    norm = Norm(cbn.batch_norm(), conv, rngs=rngs)
+    norm(z)
+    norm.eval()
+    parts = (norm.state, nnx.state(conv), norm.scale, norm.bias)
+    if not variables:
+        parts = (norm.state.get_value(), nnx.to_pure_dict(parts[1]), *parts[2:])
+    folded = cbn.fold(norm.estimator, parts[0], conv, *parts[1:])
+    bare = nnx.ConvTranspose(4, 4, (3, 3), transpose_kernel=True, rngs=rngs)
+    nnx.update(bare, folded)
+    np.testing.assert_allclose(bare(z), norm(z), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_in_the_place_of_the_layer():
+    estimator = cbn.batch_norm()
+    with pytest.raises(
+        TypeError, match=r"array of shape \(3, 4\) as layer, .*write fold\("
+    ):
+        cbn.fold(estimator, estimator.init(4), jnp.ones((3, 4)), jnp.ones(4))
 
 
 def test_against_float64():
@@ -174,6 +205,7 @@ def test_against_float64():
     folded = cbn.fold(
         cbn.batch_norm(epsilon=1e-3),
         state,
+        cbn.dense,
         dict(zip(("kernel", "bias"), float32[:2], strict=True)),
         *float32[2:],
     )
@@ -185,7 +217,7 @@ def test_against_float64():
 def test_a_small_kernel_dtype_is_rounded_once():
     kernel = jnp.full((1, 4), 3.0, jnp.bfloat16)
     state = cbn.from_batch_stats(BIAS, jnp.full(4, 1e4))
-    folded = cbn.fold(cbn.batch_norm(), state, kernel, 100.0 + SCALE, BIAS)
+    folded = cbn.fold(cbn.batch_norm(), state, cbn.dense, kernel, 100.0 + SCALE, BIAS)
     expected = 3.0 * (100.0 + SCALE) / 100.0
     assert folded["kernel"].dtype == folded["bias"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(folded["kernel"][0], expected.astype(jnp.bfloat16))
@@ -195,7 +227,7 @@ def test_under_jit_and_float64(key, x64):
     del key
     kernel = jnp.ones((3, 4), jnp.float64)
     state = cbn.from_batch_stats(BIAS, jnp.square(SCALE))
-    folded = jax.jit(lambda *args: cbn.fold(cbn.batch_norm(), *args))(state, kernel, SCALE)
+    folded = fold(cbn.batch_norm(), state, cbn.dense, kernel, SCALE)
     assert folded["kernel"].dtype == jnp.float64
     np.testing.assert_allclose(
         folded["bias"], -BIAS * SCALE * lax.rsqrt(jnp.square(SCALE) + 1e-5), rtol=1e-5
@@ -206,9 +238,9 @@ def test_a_gate_is_folded_as_it_is():
     estimator = cbn.adaptive_batch_norm(cbn.batch_norm(), inference="gated")
     state = estimator.init(4)._replace(state=cbn.from_batch_stats(BIAS, jnp.square(SCALE)))
     kernel = jnp.ones((3, 4))
-    shut = cbn.fold(estimator, cbn.set_gate(state, False), kernel)
+    shut = cbn.fold(estimator, cbn.set_gate(state, False), cbn.dense, kernel)
     np.testing.assert_array_equal(shut["kernel"], kernel)
-    assert (cbn.fold(estimator, state, kernel)["kernel"] != kernel).any()
+    assert (cbn.fold(estimator, state, cbn.dense, kernel)["kernel"] != kernel).any()
 
 
 @pytest.mark.parametrize(
@@ -228,4 +260,4 @@ def test_a_gate_is_folded_as_it_is():
 def test_what_does_not_fit(params, scale, message):
     estimator = cbn.batch_norm()
     with pytest.raises(ValueError, match=message):
-        cbn.fold(estimator, estimator.init(4), params, scale)
+        cbn.fold(estimator, estimator.init(4), cbn.dense, params, scale)

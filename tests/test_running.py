@@ -14,7 +14,7 @@ from cbn_jax.core.running import init_running, update_running
 def batches(steps):
     """Moments of one feature that change from step to step."""
     values = np.float32(np.random.default_rng(0).gamma(2.0, size=(steps, 1)))
-    return values, [cbn.Moments(v, 2 * v, jnp.ones(1)) for v in jnp.asarray(values)]
+    return values, [cbn.Moments(v, 2 * v, jnp.full(1, 2.0)) for v in jnp.asarray(values)]
 
 
 def weights(rule, steps):
@@ -56,15 +56,16 @@ def test_no_momentum_keeps_the_last_batch():
 def test_a_very_long_run_keeps_averaging():
     """Past 2²⁴ steps a float32 count stands still; the averages go on."""
     old = cbn.RunningMoments(jnp.zeros(1), jnp.ones(1), jnp.full(1, 2.0**24))
-    one = cbn.Moments(jnp.ones(1), jnp.ones(1), jnp.ones(1))
+    one = cbn.Moments(jnp.ones(1), jnp.ones(1), jnp.full(1, 2.0))
     running = update_running(old, one, cbn.exponential(0.9))
     np.testing.assert_allclose(running.mean, [0.1], rtol=1e-6)
 
 
-def test_a_feature_without_values_waits():
+@pytest.mark.parametrize("too_few", [0.0, 1.0])
+def test_a_feature_without_a_variance_waits(too_few):
     """Its own first batch still counts in full."""
     rule = cbn.exponential(0.9)
-    half = cbn.Moments(jnp.array([5.0, 0.0]), jnp.ones(2), jnp.array([4.0, 0.0]))
+    half = cbn.Moments(jnp.array([5.0, 0.0]), jnp.ones(2), jnp.array([4.0, too_few]))
     full = cbn.Moments(jnp.array([5.0, 7.0]), jnp.ones(2), jnp.full(2, 4.0))
     running = update_running(update_running(init_running(2), half, rule), full, rule)
     np.testing.assert_allclose(running.mean, [5.0, 7.0])
@@ -76,7 +77,7 @@ def shares(rule, steps=6):
     running = init_running(steps)
     update = jax.jit(functools.partial(update_running, average=rule))
     for unit in jnp.eye(steps):
-        moments = cbn.Moments(unit, unit, jnp.ones(steps))
+        moments = cbn.Moments(unit, unit, jnp.full(steps, 2.0))
         running = update(running, moments)
     return running.mean
 
@@ -112,7 +113,7 @@ def test_a_power_is_not_negative(bad):
 def test_moments_from_elsewhere_go_on_at_their_own_pace(momentum):
     """From the first batch on, as if there had been a very long run before."""
     running = cbn.from_batch_stats(np.array([2.0, -1.0]), np.array([4.0, 0.5]))
-    batch = cbn.Moments(jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0]), jnp.ones(2))
+    batch = cbn.Moments(jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0]), jnp.full(2, 2.0))
     mean, var = np.array([2.0, -1.0]), np.array([4.0, 0.5])
     update = jax.jit(functools.partial(update_running, average=cbn.exponential(momentum)))
     for _ in range(3):

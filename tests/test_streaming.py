@@ -67,10 +67,15 @@ def test_equals_the_oracle(name, examples, key):
         kernel = reference.layer_kernel(params["kernel"], groups)
         bias = params.get("bias", np.zeros(layer.features))
         mean, var = oracle.step(reference.layer_patches(name, z), kernel, bias)
-        seen.append((mean, var))
+        if (oracle.size <= 1).all():  # a single value has no variance: as before training
+            mean, var = np.zeros(layer.features), np.ones(layer.features)
+        else:
+            seen.append((mean, var))
         np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(variance(statistics), var, rtol=1e-4, atol=1e-5)
-    averages = reference.exponential_weights(12, 0.9) @ np.reshape(seen, (12, -1))
+    averages = reference.exponential_weights(len(seen), 0.9) @ np.reshape(
+        seen, (len(seen), -1)
+    )
     np.testing.assert_allclose(
         np.concatenate(state.running[:2]), averages, rtol=1e-4, atol=1e-5
     )
@@ -219,7 +224,8 @@ def test_outputs_are_bounded(size, seed, name, examples):
         y = normalize(x, statistics)
         assert np.isfinite(y).all()
         bound = (4 * x.size / layer.features - 1) ** 0.5
-        assert np.abs(y).max() <= 1.0001 * bound
+        if state.window.size.min() > 1:  # else nothing is known, and x passes
+            assert np.abs(y).max() <= 1.0001 * bound
 
 
 def test_a_batch_without_values_sees_the_window_at_todays_weights(key):
@@ -475,7 +481,7 @@ def test_a_mask_per_feature_is_refused(key):
     params = layer.params(key)
     state = init(estimator, layer, params)
     mask = jnp.ones((8, 4), bool)
-    with pytest.raises(ValueError, match=r"mask of shape \(8, 4\).*mask\[\.\.\., None\]"):
+    with pytest.raises(ValueError, match=r"mask of shape \(8, 4\).*write mask\.all\("):
         train(estimator, state, layer, params, layer.data(key), mask=mask)
 
 
@@ -484,5 +490,5 @@ def test_one_value_per_feature_needs_a_window(key):
     estimator = cbn.streaming_batch_norm(window=1)
     params = layer.params(key)
     state = init(estimator, layer, params)
-    with pytest.raises(ValueError, match="one value per feature"):
+    with pytest.raises(ValueError, match="1 values per feature"):
         train(estimator, state, layer, params, layer.data(key, examples=1))

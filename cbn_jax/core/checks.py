@@ -122,8 +122,8 @@ def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
     """All features of a position count, or none."""
     if mask is not None and jnp.ndim(mask) > 0 and jnp.shape(mask)[-1] != 1:
         raise ValueError(
-            f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, expected a "
-            "last axis of 1, the same mask for all features; write "
+            f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, "
+            "expected a last axis of 1, the same mask for all features; write "
             "mask.all(axis=-1, keepdims=True)."
         )
 

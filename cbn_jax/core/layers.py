@@ -47,6 +47,18 @@ def as_layer(layer: LayerFn | Layer) -> Layer:
     return layer if isinstance(layer, Layer) else Layer(layer)
 
 
+def check_layer(method: str, layer: Any, call: str) -> None:
+    """A layer, not its parameters."""
+    if isinstance(layer, Layer) or callable(layer):
+        return
+    is_array = hasattr(layer, "shape")
+    came = f"an array of shape {layer.shape} as layer" if is_array else f"{layer=}"
+    raise TypeError(
+        f"{method} got {came}, expected the layer before it; write {call} with what "
+        "run_layer takes, such as cbn_jax.dense or cbn_jax.convolution(...)."
+    )
+
+
 def convolution(
     strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import max_dim, min_dim
 
 from .layers import Params
 from .moments import (
@@ -103,7 +104,7 @@ def per_example(
     if samples is None:
         return positions
     share = samples // (examples * device_count(axis_name))
-    return jax.core.min_dim(positions, jax.core.max_dim(1, share))  # also symbolic sizes
+    return min_dim(positions, max_dim(1, share))  # also symbolic sizes
 
 
 def _strata(

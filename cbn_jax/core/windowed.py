@@ -14,7 +14,7 @@ from .checks import (
     check_position_mask,
 )
 from .estimator import Estimator, State
-from .layers import Layer
+from .layers import Layer, check_layer
 from .moments import AxisName, Moments
 from .running import check_values, known_moments, update_running
 from .schedules import ScheduleFn
@@ -90,14 +90,7 @@ def _if_any(batch: Moments, pooled: Moments) -> Moments:
 
 
 def _groups_of(name: str, layer: Any) -> int:
-    if not (isinstance(layer, Layer) or callable(layer)):
-        is_array = hasattr(layer, "shape")
-        came = f"an array of shape {layer.shape} as layer" if is_array else f"{layer=}"
-        raise TypeError(
-            f"{name} got {came}, expected the layer before it; write "
-            "estimator.init(features, layer, params) with what run_layer takes, such as "
-            "cbn_jax.dense or cbn_jax.convolution(...)."
-        )
+    check_layer(name, layer, "estimator.init(features, layer, params)")
     return layer.groups if isinstance(layer, Layer) else 1
 
 

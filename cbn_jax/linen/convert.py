@@ -5,11 +5,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cbn_jax._flax import running_in, with_running
 from cbn_jax.core.running import RunningMoments, from_batch_stats
 
+Path = tuple[str, ...]
 Convert = Callable[[Any], dict[str, Any] | None]
 
 
@@ -19,8 +21,9 @@ def from_batch_norm(
     """Variables of a model with ``nn.BatchNorm``, for the same model with ``Norm``.
 
     Parameters stay unchanged; in ``batch_stats``, mean and variance become a
-    ``RunningMoments``. Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``. Give
-    the estimator the ε that the model was trained with.
+    ``RunningMoments``. Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``;
+    ``optimizer_from_batch_norm`` renames them in the state of an optimizer. Give the
+    estimator the ε that the model was trained with.
 
     A method whose state holds more than running moments starts the rest afresh: pass the
     fresh variables of the new model, from its ``init``, as ``into``. The new model predicts
@@ -52,11 +55,46 @@ def from_batch_norm(
     """
     made = _converted("from_batch_norm", variables, _norm_of, _BATCH_NORM, "Norm_")
     if made is None:
-        raise ValueError(
-            f"from_batch_norm got collections {sorted(variables)} without mean and var, "
-            "expected the batch_stats of a model with nn.BatchNorm; pass all variables."
-        )
+        raise ValueError(f"from_batch_norm {_no_batch_norm(variables)}")
     return made if into is None else _put(made, into, "variables")
+
+
+def optimizer_from_batch_norm(opt_state: Any, variables: Mapping[str, Any]) -> Any:
+    """The state of an optimizer, for the parameters that ``from_batch_norm`` renamed.
+
+    Args:
+      opt_state: that of an optax optimizer, any tree with parts like ``params``.
+      variables: those of the trained model, as ``from_batch_norm`` takes them.
+
+    Returns:
+      The state with the modules renamed in the same way, everything else unchanged.
+
+    Raises:
+      ValueError: no ``nn.BatchNorm`` in the variables.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+      >>> from cbn_jax.linen import optimizer_from_batch_norm
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         return nn.BatchNorm(use_running_average=True)(x)
+      >>> variables = Net().init(jax.random.key(0), jnp.ones((2, 3)))
+      >>> opt_state = optax.adam(1e-3).init(variables["params"])
+      >>> list(optimizer_from_batch_norm(opt_state, variables)[0].mu)
+      ['Norm_0']
+    """
+    found = _statistics(_leaves(variables, _norm_of), _norm_of)
+    if not found:
+        raise ValueError(f"optimizer_from_batch_norm {_no_batch_norm(variables)}")
+    return _renamed(opt_state, _names(found, _BATCH_NORM, "Norm_"))
+
+
+def _no_batch_norm(variables: Mapping[str, Any]) -> str:
+    return (
+        f"got collections {sorted(variables)} without mean and var, expected the "
+        "batch_stats of a model with nn.BatchNorm; pass all variables."
+    )
 
 
 def _put(trained: Any, fresh: Any, name: str) -> Any:
@@ -135,34 +173,62 @@ def _converted(
 
     None if ``convert`` recognizes no statistics.
     """
-
-    def is_statistics(path, node):
-        return path[:1] == ("batch_stats",) and convert(node) is not None
-
-    leaves = flatten_dict(dict(variables), keep_empty_nodes=True, is_leaf=is_statistics)
-    found = {path[1:] for path, node in leaves.items() if is_statistics(path, node)}
+    leaves = _leaves(variables, convert)
+    found = _statistics(leaves, convert)
     if not found:
         return None
-    names = {path: (*path[:-1], old.sub(new, path[-1])) for path in found if path}
+    names = _names(found, old, new)
     modules = {path[1:end] for path in leaves for end in range(2, len(path) + 1)}
     for path, name in names.items():
-        if name != path and name in modules:
+        if (*path[:-1], name) in modules - {path}:
             raise ValueError(
-                f"{method} got modules {'/'.join(path)} and {'/'.join(name)}, which would "
-                "have one name; give them names of their own."
+                f"{method} got modules {'/'.join(path)} and "
+                f"{'/'.join((*path[:-1], name))}, which would have one name; give them "
+                "names of their own."
             )
-
-    def renamed(path):
-        for end in range(2, len(path) + 1):
-            if path[1:end] in names:
-                return (path[0], *names[path[1:end]], *path[end:])
-        return path
-
-    return unflatten_dict(
+    made = unflatten_dict(
         {
-            renamed(path): convert(node) if is_statistics(path, node) else node
+            path: convert(node) if path[1:] in found else node
             for path, node in leaves.items()
         }
+    )
+    return {collection: _renamed(made[collection], names) for collection in made}
+
+
+def _leaves(variables: Mapping[str, Any], convert: Convert) -> dict[Path, Any]:
+    """All variables by their path, the statistics that ``convert`` knows as one."""
+
+    def is_leaf(path, node):
+        return path[:1] == ("batch_stats",) and convert(node) is not None
+
+    return flatten_dict(dict(variables), keep_empty_nodes=True, is_leaf=is_leaf)
+
+
+def _statistics(leaves: dict[Path, Any], convert: Convert) -> set[Path]:
+    """The paths of the modules with statistics."""
+    return {
+        path[1:]
+        for path, node in leaves.items()
+        if path[0] == "batch_stats" and convert(node) is not None
+    }
+
+
+def _names(found: set[Path], old: re.Pattern[str], new: str) -> dict[Path, str]:
+    """By path, the new names of modules."""
+    return {path: old.sub(new, path[-1]) for path in found if path}
+
+
+def _renamed(node: Any, names: dict[Path, str], path: Path = ()) -> Any:
+    """A tree with the modules renamed, in each nest of mappings in it."""
+    if isinstance(node, Mapping):
+        return {
+            names.get((*path, name), name): _renamed(child, names, (*path, name))
+            for name, child in node.items()
+        }
+    return jax.tree.map(
+        lambda child: _renamed(child, names) if isinstance(child, Mapping) else child,
+        node,
+        is_leaf=lambda child: isinstance(child, Mapping),
     )
 
 

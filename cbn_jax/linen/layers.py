@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from cbn_jax._flax import patches_of
+from cbn_jax._flax import outputs_last, patches_of
 from cbn_jax.core.layers import Layer, dense_patches
 
 
@@ -23,9 +23,11 @@ def as_layer(layer: nn.Module) -> tuple[Layer, Any]:
             resized = module.clone(features=width.pop())
         else:
             resized = module
-        x: Any = resized.apply({"params": params, **others}, inputs)
+        variables = {"params": outputs_last(module, params), **others}
+        x: Any = resized.apply(variables, inputs)
         return x
 
+    params = outputs_last(module, params)
     if isinstance(module, nn.Dense):
         return Layer(apply, dense_patches), params
     if isinstance(module, nn.Conv):

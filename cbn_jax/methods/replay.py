@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import max_dim
 
 from cbn_jax.core.checks import check_count, check_epsilon
 from cbn_jax.core.estimator import Estimator
@@ -178,7 +179,7 @@ def _check_examples(x: jax.Array, samples: int, axis_name: AxisName) -> None:
     """There is a row for each example."""
     examples = x.shape[0] * device_count(axis_name)
     if not isinstance(examples, int):  # a symbolic size, which may have bounds
-        fits = jax.core.max_dim(examples, samples) == samples
+        fits = max_dim(examples, samples) == samples
         write = f"give symbolic_shape constraints=['{x.shape[0]} <= {samples}']"
     else:
         fits = examples <= samples

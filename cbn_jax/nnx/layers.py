@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cbn_jax._flax import patches_of
+from cbn_jax._flax import outputs_last, patches_of
 from cbn_jax.core.layers import Layer, dense_patches
 
 
@@ -16,10 +16,11 @@ def as_layer(layer: nnx.Module) -> tuple[Layer, Any]:
     structure = jax.tree.structure(params)
 
     def apply(params, inputs):
+        params = outputs_last(layer, params)
         params = jax.tree.unflatten(structure, jax.tree.leaves(params))
         return nnx.merge(graph, params, others)(inputs)
 
-    params = nnx.to_pure_dict(params)
+    params = outputs_last(layer, nnx.to_pure_dict(params))
     if isinstance(layer, nnx.Linear):
         return Layer(apply, dense_patches), params
     groups = getattr(layer, "feature_group_count", 1)

@@ -110,8 +110,9 @@ def from_pytorch(
         positions, on one device, or on all for ``SyncBatchNorm``; None keeps the variance.
 
     Returns:
-      The weights. Without a number of batches the averages have the weight of very many,
-      as in ``from_batch_stats``.
+      The weights. Without a number of batches, or with a number of 0 for averages that are
+      not those of a fresh layer (0 and 1), the averages have the weight of very many, as
+      in ``from_batch_stats``.
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]``;
@@ -128,8 +129,9 @@ def from_pytorch(
     tensors = dict(tensors)
     steps = tensors.pop("num_batches_tracked", None)
     vectors = _read("from_pytorch", tensors, _PYTORCH)
-    vectors["running_var"] *= share
-    return _weights(vectors, LONG if steps is None else float(np.asarray(steps)))
+    fresh = _is_fresh(vectors["running_mean"], vectors["running_var"], var=1.0)
+    vectors["running_var"] *= 1.0 if fresh else share
+    return _weights(vectors, _steps(steps, fresh))
 
 
 def to_pytorch(
@@ -256,7 +258,8 @@ def from_haiku(
 
     Returns:
       The weights. Haiku debiases as we do and counts batches, so ``batch_norm`` with
-      momentum ``decay_rate`` continues with the same averages.
+      momentum ``decay_rate`` continues with the same averages. With a counter of 0 for
+      averages that are not 0, they have the weight of very many batches.
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]`` with axes of size 1.
@@ -281,7 +284,12 @@ def from_haiku(
         )
     found = {name: average["average"] for name, average in averages.items()}
     vectors = _read(method, {**params, **found}, _HAIKU)
-    return _weights(vectors, float(np.asarray(averages["mean_ema"]["counter"])))
+    fresh = _is_fresh(vectors["mean_ema"], vectors["var_ema"], var=0.0)
+    weights = _weights(vectors, _steps(averages["mean_ema"]["counter"], fresh))
+    if fresh:
+        running = weights.running._replace(var=jnp.ones_like(weights.running.var))
+        weights = weights._replace(running=running)
+    return weights
 
 
 def to_haiku(
@@ -339,6 +347,17 @@ def _biased_share(values_per_feature: int | None) -> float:
         return 1.0
     check_count("values_per_feature", values_per_feature, 2)
     return (values_per_feature - 1) / values_per_feature
+
+
+def _is_fresh(mean: Any, found_var: Any, var: float) -> bool:
+    """Whether the averages are those of a layer that has seen no batch."""
+    return bool((mean == 0.0).all() and (found_var == var).all())
+
+
+def _steps(counter: Any, fresh: bool) -> float:
+    """The number of batches; a counter of 0 beside trained averages was never counted."""
+    steps = LONG if counter is None else float(np.asarray(counter))
+    return LONG if steps == 0 and not fresh else steps
 
 
 def _read(

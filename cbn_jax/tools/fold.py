@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from cbn_jax.core.checks import check_features_last, check_traits
 from cbn_jax.core.estimator import Estimator, State
+from cbn_jax.core.layers import Layer, LayerFn, check_layer
 from cbn_jax.core.moments import align, wide
 
 _REASON = (
@@ -20,7 +21,8 @@ _REASON = (
 def fold(
     estimator: Estimator,
     state: State,
-    params: jax.Array | Mapping[str, jax.Array],
+    layer: LayerFn | Layer | Any,
+    params: jax.Array | Mapping[str, Any],
     scale: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
@@ -33,10 +35,11 @@ def fold(
 
     Args:
       estimator: any method whose inference does not look at the example.
-      state: its state after training.
+      state: its state after training; a variable of nnx, as ``norm.state``, is read.
+      layer: the layer before it, what ``run_layer`` takes or a dense layer or convolution
+        of Flax, linen or nnx: of any rank, also grouped and transposed.
       params: those of the layer, a kernel or a mapping with ``kernel`` and, if you like,
-        ``bias``, features last: dense layers, convolutions of any rank, also grouped and
-        transposed, as Flax has them.
+        ``bias``, as ``nnx.state(layer)`` is one.
       scale: the normalizer's ``[C]``; None for 1.
       bias: the normalizer's ``[C]``; None for 0.
 
@@ -47,26 +50,32 @@ def fold(
     Raises:
       ValueError: a method with statistics per example, or corrected ones; parameters with
         other names, without features last or of other features than the state.
+      TypeError: ``layer`` is no layer.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import cbn_jax as cbn
       >>> estimator = cbn.batch_norm(epsilon=1e-9)
       >>> state = cbn.from_batch_stats(mean=jnp.array([1.0]), var=jnp.array([4.0]))
-      >>> cbn.fold(estimator, state, {"kernel": jnp.array([[6.0]])})
+      >>> cbn.fold(estimator, state, cbn.dense, {"kernel": jnp.array([[6.0]])})
       {'kernel': Array([[3.]], dtype=float32), 'bias': Array([-0.5], dtype=float32)}
     """
     check_traits("fold", estimator.traits, {"per_example": _REASON, "corrected": _REASON})
+    check_layer("fold", layer, "fold(estimator, state, layer, params)")
+    state, params, scale, bias = _values((state, params, scale, bias))
     params = params if isinstance(params, Mapping) else {"kernel": params}
     if not {"kernel"} <= set(params) <= {"kernel", "bias"}:
         raise ValueError(
             f"fold got params with {sorted(params)}, expected kernel and perhaps bias; "
             "pass those of the layer alone."
         )
-    kernel = params["kernel"]
+    # Flax has such kernels with their inputs last.
+    transposed = getattr(layer, "transpose_kernel", False)
+    kernel = jnp.asarray(params["kernel"])
+    kernel = jnp.swapaxes(kernel, -1, -2) if transposed else kernel
     features, dtype = kernel.shape[-1], wide(kernel.dtype)
     affine = {"scale": scale, "beta": bias}
-    check_features_last("fold", features, {**params, **affine})
+    check_features_last("fold", features, {**params, **affine, "kernel": kernel})
     statistics = estimator.infer(state, jnp.zeros((1, features), dtype))
     if any(value.ndim > 1 for value in statistics):
         raise ValueError(f"fold {_REASON}")
@@ -82,5 +91,21 @@ def fold(
     offset = (offset - align(mean, offset)) * align(factor, offset)
     if bias is not None:
         offset = offset + align(wider(bias), offset)
-    folded = {"kernel": wider(kernel) * align(factor, kernel), "bias": offset}
+    folded_kernel = wider(kernel) * align(factor, kernel)
+    if transposed:
+        folded_kernel = jnp.swapaxes(folded_kernel, -1, -2)
+    folded = {"kernel": folded_kernel, "bias": offset}
     return {name: value.astype(kernel.dtype) for name, value in folded.items()}
+
+
+def _values(tree: Any) -> Any:
+    """The tree with the variables of nnx as what they hold."""
+
+    def is_variable(node: Any) -> bool:
+        return hasattr(node, "get_value")
+
+    return jax.tree.map(
+        lambda node: node.get_value() if is_variable(node) else node,
+        tree,
+        is_leaf=is_variable,
+    )

@@ -40,15 +40,16 @@ def recompute(
       states: those of the model, as ``update`` takes them, such as linen's ``batch_stats``
         or ``nnx.state(model, nnx.BatchStat)``. Only their form and their gates are used.
       batches: the data, any iterable. ``tqdm.tqdm(batches)`` shows a progress bar.
-      size: ``batch -> weight``; None for the number of examples, the length of the first
-        array in the batch. With a mask it is the sum of the mask.
+      size: ``batch -> weight``; None for the number of examples, the length of all arrays
+        in the batch. With a mask it is the sum of the mask.
 
     Returns:
       The states with new running moments, and windows computed under these weights.
 
     Raises:
-      ValueError: no batches; states without running moments (those of group norm plus, and
-        of ``diminishing_batch_norm``, whose averages are the method).
+      ValueError: no batches; without ``size``, a batch whose arrays differ in length;
+        states without running moments (those of group norm plus, and of
+        ``diminishing_batch_norm``, whose averages are the method).
 
     Values that are not finite, and features without a value that counts, are left out.
 
@@ -130,7 +131,15 @@ class _Total(NamedTuple):
 
 
 def _examples(batch: Any) -> int:
-    return len(jax.tree.leaves(batch)[0])
+    """The length that all arrays of the batch have."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    first = {shape[:1] for shape in shapes}
+    if len(first) == 1 and () not in first:
+        return first.pop()[0]
+    raise ValueError(
+        f"recompute got a batch of arrays of shapes {shapes}, expected one number of "
+        "examples first in all; write size=lambda batch: ... for the weight of a batch."
+    )
 
 
 def _on_running(change: Callable[..., Any], states: States, *others: Any) -> States:
@@ -175,8 +184,9 @@ def _fresh(node: Any) -> Any:
 
 
 def _restarted(running: RunningMoments) -> RunningMoments:
-    zeros = jnp.zeros_like(running.mean)
-    return RunningMoments(zeros, jnp.ones_like(zeros), zeros)
+    # Each a buffer of its own, else the state cannot be donated.
+    mean, var, steps = running
+    return RunningMoments(jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(steps))
 
 
 def _is_node(node: Any) -> bool:

@@ -95,8 +95,9 @@ def fitted_inference(
         corrected already, or gated; and what the estimator raises.
       TypeError: the state is another method's.
 
-    Features that are not finite in a batch, and those without a value that counts, leave
-    the fit as it is.
+    Features of which the estimator's averages do not take a batch in (not finite, fewer
+    than two values) leave the fit as it is. An example without a value that counts
+    (``mask``) has ordinary inference.
 
     Example:
       >>> import jax.numpy as jnp
@@ -142,7 +143,8 @@ def fitted_inference(
         )
         instance = instance_moments(lax.stop_gradient(x), mask)
         seen = _fit(lax.stop_gradient(statistics), running, instance, axis_name)
-        return statistics, _averaged(state, seen, average)._replace(state=inside)
+        taken = _taken(state.state, inside)
+        return statistics, _averaged(state, seen, taken, average)._replace(state=inside)
 
     def infer(state, x, *, mask=None):
         state, x = accept(state, x, mask)
@@ -151,6 +153,11 @@ def fitted_inference(
         a, c = _solve(state.fit)
         mean, inv_std, a, *c = (
             align(value, x).astype(instance.mean.dtype) for value in (*running, a, *c)
+        )
+        known = instance.size > 0
+        a, *c = (
+            jnp.where(known, fitted, ordinary)
+            for fitted, ordinary in zip((a, *c), (0.0, 1.0, 0.0, 0.0), strict=True)
         )
         offset = instance.mean - mean
         var = c[0] * inv_std**-2 + c[1] * instance.var + c[2] * jnp.square(offset)
@@ -185,10 +192,18 @@ def _fit(
     return jax.tree.map(lambda leaf: leaf / align(sums.gram[0, 0], leaf), sums)
 
 
-def _averaged(state: FittedState, seen: Fit, average: ScheduleFn) -> FittedState:
+def _taken(before: State, after: State) -> jax.Array | bool:
+    """Features whose averages took the batch in; others have no statistics of it."""
+    before, after = (getattr(state, "running", state) for state in (before, after))
+    return after.steps > before.steps if hasattr(after, "steps") else True
+
+
+def _averaged(
+    state: FittedState, seen: Fit, taken: jax.Array | bool, average: ScheduleFn
+) -> FittedState:
     """The averages with one batch more; features that are not finite keep theirs."""
     seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
-    usable = jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
+    usable = taken & jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
     usable &= jnp.isfinite(seen.slope).all(0)
     steps = state.steps + usable.astype(jnp.float32)
     alpha = weights(average, jnp.maximum(steps, 1.0))
