@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .core.checks import check_mask
+from .core.checks import check_axis, check_mask
 from .core.estimator import Estimator
 from .core.layers import Patches, conv_patches
 from .core.running import RunningMoments, find_running
@@ -111,25 +111,11 @@ def outputs_last(layer: Any, params: Any) -> Any:
     return {**params, "kernel": jnp.swapaxes(params["kernel"], -1, -2)}
 
 
-def check_axis(axis: int, layer: Any, x: jax.Array) -> None:
-    """The activations have the feature axis; that of a layer's is the last one."""
-    ndim = jnp.ndim(x)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"Norm got axis={axis} for activations of shape {jnp.shape(x)}, expected an "
-            f"axis from {-ndim} to {ndim - 1}."
-        )
-    if layer is not None and axis not in (-1, ndim - 1):
-        raise ValueError(
-            f"Norm got axis={axis} with the layer {_short(layer)}, whose features are the "
-            "last axis; leave out axis, and give the layer inputs with channels last."
-        )
-
-
 def to_last(
-    x: jax.Array, mask: jax.Array | None, axis: int
+    x: jax.Array, mask: jax.Array | None, axis: int, layer: Any
 ) -> tuple[jax.Array, jax.Array | None, Callable[[jax.Array], jax.Array]]:
     """Moves the feature axis to the end; also gives the way back."""
+    check_axis(axis, x, None if layer is None else _short(layer))
     check_mask("Norm", x, mask)
     if axis in (-1, x.ndim - 1):
         return x, mask, lambda y: y

@@ -7,10 +7,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# The long one is chosen by ``--hypothesis-profile=long``.
+settings.register_profile("short", max_examples=12, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=300, deadline=None)
+settings.load_profile("short")
 
 
 def pytest_configure(config):

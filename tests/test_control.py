@@ -57,7 +57,7 @@ def test_a_mask_weighs_by_what_counts(key):
     layer = LAYERS["dense"]
     params, estimator = layer.params(key), cbn.batch_norm()
     z = layer.data(key, examples=24)
-    mask = jax.random.bernoulli(key, 0.6, (24, 1))
+    mask = jax.random.bernoulli(key, 0.8, (24, 1))
     batches = [(z[i : i + 6], mask[i : i + 6]) for i in range(0, 24, 6)]
 
     def update(state, batch):

@@ -93,6 +93,75 @@ def test_pooling_groups_is_the_moments_of_their_union(sizes, shift, seed):
     np.testing.assert_array_equal(pooled.size, [len(union)] * 2)
 
 
+def spike(place):
+    """A click map: one large value, and little else."""
+
+    def values(noise):
+        noise = 0.01 * noise
+        noise[{"first": 0, "middle": len(noise) // 2, "last": -1}[place]] = 100.0
+        return noise
+
+    return values
+
+
+HARD = {
+    "a spike first": spike("first"),
+    "a spike in the middle": spike("middle"),
+    "a spike last": spike("last"),
+    "a spike and zeros": lambda noise: spike("middle")(0.0 * noise),
+    "a spike, far": lambda noise: spike("middle")(noise) + 1e3,
+    "ascending": lambda noise: np.sort(noise, 0),
+    "descending in size": lambda noise: np.take_along_axis(
+        noise, np.argsort(-np.abs(noise), 0), 0
+    ),
+    "far": lambda noise: noise + 1e4,
+    "two neighbors": lambda noise: np.where(noise > 0, 1e7, 1e7 + 1.0),
+}
+measure = jax.jit(cbn.batch_moments)
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize(
+    "shape", [(1, 160, 160, 160, 1), (1, 640, 368, 2), (4096, 3), (2, 64, 64, 4)]
+)
+def test_variances_keep_their_digits(shape, case):
+    """Where the large value stands, in which order, how far away: 1e-5 of the variance.
+
+    The middle of the volume is the value at its middle position.
+    """
+    noise = np.random.default_rng(0).normal(size=(np.prod(shape[:-1]), shape[-1]))
+    x = np.float32(HARD[case](noise)).reshape(shape)
+    expected = np.var(np.float64(x), tuple(range(x.ndim - 1)))
+    np.testing.assert_allclose(measure(x).var, expected, rtol=1e-5)
+    everything = np.ones((1,) * x.ndim, bool)
+    np.testing.assert_allclose(measure(x, mask=everything).var, expected, rtol=1e-5)
+
+
+@pytest.mark.program
+@pytest.mark.parametrize("case", HARD)
+def test_variances_keep_their_digits_on_eight_devices(case, eight_devices):
+    noise = np.random.default_rng(0).normal(size=(8 * 64 * 64, 2))
+    x = np.float32(HARD[case](noise)).reshape(8, 1, 64, 64, 2)
+    mask = np.ones((8, 1, 64, 64, 1), bool)
+    mask[0] = False  # the first device has nothing to say
+    expected = np.var(np.float64(x), (0, 1, 2, 3)), np.var(np.float64(x[1:]), (0, 1, 2, 3))
+    for each, var in zip((None, mask), expected, strict=True):
+
+        def local(x, mask):
+            return cbn.batch_moments(x, axis_name="data", mask=mask)
+
+        moments = jax.jit(jax.vmap(local, axis_name="data"))(x, each)
+        np.testing.assert_allclose(moments.var[0], var, rtol=1e-5)
+
+
+def test_a_small_variance_is_averaged_with_all_its_digits():
+    """The start of the average, 1, has no part in it."""
+    x = 1e-3 * jnp.arange(8.0)[:, None]
+    _, state = cbn.batch_norm().train(cbn.batch_norm().init(1), x)
+    np.testing.assert_allclose(state.var, np.var(np.float64(x)), rtol=1e-6)
+
+
 def test_pooling_ignores_empty_groups():
     moments = cbn.Moments(
         mean=jnp.array([[9.0], [1.0]]),
@@ -153,7 +222,7 @@ def test_normalize_takes_statistics_per_example():
 
 def test_no_rounding_makes_a_variance_negative(monkeypatch):
     """The two sums of a constant from a bad start do not cancel to the last digit."""
-    monkeypatch.setattr(_moments, "_start", lambda x: jnp.full(x.shape[-1], 1e3))
+    monkeypatch.setattr(_moments, "_start", lambda x: jnp.full(x.shape[-1], 1e7))
     x = jnp.broadcast_to(jnp.linspace(0.1, 3.0, 200), (7, 200))
     with jax.disable_jit():
         var = cbn.batch_moments(x).var

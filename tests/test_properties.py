@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CORRECTED, FACTORIES, GROUPS, KINDS, LAYERS, SAMPLING, init, train
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cbn_jax as cbn
 
 LAYER = LAYERS["dense"]
-settings.register_profile("cbn", max_examples=15, deadline=None, derandomize=True)
-settings.load_profile("cbn")
 
 estimators = pytest.mark.parametrize("name", KINDS)
 seeds = st.integers(0, 2**31 - 1)

@@ -38,7 +38,7 @@ def in_float32(state: Any) -> Any:
 
     def widened(leaf):
         leaf = jnp.asarray(leaf)
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return leaf if leaf.dtype == jnp.float64 else leaf.astype(jnp.float32)
 
     return jax.tree.map(widened, state)
 
@@ -125,6 +125,21 @@ def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
             f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, "
             "expected a last axis of 1, the same mask for all features; write "
             "mask.all(axis=-1, keepdims=True)."
+        )
+
+
+def check_axis(axis: int, x: jax.Array, layer: str | None) -> None:
+    """The activations have the feature axis of a module; that of a layer's is the last."""
+    ndim = jnp.ndim(x)
+    if not -ndim <= axis < ndim:
+        raise ValueError(
+            f"Norm got axis={axis} for activations of shape {jnp.shape(x)}, expected an "
+            f"axis from {-ndim} to {ndim - 1}."
+        )
+    if layer is not None and axis not in (-1, ndim - 1):
+        raise ValueError(
+            f"Norm got axis={axis} with the layer {layer}, whose features are the last "
+            "axis; leave out axis, and give the layer inputs with channels last."
         )
 
 

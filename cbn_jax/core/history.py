@@ -21,6 +21,7 @@ from .moments import (
 from .patches import inner, per_row, product, pull
 from .running import finite_moments
 from .source import Source
+from .statistics import std_of
 
 
 class History(NamedTuple):
@@ -131,22 +132,27 @@ def _derivatives(
     seen: tuple[Moments, jax.Array], source: Source, mask: jax.Array | None
 ) -> tuple[Params, Params]:
     """∂μ and ∂σ² of this device's values."""
-    (mean, _, count), x = seen
+    (mean, var, count), x = seen
     x = x.astype(mean.dtype)
     shape = (*x.shape[:-1], 1)
     # A layer in half precision takes the cotangent in it: 1/N would underflow there, and a
-    # sum without it overflow. So about 1/√N goes in, and the rest follows.
+    # sum without it overflow, as would large deviations. So deviations go in by their size
+    # and with 1/√N, and the rest follows.
     total = jnp.maximum(count[0], 1.0)
-    root = jnp.exp2(jnp.round(jnp.log2(total) / 2.0))
+    root, size = jnp.sqrt(total), std_of(var)
+    size = jnp.where(size > 0, size, 1.0)
     weight = jnp.broadcast_to(1.0 / root, shape)
-    deviation = x - align(mean, x)
+    deviation = (x - align(mean, x)) / align(size, x)
     if mask is not None:
         counts = jnp.broadcast_to(mask, shape).astype(bool)
         weight = jnp.where(counts, weight, 0.0)
         deviation = jnp.where(counts, deviation, 0.0)
-    d_var, d_mean = source.pullback(2.0 * deviation * weight, weight)
-    rest = root / total
-    return jax.tree.map(lambda leaf: leaf.astype(mean.dtype) * rest, (d_mean, d_var))
+    d_var, d_mean = source.pullback(deviation * weight, weight, masked=mask is not None)
+    d_mean = jax.tree.map(lambda d: d.astype(mean.dtype) / root, d_mean)
+    d_var = jax.tree.map(
+        lambda d: d.astype(mean.dtype) * align(2.0 * size / root, d), d_var
+    )
+    return d_mean, d_var
 
 
 def _slot(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> History:

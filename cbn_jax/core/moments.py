@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean and variance of a batch: accurate in float32, one collective."""
 
+import functools
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -205,17 +206,25 @@ def _about_mean(
     The float32 number next to the mean may still be a deviation away from it, so what the
     rounding left is kept.
     """
+    # Without the barriers a compiler may round these two differently wherever it uses them.
+    start = lax.optimization_barrier(start)
     offset = mean_of(x - align(start, x))
-    mean = start + offset
-    # Fixed, so that gradients flow through the sums alone. The deviations are those that
-    # ``normalize`` needs: a compiler computes them once.
-    pivot = lax.stop_gradient(mean)
+    mean = lax.optimization_barrier(start + offset)
+    pivot = lax.stop_gradient(mean)  # gradients flow through the sums alone
     rest = offset - (pivot - start)
-    var = mean_of(jnp.square(x - align(pivot, x))) - jnp.square(rest)
+    var = _squares(mean_of, x, pivot) - jnp.square(rest)
     # A scale of 0 would hide an overflow; NaN shows it.
     var = jnp.where(var < jnp.inf, jnp.maximum(var, 0.0), jnp.nan)
     rest = lax.stop_gradient(rest)  # the gradient of the mean flows once
     return Part(mean, Moments(rest, var, jnp.broadcast_to(count, var.shape)))
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _squares(
+    mean_of: Callable[[jax.Array], jax.Array], x: jax.Array, pivot: jax.Array
+) -> jax.Array:
+    """E[(x − pivot)²]. The deviations are computed again rather than kept for gradients."""
+    return mean_of(jnp.square(x - align(pivot, x)))
 
 
 def _start(x: jax.Array) -> jax.Array:

@@ -95,11 +95,13 @@ def update_running(
     moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moments)
     usable = usable_moments(moments)
     steps = running.steps + usable.astype(jnp.float32)
-    # The first batch is all there is to average, whatever the schedule.
-    alpha = jnp.where(steps > 1, weights(average, jnp.maximum(steps, 1.0)), 1.0)
+    alpha = weights(average, jnp.maximum(steps, 1.0))
 
     def blend(old, new):
-        return old + jnp.where(usable, alpha * (new - old), 0.0)
+        # The first batch is all there is to average, whatever the schedule. A difference
+        # to the start, 1, would cost a small variance its digits.
+        blended = jnp.where(steps > 1, old + alpha * (new - old), new)
+        return jnp.where(usable, blended, old)
 
     return RunningMoments(
         mean=blend(running.mean, moments.mean),

@@ -12,7 +12,9 @@ from .layers import Layer, LayerFn, Params, as_layer
 
 
 class Pullback(Protocol):
-    def __call__(self, each: jax.Array, shared: jax.Array) -> tuple[Params, Params]: ...
+    def __call__(
+        self, each: jax.Array, shared: jax.Array, *, masked: bool = False
+    ) -> tuple[Params, Params]: ...
 
 
 class Source(NamedTuple):
@@ -25,7 +27,8 @@ class Source(NamedTuple):
         cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared`` ``[..., 1]``, the same
         for every feature, its leaves ``[..., groups]``. Feature c of ``x`` depends on
         ``θ[..., c]`` alone, so the cotangent 1/N yields the derivatives of all feature
-        means at once, and 2 (x − mean) / N those of all variances.
+        means at once, and 2 (x − mean) / N those of all variances. With ``masked``, what is
+        not finite in the inputs counts as 0: a cotangent of 0 would make it NaN.
       patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``;
         None where the layer does not know.
       groups: of the layer.
@@ -69,8 +72,11 @@ def run_layer(
     fixed, inputs = lax.stop_gradient((params, inputs))
     cut = layer.patches
 
-    def pullback(each: jax.Array, shared: jax.Array) -> tuple[Params, Params]:
-        return _pull_both(layer, _varying(fixed, each), inputs, each, shared)
+    def pullback(
+        each: jax.Array, shared: jax.Array, *, masked: bool = False
+    ) -> tuple[Params, Params]:
+        seen = jax.tree.map(_finite, inputs) if masked else inputs
+        return _pull_both(layer, _varying(fixed, each), seen, each, shared)
 
     def patches(index: jax.Array) -> Params:
         assert cut is not None
@@ -78,6 +84,10 @@ def run_layer(
 
     known = None if cut is None else patches
     return x, Source(params, pullback, known, layer.groups)
+
+
+def _finite(inputs: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(inputs), inputs, jnp.zeros_like(inputs))
 
 
 def _pull_both(layer, params, inputs, each, shared):

@@ -102,7 +102,7 @@ def normalize(
     """
     x = activations("normalize", x)
     asked = _result_dtype(x.dtype if dtype is None else dtype)
-    wider = jnp.promote_types(wide(x.dtype), wide(asked))
+    wider = wide(jnp.float64 if jnp.float64 in (x.dtype, asked) else x.dtype)
 
     def aligned(value):
         return align(jnp.asarray(value), x).astype(wider)

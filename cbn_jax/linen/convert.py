@@ -180,11 +180,11 @@ def _converted(
     names = _names(found, old, new)
     modules = {path[1:end] for path in leaves for end in range(2, len(path) + 1)}
     for path, name in names.items():
-        if (*path[:-1], name) in modules - {path}:
+        renamed = (*path[:-1], name)
+        if renamed != path and renamed in modules:
             raise ValueError(
-                f"{method} got modules {'/'.join(path)} and "
-                f"{'/'.join((*path[:-1], name))}, which would have one name; give them "
-                "names of their own."
+                f"{method} got modules {'/'.join(path)} and {'/'.join(renamed)}, which "
+                "would have one name; give them names of their own."
             )
     made = unflatten_dict(
         {

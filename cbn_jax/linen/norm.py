@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cbn_jax._flax import check_axis, check_modules, estimator_of, flag_of, to_last
+from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -108,8 +108,7 @@ class Norm(nn.Module):
             self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
         )
         x, source, layer, params = self._run_layer(inputs)
-        check_axis(self.axis, self.layer, x)
-        x, mask, back = to_last(x, mask, self.axis)
+        x, mask, back = to_last(x, mask, self.axis, self.layer)
         features = x.shape[-1]
         state = self.variable(
             "batch_stats", "state", lambda: estimator.init(features, layer, params)

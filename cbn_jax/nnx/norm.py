@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cbn_jax._flax import check_axis, check_modules, estimator_of, flag_of, to_last
+from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -126,8 +126,7 @@ class Norm(nnx.Module):
             running = use_running_average
         estimator = self._estimator()
         x, source = self._run_layer(inputs)
-        check_axis(self.axis, self.layer, x)
-        x, mask, back = to_last(x, mask, self.axis)
+        x, mask, back = to_last(x, mask, self.axis, self.layer)
         state = self.state.get_value()
         if running:
             statistics = estimator.infer(state, x, mask=mask)

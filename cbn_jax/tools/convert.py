@@ -164,7 +164,9 @@ def to_pytorch(
     """
     share = _biased_share(values_per_feature)
     vectors = _written("to_pytorch", weights, _PYTORCH)
-    vectors["running_var"] /= share
+    # The start of an average is no variance of a batch.
+    seen = np.asarray(weights.running.steps) > 0
+    vectors["running_var"] /= np.where(seen, share, 1.0)
     arrays = {name: value.astype(np.float32) for name, value in vectors.items()}
     return {**arrays, "num_batches_tracked": np.array(_batches(weights), np.int64)}
 

@@ -51,7 +51,8 @@ def recompute(
         states without running moments (those of group norm plus, and of
         ``diminishing_batch_norm``, whose averages are the method).
 
-    Values that are not finite, and features without a value that counts, are left out.
+    Features that are not finite in a batch, or have fewer than two values that count in it,
+    are left out of that batch.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -225,5 +225,11 @@ def _solve(fit: Fit) -> tuple[jax.Array, jax.Array]:
     ridge = 1e-4 * jnp.eye(3, dtype=fit.gram.dtype)
     gram = jnp.moveaxis(fit.gram, -1, 0) + ridge[None]
     target = fit.target.T + ridge[:1]
-    c = jnp.linalg.solve(gram, target[..., None])[..., 0]
+    # Solved for unit diagonals: squares of squares of large deviations are in the matrix.
+    unit = lax.rsqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+    gram = (
+        gram * unit[:, :, None] * unit[:, None, :]
+        + 1e-6 * jnp.eye(3, dtype=gram.dtype)[None]
+    )
+    c = unit * jnp.linalg.solve(gram, (unit * target)[..., None])[..., 0]
     return a, jnp.maximum(c.T, 0.0)
