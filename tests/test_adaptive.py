@@ -392,3 +392,20 @@ def test_a_gate_is_one_truth_value():
     state = cbn.adaptive_batch_norm(cbn.batch_norm()).init(2)
     with pytest.raises(ValueError, match=r"open of shape \(2,\), expected one truth value"):
         cbn.set_gate(state, jnp.array([True, False]))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_entries_under_a_mask_are_not_measured(measure, key):
+    x = jax.random.normal(key, (6, 5, 3))
+    mask = jnp.arange(6)[:, None, None] < 4
+    padded = jnp.where(mask, x, jnp.nan)
+    found = cbn.heterogeneity(padded, measure, mask=mask)
+    np.testing.assert_allclose(found, reference.heterogeneity(x[:4], measure), rtol=1e-5)
+
+
+def test_places_without_two_entries_are_left_out(key):
+    x = jax.random.normal(key, (4, 3))
+    mask = jnp.ones((4, 3), bool).at[1:, 0].set(False)
+    found = cbn.heterogeneity(x, "channels", mask=mask)
+    expected = reference.heterogeneity(x[:, 1:], "channels")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

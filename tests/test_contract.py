@@ -413,3 +413,22 @@ def test_bad_options(name, bad):
             factory(momentum=bad)
     with pytest.raises(ValueError, match=r"epsilon is .*above 0"):
         factory(epsilon=-abs(bad))
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (8, 3), (8, 4, 1)])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mask_that_does_not_fit(name, shape, key):
+    """One sentence from each, in training and in inference."""
+    layer = LAYERS["dense"]
+    estimator, params, _, state = run(name, layer, key)
+    x, source = cbn.run_layer(layer.layer, params, layer.data(key))
+    write = (
+        r"write mask\[\.\.\., None\]"
+        if shape == (8,)
+        else r"write a mask of shape \(8, 1\)"
+    )
+    for call in (functools.partial(estimator.train, source=source), estimator.infer):
+        with pytest.raises(
+            ValueError, match=rf"^\w+ got a mask of shape .*\(8, 4\).*{write}"
+        ):
+            call(state, x, mask=jnp.ones(shape, bool))

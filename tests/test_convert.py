@@ -393,3 +393,41 @@ def test_a_wrapped_state_is_not_the_averages():
     state = cbn.adaptive_batch_norm(cbn.batch_norm()).init(3)
     with pytest.raises(TypeError, match=r"^to_keras got a state of type GateState"):
         convert.to_keras(convert.BatchNormWeights(None, None, state))
+
+
+# Counters that contradict the averages.
+
+TRAINED = {"running_mean": MEAN, "running_var": VAR}
+FRESH = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "counter", "steps"),
+    [
+        (TRAINED, None, 1e6),
+        (TRAINED, 0, 1e6),  # nobody counted
+        (TRAINED, 7, 7),
+        (FRESH, 0, 0),
+        (FRESH, 7, 7),  # a layer frozen as the identity
+    ],
+)
+@pytest.mark.parametrize("values", [None, VALUES])
+def test_a_count_of_zero_beside_trained_averages_is_no_count(
+    tensors, counter, steps, values
+):
+    counted = {} if counter is None else {"num_batches_tracked": np.array(counter)}
+    running = convert.from_pytorch(tensors | counted, values).running
+    np.testing.assert_array_equal(running.steps, steps)
+
+
+@pytest.mark.parametrize(("value", "steps"), [(0.0, 0), (1.0, 1e6)])
+def test_a_count_of_zero_in_haiku(value, steps):
+    entry = {"counter": 0, "hidden": np.zeros((1, 3)), "average": np.full((1, 3), value)}
+    running = convert.from_haiku({}, {"mean_ema": entry, "var_ema": entry}).running
+    np.testing.assert_array_equal(running.steps, steps)
+    np.testing.assert_array_equal(running.var, 1.0)  # a start of 0 predicts infinities
+
+
+def test_an_average_of_nothing_comes_back_from_haiku():
+    fresh = weights_of(mean=np.zeros(3), var=np.ones(3), steps=0.0)
+    assert_same(ROUND_TRIPS["haiku"](fresh), fresh)

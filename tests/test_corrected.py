@@ -600,3 +600,31 @@ def test_a_trained_model_is_fitted_in_one_pass(key):
     training, ordinary, unfitted, predicted = run()
     np.testing.assert_allclose(unfitted, ordinary, rtol=1e-4, atol=1e-5)
     assert rms(predicted - training) < 0.7 * rms(ordinary - training)
+
+
+def test_a_feature_with_one_value_leaves_the_fit_as_it_is(key):
+    """Its training statistics are the running ones, of which nothing is to be learned."""
+    estimator, x = cbn.fitted_inference(cbn.batch_norm()), jax.random.normal(key, (4, 5, 3))
+    _, state = estimator.train(estimator.init(3), x)
+    mask = jnp.ones((4, 5, 3), bool).at[..., 0].set(False).at[0, 0, 0].set(True)
+    _, after = estimator.train(state, 3.0 * x, mask=mask)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(new[..., 0], old[..., 0])
+    np.testing.assert_array_equal(after.steps, [1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [cbn.corrected_inference(cbn.batch_norm(), 2), cbn.fitted_inference(cbn.batch_norm())],
+)
+def test_an_example_without_a_value_has_ordinary_inference(estimator, key):
+    x = jax.random.normal(key, (4, 5, 3))
+    _, state = estimator.train(estimator.init(3), x)
+    mask = jnp.arange(4)[:, None, None] > 0
+    found = estimator.infer(state, 2.0 * x, mask=mask)
+    inside = state.state if hasattr(state, "state") else state
+    ordinary = cbn.batch_norm().infer(inside, x)
+    np.testing.assert_allclose(found.mean[0, 0], ordinary.mean, rtol=1e-6)
+    np.testing.assert_allclose(found.inv_std[0, 0], ordinary.inv_std, rtol=1e-5)
+    alone = estimator.infer(state, 2.0 * x[1:])
+    np.testing.assert_allclose(found.mean[1:], alone.mean, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,12 @@ from flax import linen as nn
 from flax import serialization
 
 import cbn_jax as cbn
-from cbn_jax.linen import Norm, from_batch_norm, to_batch_norm
+from cbn_jax.linen import (
+    Norm,
+    from_batch_norm,
+    optimizer_from_batch_norm,
+    to_batch_norm,
+)
 
 CBN = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
 WITHOUT_AVERAGES = ["diminishing_batch_norm", "group_norm", "group_norm_plus"]
@@ -771,3 +776,122 @@ def test_a_layer_of_ones_own(key):
     z = jax.random.normal(key, (6, 3))
     variables = start(own, key, z, True)
     assert_close(run(own, variables, z, False), run(dense, variables, z, False))
+
+
+# Arguments that do not fit together.
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+@pytest.mark.parametrize("method", [cbn.batch_norm(), cbn.small_batch_norm(2)])
+def test_an_axis_and_a_layer(method, rows, key):
+    """The features of a layer are last, also where another axis has as many."""
+    norm = Norm(method, nn.Conv(6, (3, 3)), axis=1, use_running_average=False)
+    with pytest.raises(ValueError, match=r"axis=1 with the layer Conv\(.*leave out axis"):
+        norm.init(key, jnp.ones((2, rows, 6, 3)))
+
+
+@pytest.mark.parametrize("axis", [3, -4])
+def test_an_axis_that_is_not_there(axis, key):
+    norm = Norm(cbn.batch_norm(), axis=axis, use_running_average=False)
+    with pytest.raises(
+        ValueError, match=rf"axis={axis} for .*expected an axis from -3 to 2"
+    ):
+        norm.init(key, jnp.ones((2, 5, 4)))
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_mask_of_a_tokenizer(axis, running, key):
+    norm, x = Norm(cbn.batch_norm(), axis=axis), jnp.ones((2, 5, 5))
+    variables = norm.init(key, x, True)
+    mask = jnp.ones((2, 5), bool)
+    with pytest.raises(
+        ValueError, match=r"Norm got a mask of .*write mask\[\.\.\., None\]"
+    ):
+        norm.apply(variables, x, running, mask=mask, mutable=["batch_stats"])
+
+
+def test_a_layer_with_a_transposed_kernel(key):
+    """Its inputs are last; with a window of 1 × 1 it is the layer without, transposed."""
+    estimator, z = cbn.cross_iteration_batch_norm(3), jax.random.normal(key, (4, 3, 3, 4))
+    outputs = []
+    for transposed in (False, True):
+        layer = nn.ConvTranspose(4, (1, 1), transpose_kernel=transposed)
+        norm = Norm(estimator, layer, use_running_average=False)
+        variables = norm.init(key, z)
+        for step in range(3):  # the weights move between the steps
+            kernel = jax.random.normal(jax.random.fold_in(key, step), (1, 1, 4, 4))
+            kernel = kernel.swapaxes(2, 3) if transposed else kernel
+            layer_params = {**variables["params"]["layer"], "kernel": kernel}
+            params = {**variables["params"], "layer": layer_params}
+            y, updates = norm.apply({**variables, "params": params}, z, mutable=True)
+            variables = {**updates, "params": params}
+        outputs.append(y)
+    chex.assert_trees_all_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+# The state of an optimizer.
+
+
+class Residual(nn.Module):
+    """Two levels of modules that Flax names, in another order than ours."""
+
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, z):
+        z = nn.Dense(4)(z)
+        z = nn.relu(self.norm()(z))
+        return nn.Dense(2)(Inner(self.norm)(z))
+
+
+class Inner(nn.Module):
+    norm: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, z):
+        return self.norm(name="own")(nn.Dense(4)(self.norm()(z)))
+
+
+def kernels(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def names(params):
+    return jax.tree.map(lambda leaf: "adam" if leaf.ndim > 1 else "momentum", params)
+
+
+OPTIMIZERS = {
+    "adam": optax.adam(0.1),
+    "masked": optax.chain(optax.clip(0.5), optax.masked(optax.adam(0.1), kernels)),
+    "two": optax.multi_transform(
+        {"adam": optax.adam(0.1), "momentum": optax.sgd(0.1, momentum=0.9)}, names
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_trained_optimizer_goes_on(optimizer, key, loose):
+    """Its next update is the one that it would have made, under the new names."""
+    theirs = functools.partial(nn.BatchNorm, use_running_average=True)
+    ours = functools.partial(Norm, cbn.batch_norm(), use_running_average=True)
+    z = jax.random.normal(key, (3, 4))
+    variables = Residual(theirs).init(key, z)
+    params, fresh = variables["params"], Residual(ours).init(key, z)["params"]
+
+    def renamed(tree):
+        return from_batch_norm({**variables, "params": tree})["params"]
+
+    chex.assert_trees_all_equal_structs(renamed(params), fresh)
+    gradients = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size)).reshape(p.shape), params)
+    _, opt_state = optimizer.update(gradients, optimizer.init(params), params)
+    expected, _ = optimizer.update(gradients, opt_state, params)
+    opt_state = optimizer_from_batch_norm(opt_state, variables)
+    actual, _ = optimizer.update(renamed(gradients), opt_state, renamed(params))
+    chex.assert_trees_all_equal(actual, renamed(expected))
+
+
+def test_an_optimizer_without_batch_norm(key):
+    variables = nn.Dense(2).init(key, jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"optimizer_from_batch_norm got collections"):
+        optimizer_from_batch_norm((), variables)

@@ -551,3 +551,44 @@ def test_what_a_converted_module_needs():
     trained.axis_index_groups = ((0, 1),)
     with pytest.raises(ValueError, match="axis_index_groups, expected None; use a mesh"):
         from_batch_norm(trained, cbn.batch_norm())
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+@pytest.mark.parametrize("method", [cbn.batch_norm(), cbn.small_batch_norm(2)])
+def test_an_axis_and_a_layer(method, rows):
+    conv = nnx.Conv(3, 6, (3, 3), rngs=nnx.Rngs(0))
+    norm = Norm(method, layer=conv, axis=1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"axis=1 with the layer Conv\(.*leave out axis"):
+        norm(jnp.ones((2, rows, 6, 3)))
+
+
+def test_a_layer_with_a_transposed_kernel(key):
+    """Its inputs are last; with a window of 1 × 1 it is the layer without, transposed."""
+    z, outputs = jax.random.normal(key, (4, 3, 3, 4)), []
+    for transposed in (False, True):
+        layer = nnx.ConvTranspose(
+            4, 4, (1, 1), transpose_kernel=transposed, rngs=nnx.Rngs(0)
+        )
+        norm = Norm(cbn.cross_iteration_batch_norm(3), layer, rngs=nnx.Rngs(0))
+        for step in range(3):  # the weights move between the steps
+            kernel = jax.random.normal(jax.random.fold_in(key, step), (1, 1, 4, 4))
+            layer.kernel.set_value(kernel.swapaxes(2, 3) if transposed else kernel)
+            y = norm(z)
+        outputs.append(y)
+    chex.assert_trees_all_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_variable_in_the_place_of_a_state():
+    norm = Norm(cbn.batch_norm(), num_features=3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"type BatchStat, .*write norm\.state\.get_value"):
+        norm.estimator.infer(norm.state, jnp.ones((2, 3)))
+
+
+def test_running_moments_of_two_methods_are_buffers_of_their_own():
+    methods = {"one": cbn.batch_norm(), "other": cbn.batch_norm(0.5)}
+    norm = from_batch_norm(
+        nnx.BatchNorm(3, rngs=nnx.Rngs(0)), cbn.diagnostics.watch(methods, use="one")
+    )
+    jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(
+        norm.state.get_value()
+    )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cbn_jax.core.checks import check_activations, check_count, check_state_type
+from cbn_jax.core.checks import activations, check_count, check_state_type
 from cbn_jax.core.estimator import Estimator, State, Trait
 from cbn_jax.core.moments import align, wide
 from cbn_jax.core.statistics import Statistics
@@ -124,7 +124,7 @@ def perturb(
         )
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
-        check_activations("perturb", x)
+        x = activations("perturb", x)
         check_state_type("perturb", state, PerturbState)
         state = lax.stop_gradient(state)
         statistics, inside = estimator.train(

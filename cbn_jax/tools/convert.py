@@ -333,6 +333,7 @@ def to_haiku(
         return jnp.asarray(value.reshape((1,) * (ndim - 1) + (-1,)), jnp.float32)
 
     def average(value):
+        value = value * (counter > 0)  # Haiku starts at 0, the variance too
         return {
             "counter": jnp.asarray(counter, jnp.int32),
             "hidden": leaf(value * (1.0 - decay_rate**counter)),
