@@ -93,30 +93,35 @@ def test_pooling_groups_is_the_moments_of_their_union(sizes, shift, seed):
     np.testing.assert_array_equal(pooled.size, [len(union)] * 2)
 
 
-def spike(place):
+def spike(noise, place):
     """A click map: one large value, and little else."""
-
-    def values(noise):
-        noise = 0.01 * noise
-        noise[{"first": 0, "middle": len(noise) // 2, "last": -1}[place]] = 100.0
-        return noise
-
-    return values
+    noise = 0.01 * noise
+    noise[place] = 100.0
+    return noise
 
 
+# By the values and the index of the middle position.
 HARD = {
-    "a spike first": spike("first"),
-    "a spike in the middle": spike("middle"),
-    "a spike last": spike("last"),
-    "a spike and zeros": lambda noise: spike("middle")(0.0 * noise),
-    "a spike, far": lambda noise: spike("middle")(noise) + 1e3,
-    "ascending": lambda noise: np.sort(noise, 0),
-    "descending in size": lambda noise: np.take_along_axis(
+    "a spike first": lambda noise, _: spike(noise, 0),
+    "a spike in the middle": spike,
+    "a spike last": lambda noise, _: spike(noise, -1),
+    "a spike and zeros": lambda noise, middle: spike(0.0 * noise, middle),
+    "a spike, far": lambda noise, middle: spike(noise, middle) + 1e3,
+    "ascending": lambda noise, _: np.sort(noise, 0),
+    "descending in size": lambda noise, _: np.take_along_axis(
         noise, np.argsort(-np.abs(noise), 0), 0
     ),
-    "far": lambda noise: noise + 1e4,
-    "two neighbors": lambda noise: np.where(noise > 0, 1e7, 1e7 + 1.0),
+    "far": lambda noise, _: noise + 1e4,
+    "two neighbors": lambda noise, _: np.where(noise > 0, 1e7, 1e7 + 1.0),
 }
+
+
+def hard(case, shape):
+    noise = np.random.default_rng(0).normal(size=(np.prod(shape[:-1]), shape[-1]))
+    middle = np.ravel_multi_index([0, *(n // 2 for n in shape[1:-1])], shape[:-1])
+    return np.float32(HARD[case](noise, middle)).reshape(shape)
+
+
 measure = jax.jit(cbn.batch_moments)
 
 
@@ -126,12 +131,8 @@ measure = jax.jit(cbn.batch_moments)
     "shape", [(1, 160, 160, 160, 1), (1, 640, 368, 2), (4096, 3), (2, 64, 64, 4)]
 )
 def test_variances_keep_their_digits(shape, case):
-    """Where the large value stands, in which order, how far away: 1e-5 of the variance.
-
-    The middle of the volume is the value at its middle position.
-    """
-    noise = np.random.default_rng(0).normal(size=(np.prod(shape[:-1]), shape[-1]))
-    x = np.float32(HARD[case](noise)).reshape(shape)
+    """Where the large value stands, in which order, how far away: 1e-5 of the variance."""
+    x = hard(case, shape)
     expected = np.var(np.float64(x), tuple(range(x.ndim - 1)))
     np.testing.assert_allclose(measure(x).var, expected, rtol=1e-5)
     everything = np.ones((1,) * x.ndim, bool)
@@ -141,8 +142,7 @@ def test_variances_keep_their_digits(shape, case):
 @pytest.mark.program
 @pytest.mark.parametrize("case", HARD)
 def test_variances_keep_their_digits_on_eight_devices(case, eight_devices):
-    noise = np.random.default_rng(0).normal(size=(8 * 64 * 64, 2))
-    x = np.float32(HARD[case](noise)).reshape(8, 1, 64, 64, 2)
+    x = hard(case, (8, 64, 64, 2)).reshape(8, 1, 64, 64, 2)
     mask = np.ones((8, 1, 64, 64, 1), bool)
     mask[0] = False  # the first device has nothing to say
     expected = np.var(np.float64(x), (0, 1, 2, 3)), np.var(np.float64(x[1:]), (0, 1, 2, 3))

@@ -146,9 +146,9 @@ def perturb(
             PerturbState(inside, state.steps + 1.0, lax.stop_gradient(mark)),
         )
 
-    def infer(state, x):
+    def infer(state, x, *, mask=None):
         check_state_type("perturb", state, PerturbState)
-        return estimator.infer(state.state, x)
+        return estimator.infer(state.state, x, mask=mask)
 
     traits = estimator.traits | _PER_EXAMPLE
     return Estimator(init, train, infer, estimator.epsilon, traits)
