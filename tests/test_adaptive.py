@@ -288,7 +288,7 @@ def test_nnx_models_are_gated_through_their_state(key):
 def test_a_tree_without_gates_is_an_error():
     for tree in ({"Norm_0": {"state": cbn.batch_norm().init(3)}}, {}, None):
         with pytest.raises(
-            ValueError, match=r"set_gate got a tree without a GateState, .*"
+            ValueError, match=r"without a GateState, .*in linen .*batch_stats"
         ):
             cbn.set_gate(tree, True)
 
@@ -390,7 +390,9 @@ def test_bad_batches_and_measures():
 
 def test_a_gate_is_one_truth_value():
     state = cbn.adaptive_batch_norm(cbn.batch_norm()).init(2)
-    with pytest.raises(ValueError, match=r"open of shape \(2,\), expected one truth value"):
+    with pytest.raises(
+        ValueError, match=r"shape \(2,\), expected one truth .*assessment\."
+    ):
         cbn.set_gate(state, jnp.array([True, False]))
 
 

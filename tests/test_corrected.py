@@ -628,3 +628,14 @@ def test_an_example_without_a_value_has_ordinary_inference(estimator, key):
     np.testing.assert_allclose(found.inv_std[0, 0], ordinary.inv_std, rtol=1e-5)
     alone = estimator.infer(state, 2.0 * x[1:])
     np.testing.assert_allclose(found.mean[1:], alone.mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.04])
+def test_a_fitted_variance_is_at_least_epsilon(epsilon):
+    """A regression may say that training divides by nothing."""
+    estimator = cbn.fitted_inference(cbn.batch_norm(epsilon=epsilon))
+    state = estimator.init(2)
+    gram = 1e6 * jnp.broadcast_to(jnp.eye(3)[..., None], (3, 3, 2))
+    state = state._replace(fit=state.fit._replace(gram=gram), steps=jnp.ones(2))
+    inv_std = estimator.infer(state, jnp.ones((1, 2))).inv_std
+    np.testing.assert_allclose(inv_std, epsilon**-0.5, rtol=1e-5)

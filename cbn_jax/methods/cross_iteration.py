@@ -127,6 +127,8 @@ def cross_iteration_batch_norm(
     ``burn_in=steps``, its other one ``ramp(steps)``; its ``buffer_num`` is window − 1.
 
     NaN or inf makes the output of its own step NaN and is kept out of the state.
+    A window of a single value has no variance; such a step is normalized by the running
+    statistics.
     """
     check_count("window", window, 1)
     check_choice("guard", guard, _GUARDS)

@@ -75,7 +75,7 @@ def diminishing_batch_norm(
       An Estimator whose state is a ``DiminishingState``.
 
     Raises:
-      ValueError: an argument out of range; ``train`` with one value per feature; features
+      ValueError: an argument out of range; ``train`` with too few values; features
         that do not fit the state.
       TypeError: ``x`` is not floating point; the state is another method's.
 

@@ -103,6 +103,8 @@ def replay_batch_norm(
     through the whole window; statistics for inference from the window.
 
     NaN or inf makes the output of its own step NaN and is not remembered.
+    A window of a single value has no variance; such a step is normalized by the running
+    statistics.
     """
     check_count("window", window, 1)
     check_count("samples", samples, 1)

@@ -120,7 +120,9 @@ def streaming_batch_norm(
     compensation; statistics for inference from the window.
 
     NaN or inf makes the output of its own step NaN and is kept out of the state. Without a
-    single value that counts (``mask``), the window is used as it is.
+    single value that counts (``mask``), the window is used as it is. A window of one value,
+    as in the first step of a dense layer at batch size 1, has no variance: that step is
+    normalized by the running statistics, which are 0 and 1 before training.
     """
     return named_streaming("streaming_batch_norm", window, samples, momentum, epsilon)
 
