@@ -379,7 +379,7 @@ def test_bad_batches_and_measures():
         cbn.heterogeneity(jnp.ones((4, 3)), "std")
     with pytest.raises(TypeError, match=r"heterogeneity got x of dtype uint8, expected fl"):
         cbn.heterogeneity(jnp.ones((4, 3), jnp.uint8))
-    for shape, expected in (((3,), "an axis of examples"), ((0, 3), "at least 1")):
+    for shape, expected in (((3,), "an axis of examples"), ((0, 3), "at least one")):
         with pytest.raises(ValueError, match=f"heterogeneity got x of shape .*{expected}"):
             cbn.heterogeneity(jnp.ones(shape), "examples")
     with pytest.raises(

@@ -105,7 +105,7 @@ def test_moves_no_more_bytes_than_flax(shape):
 def test_one_value_per_feature_is_an_error():
     estimator = cbn.batch_norm()
     state = estimator.init(4)
-    with pytest.raises(ValueError, match=r"1 values per feature .*at least 2; use more"):
+    with pytest.raises(ValueError, match=r"one value per feature .*at least two; use"):
         estimator.train(state, jnp.ones((1, 4)))
     estimator.infer(state, jnp.ones((1, 4)))
     estimator.train(state, jnp.ones((1, 2, 4)))

@@ -381,7 +381,7 @@ def test_bad_activations(name, key):
         with pytest.raises(TypeError, match=r"dtype int32, .*write x\.astype"):
             call(state, integers)
     with pytest.raises(
-        ValueError, match=r"got x of shape \(0, 4\), 0 values per feature .*skip an empty"
+        ValueError, match=r"got x of shape \(0, 4\), no value per feature .*skip an empty"
     ):
         estimator.train(state, jnp.ones((0, 4)), source)
     with pytest.raises(ValueError, match=r"got x of shape \(4,\), .*x\[None\]"):

@@ -535,5 +535,5 @@ def test_one_value_per_feature_needs_a_window(key):
         {"window": 8, "running": "batch"},
     ):
         estimator, state = start(layer, key, **options)
-        with pytest.raises(ValueError, match="1 values per feature"):
+        with pytest.raises(ValueError, match="one value per feature"):
             estimator.train(state, x, source)

@@ -389,7 +389,7 @@ def test_epsilon_is_positive(bad):
 def test_one_value_per_feature_is_an_error(order):
     estimator = cbn.diminishing_batch_norm(normalize_by=order)
     state = estimator.init(4)
-    with pytest.raises(ValueError, match=r"diminishing_batch_norm .*1 values per feature"):
+    with pytest.raises(ValueError, match=r"diminishing_batch_norm .*one value per feature"):
         estimator.train(state, jnp.ones((1, 4)))
     estimator.infer(state, jnp.ones((1, 4)))
     estimator.train(state, jnp.ones((1, 2, 4)))

@@ -128,7 +128,7 @@ def test_one_example_without_space(name, key):
     if name in ALONE:
         assert_finite(run())
     else:
-        with pytest.raises(ValueError, match=r"1 values per feature|two examples or more"):
+        with pytest.raises(ValueError, match=r"one value per feature|two examples or more"):
             run()
 
 

@@ -490,5 +490,5 @@ def test_one_value_per_feature_needs_a_window(key):
     estimator = cbn.streaming_batch_norm(window=1)
     params = layer.params(key)
     state = init(estimator, layer, params)
-    with pytest.raises(ValueError, match="1 values per feature"):
+    with pytest.raises(ValueError, match="one value per feature"):
         train(estimator, state, layer, params, layer.data(key, examples=1))

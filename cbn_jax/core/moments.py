@@ -177,8 +177,8 @@ def pool_examples(instance: Moments, axis_name: AxisName = None) -> Moments:
 
 def _part(x: jax.Array) -> Part:
     rows = tuple(range(x.ndim - 1))
-    count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
-    return _about_mean(x, _start(x), lambda values: values.mean(axis=rows), count)
+    count = jnp.full(x.shape[-1], math.prod(x.shape[:-1]), x.dtype)
+    return _about_mean(x, _start(x), count, lambda values: values.sum(axis=rows))
 
 
 def _masked_part(x: jax.Array, mask: jax.Array) -> Part:
@@ -186,59 +186,65 @@ def _masked_part(x: jax.Array, mask: jax.Array) -> Part:
     mask = jnp.broadcast_to(mask, x.shape).astype(bool)
     count = mask.sum(axis=rows, dtype=x.dtype)
 
-    def mean_of(values):
-        return jnp.where(mask, values, 0.0).sum(axis=rows) / jnp.maximum(count, 1.0)
+    def total(values):
+        return jnp.where(mask, values, 0.0).sum(axis=rows)
 
-    # Any one position may not count.
-    start = lax.stop_gradient(mean_of(x))
+    # The middle position may not count, so the start is the mean.
+    start = lax.stop_gradient(total(x * align(_share(count), x)))
     # NaN in a value that does not count would be 0 times NaN in gradients.
-    return _about_mean(jnp.where(mask, x, align(start, x)), start, mean_of, count)
+    return _about_mean(jnp.where(mask, x, align(start, x)), start, count, total)
 
 
 def _about_mean(
     x: jax.Array,
     start: jax.Array,
-    mean_of: Callable[[jax.Array], jax.Array],
     count: jax.Array,
+    total: Callable[[jax.Array], jax.Array],
 ) -> Part:
     """The mean, then the squares about it.
 
     The float32 number next to the mean may still be a deviation away from it, so what the
     rounding left is kept.
     """
-    # Without the barriers a compiler may round these two differently wherever it uses them.
-    start = lax.optimization_barrier(start)
-    offset = mean_of(x - align(start, x))
-    mean = lax.optimization_barrier(start + offset)
+    share = _share(count)
+    # Divided before the sum: a division after it may be fused with the additions below, and
+    # then the mean is rounded differently wherever a program needs it.
+    offset = total((x - align(start, x)) * align(share, x))
+    mean = start + offset
     pivot = lax.stop_gradient(mean)  # gradients flow through the sums alone
     rest = offset - (pivot - start)
-    var = _squares(mean_of, x, pivot) - jnp.square(rest)
+    var = _squares(total, x, pivot) * share - jnp.square(rest)
     # A scale of 0 would hide an overflow; NaN shows it.
     var = jnp.where(var < jnp.inf, jnp.maximum(var, 0.0), jnp.nan)
     rest = lax.stop_gradient(rest)  # the gradient of the mean flows once
-    return Part(mean, Moments(rest, var, jnp.broadcast_to(count, var.shape)))
+    return Part(mean, Moments(rest, var, count))
+
+
+def _share(count: jax.Array) -> jax.Array:
+    return 1.0 / jnp.maximum(count, 1.0)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _squares(
-    mean_of: Callable[[jax.Array], jax.Array], x: jax.Array, pivot: jax.Array
+    total: Callable[[jax.Array], jax.Array], x: jax.Array, pivot: jax.Array
 ) -> jax.Array:
-    """E[(x − pivot)²]. The deviations are computed again rather than kept for gradients."""
-    return mean_of(jnp.square(x - align(pivot, x)))
+    """Σ (x − pivot)². The deviations are computed again rather than kept for gradients."""
+    return total(jnp.square(x - align(pivot, x)))
 
 
 def _start(x: jax.Array) -> jax.Array:
     """A value between those of the feature: the middle position, averaged over examples.
 
-    The rounding error of the mean grows with the distance, which for N values between
-    theirs is at most √N standard deviations. The batch axis is not sliced but averaged,
-    because it may be sharded.
+    The rounding error of the mean grows with the distance of the start. A value between the
+    least and the greatest of N is at most √N standard deviations away. The batch axis is
+    not sliced but averaged, because it may be sharded.
     """
-    middle = x
+    middle = lax.stop_gradient(x)
     for axis in range(1, x.ndim - 1):
         at = x.shape[axis] // 2
         middle = lax.slice_in_dim(middle, at, at + 1, axis=axis)
-    return lax.stop_gradient(middle.mean(axis=range(x.ndim - 1)))
+    share = 1.0 / jnp.asarray(x.shape[0], x.dtype)
+    return (middle * share).sum(axis=range(x.ndim - 1))
 
 
 def _nothing(x: jax.Array) -> Part:

@@ -121,8 +121,9 @@ def check_values(method: str, x: jax.Array, axis_name: AxisName, least: int = 2)
     if isinstance(count, int) and count < least:  # else the shape is symbolic
         more = "use more examples, axis_name=..., or small_batch_norm(batch_size=1)."
         raise ValueError(
-            f"{method} got x of shape {x.shape}, {count} values per feature in training, "
-            f"expected at least {least}; {more if count else 'skip an empty batch.'}"
+            f"{method} got x of shape {x.shape}, {'one' if count else 'no'} value per "
+            f"feature in training, expected at least {'two' if least > 1 else 'one'}; "
+            f"{more if count else 'skip an empty batch.'}"
         )
 
 
