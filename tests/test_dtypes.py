@@ -63,10 +63,12 @@ def test_float64_is_computed_in_float64(x64):
     assert y.dtype == jnp.float64
     np.testing.assert_allclose(y, exact(x), rtol=1e-7, atol=1e-9)
     assert {leaf.dtype for leaf in state} == {jnp.dtype(jnp.float32)}
-    y, _ = normalized(jnp.asarray(x, jnp.float32), dtype=jnp.float64)
+    statistics = cbn.Statistics(np.float32([1e6] * 4), np.float32([0.3] * 4))
+    x = np.float32(x)
+    y = cbn.normalize(x, statistics, dtype=jnp.float64)
     assert y.dtype == jnp.float64
-    expected = exact(x.astype(np.float32))
-    np.testing.assert_allclose(y, expected, atol=0.1)  # statistics are those of float32
+    expected = (np.float64(x) - 1e6) * np.float64(np.float32(0.3))
+    np.testing.assert_allclose(y, expected, rtol=1e-14)
 
 
 @estimators
@@ -115,6 +117,13 @@ def test_what_is_not_floating_is_refused(name, dtype, write):
     ):
         with pytest.raises(TypeError, match=f"got x of dtype .*expected floating.*{write}"):
             call()
+
+
+def test_float64_that_jax_has_not_is_float32():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y, _ = normalized(jnp.asarray(data(np.float32)), dtype=np.float64)
+    assert y.dtype == jnp.float32
 
 
 def test_a_dtype_of_whole_numbers_is_refused():

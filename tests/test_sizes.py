@@ -57,7 +57,7 @@ def test_replay_asks_for_a_bound_on_the_examples(key):
 
 
 @pytest.mark.parametrize("layer", ["dense", "conv"])
-@pytest.mark.parametrize("shape", [(0, 4), (0, 3, 4), (0, 5, 5, 4), (2, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 4), (0, 3, 4), (0, 5, 5, 4), (2, 3, 0, 4)])
 @pytest.mark.parametrize("name", FACTORIES)
 def test_nothing_is_predicted_for_nothing(name, shape, layer, key):
     estimator, layer = make(name), LAYERS[layer]

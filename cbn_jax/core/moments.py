@@ -260,10 +260,8 @@ def _of_largest(count: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype of statistics: float64 for float64 where JAX has it, else float32."""
-    return jax.dtypes.canonicalize_dtype(
-        jnp.float64 if dtype == jnp.float64 else jnp.float32
-    )
+    """The dtype of statistics: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def align(per_feature: jax.Array, x: jax.Array) -> jax.Array:
