@@ -1,5 +1,6 @@
 """What every estimator promises, checked for each through the same tests."""
 
+import dataclasses
 import functools
 import inspect
 import typing
@@ -432,3 +433,27 @@ def test_a_mask_that_does_not_fit(name, shape, key):
             ValueError, match=rf"^\w+ got a mask of shape .*\(8, 4\).*{write}"
         ):
             call(state, x, mask=jnp.ones(shape, bool))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        cbn.adaptive_batch_norm,
+        functools.partial(cbn.corrected_inference, examples=2),
+        cbn.fitted_inference,
+        lambda estimator: cbn.diagnostics.watch({"it": estimator}, use="it"),
+    ],
+    ids=["adaptive", "corrected", "fitted", "watch"],
+)
+def test_a_wrapper_hands_on_the_mask(wrap):
+    """To a method whose inference looks at the example, now or one day."""
+    seen = []
+
+    def infer(state, x, *, mask=None):
+        seen.append(mask)
+        return plain.infer(state, x, mask=mask)
+
+    plain = cbn.batch_norm()
+    estimator, mask = wrap(dataclasses.replace(plain, infer=infer)), jnp.ones((4, 1), bool)
+    estimator.infer(estimator.init(3), jnp.ones((4, 3)), mask=mask)
+    assert seen[-1] is mask

@@ -82,9 +82,9 @@ def heterogeneity(
     moments = batch_moments(x, axis_name=axis_name, mask=mask)
     if measure == "entries":
         moments = pool_moments(jax.tree.map(lambda leaf: leaf[:, None], moments))
-    std, several = std_of(moments.var), has_variance(moments)
-    total = jnp.where(several, std, 0.0).sum()
-    return (total / jnp.maximum(several.sum(dtype=std.dtype), 1.0)).astype(jnp.float32)
+    std = std_of(moments.var)  # 0 for fewer than two entries
+    several = has_variance(moments).sum(dtype=std.dtype)
+    return (std.sum() / jnp.maximum(several, 1.0)).astype(jnp.float32)
 
 
 def set_gate(tree: Any, open: jax.typing.ArrayLike) -> Any:
