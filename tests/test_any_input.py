@@ -173,7 +173,7 @@ def positions_of(name, mask):
 def expected_of(way, name, batches, dtype):
     """Oracle's outputs, and how far from them float32 may be."""
     oracle = standing.ORACLES[name](C)
-    seen, results = np.zeros((1, 1, C)), []
+    seen, kept, results = np.zeros((1, 1, C)), np.zeros(C), []
     for step, b in zip((oracle.train, oracle.train, oracle.infer), batches, strict=True):
         x = b.x.astype(dtype).astype(np.float64)
         mask = positions_of(name, b.mask) & np.ones(SHAPE, bool)
@@ -189,8 +189,11 @@ def expected_of(way, name, batches, dtype):
         # The mean has the rounding of the largest value, the variance one of 1e-5.
         bound = 1e-6 * largest * gain
         if name in GROUPS:
-            # A second normalizer spreads the rounding of one example over all of them.
-            bound = bound.max((0, 1), keepdims=True) * (1 + np.abs(y))
+            # A second normalizer spreads the rounding of one example over all of them, and
+            # its averages keep it.
+            inside = oracle.group(x, mask)[1]
+            kept = np.maximum(kept, (1e-6 * largest * inside).max((0, 1)))
+            bound = kept * (gain / inside).max((0, 1)) * (1 + np.abs(y))
         bound = bound + 2e-5 * (1 + np.abs(y))
         bound = bound + float(jnp.finfo(dtype).eps) * np.abs(y)
         results.append((y, bound, mask))
