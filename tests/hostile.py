@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 def feature(kind, rng, shape, place, largest):
-    """One feature; ``place`` is where a spike stands."""
+    """One feature. A spike goes to the flat index ``place``."""
     noise = rng.normal(size=shape)
     if kind == "constant":
         return np.full(shape, 3.0)

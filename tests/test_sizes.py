@@ -89,8 +89,8 @@ def test_one_device_with_one_example_is_one_example():
     jax.vmap(step, axis_name="data")(jnp.ones((2, 1, 3)))
 
 
-# A buffer that stands twice in a state cannot be donated, and one that is also a parameter
-# would be gone with it.
+# JAX cannot donate a state that holds the same buffer twice. A buffer shared with a
+# parameter would be deleted.
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -75,10 +75,9 @@ def batch_moments(
 ) -> Moments:
     """Mean and biased variance of each feature over all other axes.
 
-    Two sums over ``x``: the mean, then the squares of the deviations from it. Nothing
-    cancels, whatever the mean and the order of the values. The relative error of the
-    variance stays below 1e-5 in float32 wherever the variance is above the rounding of the
-    values.
+    Two sums over ``x``: the mean, then the squares of the deviations from it. For a mean of
+    up to 10⁴ standard deviations, the relative error of the variance is below 1e-5 in
+    float32, in any order of up to 160³ values. The design page derives the bound.
 
     Args:
       x: activations ``[..., C]``, floating point, at least two axes.

@@ -27,8 +27,8 @@ class Source(NamedTuple):
         cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared`` ``[..., 1]``, the same
         for every feature, its leaves ``[..., groups]``. Feature c of ``x`` depends on
         ``θ[..., c]`` alone, so the cotangent 1/N yields the derivatives of all feature
-        means at once, and 2 (x − mean) / N those of all variances. With ``masked``, what is
-        not finite in the inputs counts as 0: a cotangent of 0 would make it NaN.
+        means at once, and 2 (x − mean) / N those of all variances. ``masked``
+        replaces non-finite inputs by 0, because 0 times NaN is NaN.
       patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``;
         None where the layer does not know.
       groups: of the layer.
