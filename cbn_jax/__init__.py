@@ -17,20 +17,36 @@ import importlib as _importlib
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
+from .core.backward import BackwardStatistics, Bidirectional
 from .core.estimator import Estimator
 from .core.layers import Layer, convolution, dense
 from .core.moments import Moments, batch_moments, pool_moments
 from .core.running import RunningMoments, from_batch_stats
-from .core.schedules import Schedule, cumulative, diminishing, exponential, ramp
+from .core.schedules import (
+    Schedule,
+    cumulative,
+    diminishing,
+    exponential,
+    matched_noise,
+    ramp,
+    rescale_decay,
+)
 from .core.source import Source, run_layer
 from .core.statistics import Statistics, normalize
 from .core.values import factory
 from .methods.batch_norm import batch_norm
+from .methods.batch_renorm import batch_renorm
+from .methods.bidirectional import BidirectionalState, bidirectional_batch_norm
 from .methods.cross_iteration import CrossIterationState, cross_iteration_batch_norm
 from .methods.diminishing import DiminishingState, diminishing_batch_norm
+from .methods.filter_response import filter_response_norm
+from .methods.ghost import ghost_batch_norm
 from .methods.group_batch import group_batch_norm
 from .methods.group_norm import group_norm
 from .methods.group_norm_plus import group_norm_plus
+from .methods.momentum import MomentumState, momentum_batch_norm
+from .methods.moving_average import MovingAverageState, moving_average_batch_norm
+from .methods.online import OnlineState, online_norm
 from .methods.replay import ReplayState, replay_batch_norm
 from .methods.small_batch import small_batch_norm
 from .methods.streaming import StreamingState, streaming_batch_norm
@@ -65,6 +81,9 @@ _MODULES = [
 ]
 
 __all__ = [
+    "BackwardStatistics",
+    "Bidirectional",
+    "BidirectionalState",
     "CrossIterationState",
     "DiminishingState",
     "Estimator",
@@ -73,6 +92,9 @@ __all__ = [
     "Layer",
     "Learned",
     "Moments",
+    "MomentumState",
+    "MovingAverageState",
+    "OnlineState",
     "ReplayState",
     "RunningMoments",
     "Schedule",
@@ -82,6 +104,8 @@ __all__ = [
     "adaptive_batch_norm",
     "batch_moments",
     "batch_norm",
+    "batch_renorm",
+    "bidirectional_batch_norm",
     "convolution",
     "corrected_inference",
     "cross_iteration_batch_norm",
@@ -91,18 +115,25 @@ __all__ = [
     "diminishing_batch_norm",
     "exponential",
     "factory",
+    "filter_response_norm",
     "fitted_inference",
     "fold",
     "from_batch_stats",
+    "ghost_batch_norm",
     "group_batch_norm",
     "group_norm",
     "group_norm_plus",
     "heterogeneity",
     "learned",
+    "matched_noise",
+    "momentum_batch_norm",
+    "moving_average_batch_norm",
     "normalize",
+    "online_norm",
     "pool_moments",
     "ramp",
     "replay_batch_norm",
+    "rescale_decay",
     "run_layer",
     "set_gate",
     "small_batch_norm",

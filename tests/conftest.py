@@ -9,6 +9,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+from cbn_jax.core.backward import note_optimizer
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -83,3 +85,9 @@ def loose():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def optimizer_in_this_process():
+    """Without one, a gradient of a method with backward statistics warns."""
+    note_optimizer()

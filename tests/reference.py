@@ -312,3 +312,148 @@ def heterogeneity(x, measure):
     if measure == "entries":
         return x.std()
     return x.std(tuple(range(x.ndim - 1)) if measure == "channels" else 0).mean()
+
+
+def batch_renorm(x, mean, var, r_max, d_max, epsilon=1e-5):
+    """Ioffe 2017, algorithm 1, with limits, for running averages (mean, var)."""
+    axes = tuple(range(x.ndim - 1))
+    sigma, past = np.sqrt(x.var(axes) + epsilon), np.sqrt(var + epsilon)
+    r = np.clip(sigma / past, 1 / r_max, r_max)
+    d = np.clip((x.mean(axes) - mean) / past, -d_max, d_max)
+    return (x - x.mean(axes)) / sigma * r + d
+
+
+def batch_renorm_gradient(x, g, mean, var, r_max, epsilon=1e-5):
+    """∂L/∂x for ∂L/∂y = g: batch norm's, times r."""
+    axes = tuple(range(x.ndim - 1))
+    sigma, past = np.sqrt(x.var(axes) + epsilon), np.sqrt(var + epsilon)
+    r = np.clip(sigma / past, 1 / r_max, r_max)
+    z = (x - x.mean(axes)) / sigma
+    return r / sigma * (g - g.mean(axes) - z * (g * z).mean(axes))
+
+
+class Momentum:
+    """Yong et al. 2020; ``decay(t)`` is λ of step t = 1, 2, …"""
+
+    def __init__(self, decay):
+        self.decay, self.t, self.mean, self.var = decay, 0, 0.0, 1.0
+
+    def step(self, x, epsilon=1e-5):
+        self.t += 1
+        axes = tuple(range(x.ndim - 1))
+        lam = self.decay(self.t)
+        self.mean = lam * self.mean + (1 - lam) * x.mean(axes)
+        self.var = lam * self.var + (1 - lam) * x.var(axes)
+        return (x - self.mean) / np.sqrt(self.var + epsilon)
+
+
+def momentum_decay(t, batch_size, steps, like=32):
+    """λ of Yong et al. 2020."""
+    rho = min(batch_size / like, 1) ** (1 / steps)
+    return rho ** (steps / (steps - 1) * max(steps - t, 0)) - rho**steps
+
+
+def filter_response(x, epsilon=1e-6):
+    """Singh & Krishnan 2020, equations 1 and 2, without scale and bias."""
+    axes = tuple(range(1, x.ndim - 1))
+    return x / np.sqrt((x**2).mean(axes, keepdims=True) + epsilon)
+
+
+class Bidirectional:
+    """Exponential windows of the statistics of both passes."""
+
+    def __init__(self, window, epsilon=1e-5):
+        self.keep, self.epsilon = 1 - 1 / window, epsilon
+        self.batches, self.q = [], []
+
+    def weights(self, count):
+        raw = self.keep ** np.arange(count)[::-1]
+        return raw / raw.sum()
+
+    def forward(self, x):
+        axes = tuple(range(x.ndim - 1))
+        self.batches.append((x.mean(axes), (x**2).mean(axes)))
+        w = self.weights(len(self.batches))
+        mean, square = (
+            np.tensordot(w, np.stack(m), 1) for m in zip(*self.batches, strict=True)
+        )
+        self.std = np.sqrt(square - mean**2 + self.epsilon)
+        self.z = (x - mean) / self.std
+        return self.z
+
+    def backward(self, g):
+        axes = tuple(range(g.ndim - 1))
+        self.q.append((g.mean(axes), (g * self.z).mean(axes)))
+        w = self.weights(len(self.q))
+        q1, q2 = (np.tensordot(w, np.stack(m), 1) for m in zip(*self.q, strict=True))
+        return (g - q1 - self.z * q2) / self.std
+
+
+class MovingAverage:
+    """Yan et al. 2020, as in the authors' layer, with a debiased running average."""
+
+    def __init__(self, window, warmup, limit, limit_steps, momentum, epsilon=1e-5):
+        self.m, self.warmup, self.limit, self.limit_steps = (
+            window,
+            warmup,
+            limit,
+            limit_steps,
+        )
+        self.momentum, self.epsilon = momentum, epsilon
+        self.squares, self.used, self.gz, self.running = [], [], [], 1.0
+
+    def windowed(self, values):
+        t = len(values)
+        if t <= self.m or t < self.warmup:
+            return values[-1]
+        return np.mean(values[-self.m :], axis=0)
+
+    def forward(self, x):
+        axes = tuple(range(x.ndim - 1))
+        self.squares.append((x * x).mean(axes))
+        var = self.windowed(self.squares)
+        most = (
+            1.0 if len(self.squares) <= max(self.limit_steps, self.warmup) else self.limit
+        )
+        self.std = np.sqrt(var + self.epsilon)
+        self.r = np.clip(self.std / np.sqrt(self.running + self.epsilon), 1 / most, most)
+        self.z = x / self.std
+        self.used.append(var)
+        weights = exponential_weights(len(self.used), self.momentum)
+        self.running = np.tensordot(weights, np.stack(self.used), 1)
+        return self.r * self.z
+
+    def backward(self, grad_output):
+        axes = tuple(range(grad_output.ndim - 1))
+        g = grad_output * self.r
+        self.gz.append((g * self.z).mean(axes))
+        return (g - self.z * self.windowed(self.gz)) / self.std
+
+
+class Online:
+    """Chiley et al. 2019, equations 8 to 10, an example at a time; x is ``[N, T, C]``."""
+
+    def __init__(self, features, forward, backward, epsilon=1e-5):
+        self.a, self.b, self.epsilon = forward, backward, epsilon
+        self.mean, self.var = np.zeros(features), np.ones(features)
+        self.u, self.v = np.zeros(features), np.zeros(features)
+
+    def forward(self, x):
+        self.y, self.scale = np.zeros_like(x), np.zeros((len(x), x.shape[-1]))
+        for t, each in enumerate(x):
+            self.scale[t] = np.sqrt(self.var + self.epsilon)
+            self.y[t] = (each - self.mean) / self.scale[t]
+            offset = each.mean(0) - self.mean
+            spread = self.a * (1 - self.a) * offset**2
+            self.var = self.a * self.var + (1 - self.a) * each.var(0) + spread
+            self.mean = self.a * self.mean + (1 - self.a) * each.mean(0)
+        return self.y
+
+    def backward(self, grad_output):
+        result = np.zeros_like(grad_output)
+        for t, g in enumerate(grad_output):
+            h = g - (1 - self.b) * self.v * self.y[t]
+            self.v = self.v + (h * self.y[t]).mean(0)
+            result[t] = h / self.scale[t] - (1 - self.b) * self.u
+            self.u = self.u + result[t].mean(0)
+        return result

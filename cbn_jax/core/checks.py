@@ -43,6 +43,11 @@ def in_float32(state: Any) -> Any:
     return jax.tree.map(widened, state)
 
 
+def in_dtype(state: Any, dtype: Any) -> Any:
+    """A state in the dtype of the statistics, float64 where those are."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+
+
 def activations(method: str, x: jax.Array) -> jax.Array:
     """``x`` as a JAX array: floating point, features last."""
     x = jnp.asarray(x)

@@ -164,6 +164,14 @@ def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
     return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, rows), moments)
 
 
+def count_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """How many values of each feature count on this device, ``[C]``."""
+    rows, dtype = tuple(range(x.ndim - 1)), wide(x.dtype)
+    if mask is None:
+        return jnp.full(x.shape[-1], math.prod(x.shape[:-1]), dtype)
+    return jnp.broadcast_to(mask, x.shape).astype(bool).sum(axis=rows, dtype=dtype)
+
+
 def pool_examples(instance: Moments, axis_name: AxisName = None) -> Moments:
     """Batch moments, every field ``[C]``, from those of all examples on all devices."""
     each = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), instance)

@@ -130,10 +130,85 @@ def ramp(steps: int) -> Schedule:
     return Schedule(lambda seen: jnp.minimum(seen / steps, 1.0))
 
 
-def averaging(momentum: float | ScheduleFn) -> ScheduleFn:
+@factory
+def matched_noise(batch_size: int, steps: int, *, like: int = 32) -> Schedule:
+    """Weights that take the noise of small batches down to that of larger ones.
+
+    With q = min(batch_size / like, 1) and T ``steps``, the weight of the m-th batch is::
+
+        α_m = 1 + q − q ^ (max(T − m, 0) / (T − 1))
+
+    It falls from 1, the batch alone, where weights move fastest, to q at the end.
+
+    Args:
+      batch_size: examples per batch, at least 1.
+      steps: T, batches until training ends, at least 2.
+      like: examples of the batch whose noise is wanted at the end.
+
+    Returns:
+      The schedule for ``momentum_batch_norm``, m ↦ α_m.
+
+    Raises:
+      ValueError: an argument is not a whole number in its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> cbn.matched_noise(batch_size=8, steps=101)(jnp.array([1.0, 51.0, 101.0]))
+      Array([1.  , 0.75, 0.25], dtype=float32)
+
+    Reference: Hongwei Yong et al., "Momentum Batch Normalization for Deep Learning with
+    Small Batch Size", ECCV 2020, doi:10.1007/978-3-030-58610-2_14.
+    """
+    check_count("batch_size", batch_size, 1)
+    check_count("steps", steps, 2)
+    check_count("like", like, 1)
+    q = min(batch_size / like, 1.0)
+    return Schedule(lambda m: 1.0 + q - q ** (jnp.maximum(steps - m, 0.0) / (steps - 1)))
+
+
+def rescale_decay(decay: float, batch_size: int, like: int = 32) -> float:
+    """The decay per step whose memory is as many examples as ``decay`` has at ``like``.
+
+    ``decay ** (batch_size / like)``: an average with decay 0.99 holds about 100 batches.
+    That is 3,200 examples at 32 per batch, and 100 at one; this function keeps the 3,200.
+    It suits ``momentum``, and the decays of an optimizer, such as b2 of Adam.
+
+    Args:
+      decay: in [0, 1), the fraction kept at each step of ``like`` examples.
+      batch_size: examples per step, at least 1.
+      like: examples per step for which ``decay`` was chosen.
+
+    Returns:
+      The decay for steps of ``batch_size``, a float.
+
+    Raises:
+      ValueError: an argument out of range.
+
+    Example:
+      >>> import cbn_jax as cbn
+      >>> momentum = cbn.rescale_decay(0.99, batch_size=1)
+      >>> round(momentum, 5)
+      0.99969
+      >>> estimator = cbn.small_batch_norm(batch_size=1, momentum=momentum)
+
+    Reference: Martin Marek, Sanae Lotfi, Aditya Somasundaram, Andrew Gordon Wilson, Micah
+    Goldblum, "Small Batch Size Training for Language Models: When Vanilla SGD Works, and
+    Why Gradient Accumulation Is Wasteful", NeurIPS 2025, arXiv:2507.07101.
+    """
+    check_fraction("decay", decay)
+    check_count("batch_size", batch_size, 1)
+    check_count("like", like, 1)
+    return decay ** (batch_size / like)
+
+
+def averaging(momentum: float | ScheduleFn, name: str = "momentum") -> ScheduleFn:
     """A schedule unchanged; a number as the decay of an exponential average."""
-    check_schedule("momentum", momentum)
-    return momentum if callable(momentum) else exponential(momentum)
+    check_schedule(name, momentum)
+    if callable(momentum):
+        return momentum
+    check_fraction(name, momentum)
+    return exponential(momentum)
 
 
 def check_schedule(name: str, value: Any) -> None:

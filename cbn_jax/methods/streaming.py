@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.checks import check_count, check_epsilon
+from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
 from cbn_jax.core.moments import Moments, align, pool_two
@@ -145,7 +145,7 @@ def named_streaming(
         batch, sample = moments_and_sample(
             source, x, samples, state.running.steps.max(), axis_name=axis_name, mask=mask
         )
-        old, params = _widened((state, source.params), batch.mean.dtype)
+        old, params = in_dtype((state, source.params), batch.mean.dtype)
         sample = _centered(sample, old.d_mean)
         delta = jax.tree.map(jnp.subtract, params, old.params)
         moved = product(sample.patches, lax.stop_gradient(delta))  # ⟨P − p, Δ⟩
@@ -181,11 +181,6 @@ def _init_state(features: int, params: Params, groups: int) -> StreamingState:
         d_var=zeros(features),
         params=zeros(features),
     )
-
-
-def _widened(tree: Any, dtype: Any) -> Any:
-    """Every leaf in the dtype of the statistics."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
 def _centered(sample: Sample, d_mean: Params) -> Sample:

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averages over time of statistics that only the backward pass knows.
+
+Batch norm's gradient needs two more statistics of a batch, which are as noisy as its mean
+and variance. With g the gradient at the normalized value z::
+
+    ∂L/∂x = (g − E[g] − z E[g z]) · inv_std
+
+A ``Bidirectional`` method keeps averages of E[g] and E[g z]. They live among the
+parameters, where gradients are taken. Their "gradient" is their next value, and
+``cbn_jax.optax.with_backward_statistics`` writes it.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from .checks import in_dtype
+from .estimator import Estimator, Infer, Init, Trait
+from .moments import AxisName, align, exchange, wide
+from .statistics import Statistics
+
+WRITE = "write optimizer = cbn_jax.optax.with_backward_statistics(optimizer)"
+
+
+class BackwardStatistics(NamedTuple):
+    """Averages that a ``Bidirectional`` method keeps, a node among the parameters.
+
+    Attributes:
+      values: ``[n, C]``, what the method averages.
+      steps: ``[C]``, how many times the optimizer has written them.
+    """
+
+    values: jax.Array
+    steps: jax.Array
+
+
+class Sums(NamedTuple):
+    """What the backward pass knows, summed over the ``size`` values of a statistic.
+
+    Attributes:
+      g: Σ g, with g the gradient at the normalized value z.
+      gz: Σ g z.
+      size: how many values.
+    """
+
+    g: jax.Array
+    gz: jax.Array
+    size: jax.Array
+
+
+class Correction(NamedTuple):
+    """What stands in place of E[g] and E[g z] in the gradient."""
+
+    g: jax.Array
+    gz: jax.Array
+
+
+# (averages, sums, context) ↦ the correction to use now, and the averages' next values
+Rule = Callable[[BackwardStatistics, Sums, Any], tuple[Correction, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Bidirectional(Estimator):
+    """An estimator that also averages statistics of the backward pass.
+
+    The Flax modules keep the averages in a parameter ``backward``. As functions, keep them
+    among your parameters::
+
+        backward = estimator.init_backward(features)
+        statistics, state = estimator.at(backward).train(state, x)
+
+    and wrap the optimizer in ``cbn_jax.optax.with_backward_statistics``, which writes them.
+    Differentiate in reverse mode: ``jax.jvp`` and ``jax.hessian`` are refused by JAX.
+
+    Attributes:
+      init_backward: ``features -> BackwardStatistics``, before the first step.
+      at: ``backward -> estimator``, the plain estimator with these averages.
+    """
+
+    init_backward: Callable[[int], BackwardStatistics] = dataclasses.field(kw_only=True)
+    at: Callable[[BackwardStatistics], Estimator] = dataclasses.field(kw_only=True)
+
+
+def bidirectional(
+    name: str,
+    init: Init,
+    train: Callable[..., tuple[Statistics, Any]],
+    infer: Infer,
+    epsilon: float,
+    rows: int,
+    traits: frozenset[Trait] = frozenset(),
+) -> Bidirectional:
+    """A method whose ``train`` also takes ``backward``, ``rows`` values per feature."""
+
+    def init_backward(features):
+        return BackwardStatistics(jnp.zeros((rows, features)), jnp.zeros(features))
+
+    def at(backward):
+        bound = functools.partial(train, backward=_accepted(name, backward))
+        return Estimator(init, bound, infer, epsilon, traits)
+
+    def without(state, x, source=None, *, axis_name=None, mask=None):
+        del state, x, source, axis_name, mask
+        raise TypeError(
+            f"{name} got no backward statistics in training, expected those among your "
+            "parameters; write estimator.at(backward).train(state, x), or give it to Norm "
+            "without a wrapper."
+        )
+
+    return Bidirectional(
+        init, without, infer, epsilon, traits, init_backward=init_backward, at=at
+    )
+
+
+def attach(
+    rule: Rule,
+    x: jax.Array,
+    mask: jax.Array | None,
+    statistics: Statistics,
+    size: jax.Array,
+    backward: BackwardStatistics,
+    context: Any = (),
+) -> Statistics:
+    """The statistics, as constants, with the gradient that ``rule`` gives to ``x``.
+
+    Args:
+      rule: the method's own part.
+      x: activations.
+      mask: of the activations.
+      statistics: by which they are normalized.
+      size: how many values of this device share each of the statistics.
+      backward: the averages.
+      context: what else the rule needs.
+    """
+    constants = lax.stop_gradient((statistics, size, context))
+    # Spread over the devices like x: then sums are this device's own, in every way of
+    # using devices, and the next values are averaged once, with the gradients.
+    statistics, size, context, backward = _spread_like(x, (*constants, backward))
+    broken = jnp.where(_is_written(backward.steps), 0.0, jnp.nan)
+    broken = lax.stop_gradient(broken)
+    statistics = jax.tree.map(lambda leaf: leaf + align(broken, leaf), statistics)
+    return _attached(rule, x, mask, statistics, size, backward, context)
+
+
+def pooled_means(sums: Sums, axis_name: AxisName) -> Correction:
+    """E[g] and E[g z] over the values of all devices."""
+    _, total = exchange((), sums, axis_name)
+    least = jnp.maximum(total.size, 1.0)
+    return Correction(total.g / least, total.gz / least)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attached(rule, x, mask, statistics, size, backward, context):
+    del rule, x, mask, size, backward, context
+    return statistics
+
+
+def _forward(rule, x, mask, statistics, size, backward, context):
+    del rule
+    return statistics, (x, mask, statistics, size, backward, context)
+
+
+@jax.named_scope("backward_statistics")
+def _backward(rule, saved, cotangent):
+    """Normalizing gave the sums: as cotangents of its mean and its scale."""
+    _warn_without_optimizer()
+    x, mask, statistics, size, backward, context = saved
+    scale = jnp.where(statistics.inv_std != 0, statistics.inv_std, 1.0)
+    sums = Sums(-cotangent.mean / scale, cotangent.inv_std * scale, size)
+    correction, values = rule(in_dtype(backward, sums.g.dtype), sums, context)
+    gradient = _gradient(x, mask, statistics, correction)
+    return gradient, None, None, None, _next(backward, values), None
+
+
+_attached.defvjp(_forward, _backward)
+
+
+def _gradient(x, mask, statistics, correction):
+    """−(E[g] + z E[g z]) · inv_std at every value that counts."""
+    mean, inv_std, g, gz = (align(leaf, x) for leaf in (*statistics, *correction))
+    gradient = -(g + (x.astype(wide(x.dtype)) - mean) * inv_std * gz) * inv_std
+    if mask is not None:
+        gradient = jnp.where(mask, gradient, 0.0)
+    return gradient.astype(x.dtype)
+
+
+def _next(backward: BackwardStatistics, values: jax.Array) -> BackwardStatistics:
+    """The "gradient" of the averages: their next values, and a weight of one.
+
+    A sum over calls, devices or micro-batches, and any factor of the loss, change both
+    alike; the optimizer divides one by the other. A weight of zero writes nothing.
+    """
+    finite = jnp.isfinite(values).all(axis=0)
+    weight = finite.astype(backward.steps.dtype)
+    values = jnp.where(finite, values, 0.0).astype(backward.values.dtype)
+    return BackwardStatistics(values, weight)
+
+
+def is_backward(node: Any) -> bool:
+    """Whether a node of a tree holds backward statistics."""
+    return isinstance(node, BackwardStatistics)
+
+
+def written(
+    backward: BackwardStatistics, gradient: BackwardStatistics
+) -> BackwardStatistics:
+    """The averages after a step, from their "gradient"; as they are without a weight."""
+    known = gradient.steps != 0
+    values = gradient.values / jnp.where(known, gradient.steps, 1.0)[..., None, :]
+    return BackwardStatistics(
+        jnp.where(known[..., None, :], values, backward.values),
+        backward.steps + known.astype(backward.steps.dtype),
+    )
+
+
+def _accepted(name: str, backward: Any) -> BackwardStatistics:
+    if not is_backward(backward):
+        raise TypeError(
+            f"{name} got backward of type {type(backward).__name__}, expected "
+            "BackwardStatistics; make it with estimator.init_backward(features)."
+        )
+    if not isinstance(backward.steps, Tracer) and not _all_written(backward.steps):
+        raise ValueError(
+            f"{name} got backward statistics that an optimizer has changed like weights, "
+            f"expected their own averages; {WRITE}, and begin anew."
+        )
+    return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), backward)
+
+
+def _is_written(steps: jax.Array) -> jax.Array:
+    """Counts are whole and not negative; a step against a "gradient" of one leaves none."""
+    return (steps >= 0) & (steps == jnp.floor(steps))
+
+
+def _all_written(steps: jax.Array) -> bool:
+    with jax.ensure_compile_time_eval():
+        return bool(_is_written(steps).all())
+
+
+def _spread_like(x: jax.Array, tree: Any) -> Any:
+    zero = lax.full_like(x, 0, shape=())
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
+
+
+class _Process:
+    """Whether this process has made an optimizer that writes backward statistics."""
+
+    has_optimizer = False
+
+
+def note_optimizer() -> None:
+    """Called by ``with_backward_statistics``."""
+    _Process.has_optimizer = True
+
+
+def _warn_without_optimizer() -> None:
+    if not _Process.has_optimizer:
+        warnings.warn(
+            "a model with backward statistics is differentiated, and this process has no "
+            f"optimizer that writes them; {WRITE}. Without it, the second step is NaN.",
+            stacklevel=2,
+        )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filter response normalization: each feature of each example by its mean square."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbn_jax.core.checks import accepted, check_epsilon
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.groups import StepCount
+from cbn_jax.core.moments import instance_moments
+from cbn_jax.core.running import check_values
+from cbn_jax.core.statistics import Statistics, identity_where
+from cbn_jax.core.values import factory
+
+
+@factory
+def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
+    """Filter response normalization: each feature of each example by its mean square.
+
+    With E the mean over the positions of one example::
+
+        y = x / √(E[x²] + ε)
+
+    No mean is subtracted, so an activation with a learned threshold follows: the
+    thresholded linear unit ``max(y, τ)``, ``TLU`` in ``cbn_jax.linen`` and ``cbn_jax.nnx``.
+    Neither the batch size nor the other examples matter.
+
+    Prefer it in convolutional networks where batch statistics are unwanted. The paper warms
+    the learning rate up.
+
+    Args:
+      epsilon: added to the mean square, inside the root.
+
+    Returns:
+      An Estimator whose state is a ``StepCount``; nothing depends on it. Its statistics are
+      ``[N, 1, …, 1, C]``, with mean 0.
+
+    Raises:
+      ValueError: ``epsilon`` out of range; ``x`` with one position per example, whose
+        output would be its sign; features that do not fit the state.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    Under a ``mask``, a feature without a value that counts passes as it is. NaN or inf
+    makes the output of its feature and example NaN.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.filter_response_norm()
+      >>> x = jnp.array([[[0.0], [2.0]]])  # one example, two positions, one feature
+      >>> statistics = estimator.infer(estimator.init(features=1), x)
+      >>> cbn.normalize(x, statistics)[0, :, 0].round(2)
+      Array([0.  , 1.41], dtype=float32)
+
+    Reference: Saurabh Singh, Shankar Krishnan, "Filter Response Normalization Layer:
+    Eliminating Batch Dependence in the Training of Deep Neural Networks", CVPR 2020,
+    arXiv:1911.09737.
+
+    Differs from the paper: ε is not learned, which it advises where a feature map has one
+    position; that is an error here.
+    """
+    name = "filter_response_norm"
+    check_epsilon(epsilon)
+
+    def accept(state, x, mask):
+        state, x = accepted(name, state, StepCount, lambda s: s.steps, x, mask)
+        _check_positions(name, x)
+        return state, x
+
+    def statistics_of_examples(x, mask):
+        moments = instance_moments(x, mask)
+        square = moments.var + jnp.square(moments.mean)
+        statistics = Statistics(jnp.zeros_like(square), lax.rsqrt(square + epsilon))
+        return identity_where(moments.size < 1, statistics)
+
+    def init(features, layer=None, params=None):
+        del layer, params
+        return StepCount(jnp.zeros(features, jnp.float32))
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        del source
+        state, x = accept(state, x, mask)
+        check_values(name, x, axis_name, 1)
+        return statistics_of_examples(x, mask), StepCount(
+            lax.stop_gradient(state.steps) + 1.0
+        )
+
+    def infer(state, x, *, mask=None):
+        _, x = accept(state, x, mask)
+        return statistics_of_examples(x, mask)
+
+    return Estimator(init, train, infer, epsilon, frozenset({"per_example"}))
+
+
+def _check_positions(name: str, x: jax.Array) -> None:
+    positions = math.prod(x.shape[1:-1])
+    if isinstance(positions, int) and positions == 1:
+        raise ValueError(
+            f"{name} got x of shape {x.shape}, one position per example, whose output is "
+            "its sign; write group_norm(...) for dense layers."
+        )
