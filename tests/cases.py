@@ -49,6 +49,37 @@ FACTORIES = {
     "small_batch_norm": functools.partial(cbn.small_batch_norm, batch_size=8),
 }
 
+
+@cbn.factory
+def fresh(estimator) -> cbn.Estimator:
+    """One with backward statistics, as in its first step."""
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        now = estimator.at(estimator.init_backward(jnp.shape(x)[-1]))
+        return now.train(state, x, source, axis_name=axis_name, mask=mask)
+
+    return cbn.Estimator(
+        estimator.init, train, estimator.infer, estimator.epsilon, estimator.traits
+    )
+
+
+FACTORIES |= {
+    "batch_renorm": functools.partial(cbn.batch_renorm, momentum=0.9),
+    "batch_renorm-relaxed": functools.partial(
+        cbn.batch_renorm, momentum=0.9, warmup_steps=0
+    ),
+    "momentum_batch_norm": functools.partial(cbn.momentum_batch_norm, 0.8, momentum=0.9),
+    "ghost_batch_norm": functools.partial(cbn.ghost_batch_norm, 2, momentum=0.9),
+    "filter_response_norm": cbn.filter_response_norm,
+    "bidirectional_batch_norm": lambda **kwargs: fresh(
+        cbn.bidirectional_batch_norm(window=3, **kwargs)
+    ),
+    "moving_average_batch_norm": lambda **kwargs: fresh(
+        cbn.moving_average_batch_norm(window=3, **kwargs)
+    ),
+    "online_norm": lambda **kwargs: fresh(cbn.online_norm(0.9, **kwargs)),
+}
+
 # Some of the products that make sense; wrappers hand on what the method inside is given.
 FACTORIES |= {
     "corrected_inference-cross_iteration": lambda **kwargs: cbn.corrected_inference(
@@ -83,8 +114,21 @@ GROUPS = {
     "group_norm_plus",
     "adaptive_batch_norm-group",
 }
+# Need several positions in an example.
+POSITIONS = {"filter_response_norm"}
+# Normalize parts of a batch by themselves, in training.
+PARTS = {"ghost_batch_norm", "online_norm"}
+# Have a gradient that is no derivative of their output.
+DESIGNED = {
+    "batch_renorm-relaxed",
+    "bidirectional_batch_norm",
+    "moving_average_batch_norm",
+    "online_norm",
+}
+# Divide by the root of a second moment.
+UNCENTERED = {"filter_response_norm", "moving_average_batch_norm"}
 # Keep no statistics.
-STATELESS = {"group_norm", "group_norm_plus"}
+STATELESS = {"group_norm", "group_norm_plus", "filter_response_norm"}
 # Do so in inference.
 CORRECTED = {name for name in FACTORIES if "corrected" in name or "fitted" in name}
 

@@ -147,6 +147,98 @@ class Diminishing:
         return affine(x, self.mean, scale), scale + 0 * x
 
 
+class Momentum(Batch):
+    """An average of moments, mixed with the batch's."""
+
+    def __init__(self, features, decay=0.8, momentum=0.9):
+        super().__init__(features, momentum)
+        self.average = Running(features, decay)
+
+    def used(self, x, mask):
+        batch = moments(x, mask)
+        self.average.add(batch, batch.size > 1)
+        self.running.add(batch, batch.size > 1)
+        return Moments(self.average.mean, self.average.var, batch.size)
+
+
+class Ghost(Batch):
+    """Two examples at a time."""
+
+    def train(self, x, mask):
+        before = Moments(self.running.mean, self.running.var, 0)
+        parts = [moments(x[i : i + 2], mask[i : i + 2]) for i in range(0, len(x), 2)]
+        known = [part.size > 1 for part in parts]
+        count = np.maximum(sum(known), 1)
+        mean = sum(k * p.mean for k, p in zip(known, parts, strict=True)) / count
+        var = sum(k * p.var for k, p in zip(known, parts, strict=True)) / count
+        self.running.add(Moments(mean, var, 0), sum(known) > 0)
+        each = [part.where(part.size > 1, before) for part in parts]
+        mean, var = (
+            np.repeat(np.concatenate(v), 2, 0)
+            for v in ([e.mean for e in each], [e.var for e in each])
+        )
+        return self.normalized(x, Moments(mean, var, 0))
+
+
+class FilterResponse:
+    """Each feature of each example by its mean square."""
+
+    def train(self, x, mask):
+        own = moments(x, mask, (1,))
+        scale = np.where(own.size > 0, (own.var + own.mean**2 + 1e-6) ** -0.5, 1.0)
+        return affine(x, 0.0, scale), scale + 0 * x
+
+    infer = train
+
+
+class MovingAverage:
+    """Second moments, while neither the window nor the limit is in use."""
+
+    def __init__(self, features, momentum=0.98):
+        self.running = Running(features, momentum)
+
+    def train(self, x, mask):
+        batch = moments(x, mask)
+        square, known = batch.var + batch.mean**2, batch.size > 0
+        used = np.where(known, square, self.running.var)
+        self.running.add(Moments(0 * square, square, 0), known)
+        return self.by(x, used)
+
+    def infer(self, x, mask):
+        return self.by(x, self.running.var)
+
+    @staticmethod
+    def by(x, square):
+        scale = (square + EPSILON) ** -0.5
+        return affine(x, 0.0, scale), scale + 0 * x
+
+
+class Online:
+    """One example after the other."""
+
+    def __init__(self, features, decay=0.9):
+        self.mean, self.var, self.a = (
+            np.zeros((1, 1, features)),
+            np.ones((1, 1, features)),
+            decay,
+        )
+
+    def train(self, x, mask):
+        outputs = []
+        for i in range(len(x)):
+            outputs.append(self.infer(x[i : i + 1], mask))
+            own = moments(x[i : i + 1], mask[i : i + 1])
+            offset, known = own.mean - self.mean, own.size > 0
+            var = self.a * self.var + (1 - self.a) * (own.var + self.a * offset**2)
+            self.var = np.where(known, var, self.var)
+            self.mean = np.where(known, self.mean + (1 - self.a) * offset, self.mean)
+        return tuple(map(np.concatenate, zip(*outputs, strict=True)))
+
+    def infer(self, x, mask):
+        scale = (self.var + EPSILON) ** -0.5
+        return affine(x, self.mean, scale), scale + 0 * x
+
+
 def by_groups(x, groups):
     return x.reshape(*x.shape[:2], groups, -1)
 
@@ -214,6 +306,13 @@ ORACLES = {
     "corrected_inference": lambda c: Corrected(c, momentum=0.99),
     "adaptive_batch_norm": lambda c: Batch(c, momentum=0.99),
     "small_batch_norm": lambda c: Streaming(c, 4),
+    "batch_renorm": Batch,
+    "momentum_batch_norm": Momentum,
+    "ghost_batch_norm": Ghost,
+    "filter_response_norm": lambda c: FilterResponse(),
+    "bidirectional_batch_norm": lambda c: Streaming(c, 3),
+    "moving_average_batch_norm": MovingAverage,
+    "online_norm": Online,
     # Its inference is a regression, which test_corrected.py checks.
     "fitted_inference": lambda c: Batch(c, momentum=0.99),
 }

@@ -37,8 +37,9 @@ class Norm(eqx.nn.StatefulLayer):
       layer: an ``eqx.nn.Linear`` or ``eqx.nn.Conv`` (``Conv1d``, ``Conv2d``, ``Conv3d``),
         run before normalizing.
       num_features: number of channels; not needed where the layer tells it.
-      axis_name: the ``axis_name`` of the ``jax.vmap`` over the batch, or a tuple of names;
-        None where every call is a batch of its own.
+      axis_name: the ``axis_name`` of the ``jax.vmap`` over the batch; a tuple if devices
+        share the batch under ``shard_map`` or ``pmap``, the name of the ``vmap`` last; None
+        where every call is a batch of its own.
       use_scale: whether to multiply by a learned ``scale``.
       use_bias: whether to add a learned ``bias``.
       dtype: dtype of the result; None for the dtype of the activations.
@@ -100,7 +101,7 @@ class Norm(eqx.nn.StatefulLayer):
         self.scale = jnp.ones(features, jnp.float32) if use_scale else None
         self.bias = jnp.zeros(features, jnp.float32) if use_bias else None
         self.mix = jnp.float32(1.0) if isinstance(estimator, Learned) else None
-        self.axis_name = axis_name
+        self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.dtype = dtype
         self.inference = inference
         spec, params = (None, None) if layer is None else as_layer(layer)
@@ -133,17 +134,31 @@ class Norm(eqx.nn.StatefulLayer):
             _check_axis_name(self.axis_name)
         _check_example(x, self.channels)
         estimator, seen = self._estimator(), state.get(self.state_index)
-        x, source = self._run_layer(jnp.moveaxis(x, 0, -1)[None])
+        inputs = jnp.moveaxis(x, 0, -1)[None]
+        x = self._run_layer(inputs)[0]
         if inference:
             statistics = estimator.infer(seen, x)
         else:
-            statistics, seen = estimator.train(seen, x, source, axis_name=self.axis_name)
+            statistics, seen = self._train(estimator, seen, x, inputs)
             state = state.set(self.state_index, seen)
         y = normalize(x, statistics, self.scale, self.bias, dtype=self.dtype)
         return jnp.moveaxis(y[0], -1, 0), state
 
     def _estimator(self):
         return estimator_of(self.estimator, lambda: self.mix)
+
+    def _train(self, estimator, state, x, inputs):
+        """Statistics for one example, from the whole batch.
+
+        The batch is there already, as the array under ``vmap``. A collective of the
+        estimator over that axis would cost the square of the batch size.
+        """
+        devices, batch = _split(self.axis_name)
+        # The layer has run: of this call, only the source is used.
+        _, source = self._run_layer(_gather(inputs, batch))
+        x = _gather(x, batch)
+        statistics, state = estimator.train(state, x, source, axis_name=devices)
+        return jax.tree.map(lambda leaf: _own(leaf, x, batch), statistics), state
 
     def _run_layer(self, inputs):
         if self.layer is None:
@@ -163,6 +178,27 @@ def _sizes(layer: Any, num_features: int | None) -> tuple[int, int]:
             "num_features=..."
         )
     return num_features, num_features
+
+
+def _split(axis_name: AxisName) -> tuple[AxisName, AxisName]:
+    """The axes of devices, and the innermost one, that of the ``vmap``."""
+    if not isinstance(axis_name, tuple):
+        return None, axis_name
+    return axis_name[:-1] or None, axis_name[-1]
+
+
+def _gather(example: jax.Array, axis_name: AxisName) -> jax.Array:
+    """``[N, ...]`` from ``[1, ...]`` of each of N examples."""
+    if axis_name is None:
+        return example
+    return lax.all_gather(example, axis_name, tiled=True)
+
+
+def _own(statistics: jax.Array, x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The statistics of this example, or of all, if the batch shares them."""
+    if axis_name is None or statistics.ndim < x.ndim or statistics.shape[0] == 1:
+        return statistics
+    return lax.dynamic_slice_in_dim(statistics, lax.axis_index(axis_name), 1)
 
 
 def _check_estimator(estimator: Any) -> None:

@@ -114,7 +114,8 @@ def bidirectional_batch_norm(
             name, state, BidirectionalState, lambda s: s.window.mean, x, mask
         )
         check_values(name, x, axis_name, 1)
-        batch = lax.stop_gradient(batch_moments(x, axis_name=axis_name, mask=mask))
+        state, given = lax.stop_gradient((state, x))
+        batch = batch_moments(given, axis_name=axis_name, mask=mask)
         past = in_dtype(state.window, batch.mean.dtype)
         pooled = pool_two(batch, past._replace(size=keep * past.size))
         used = known_moments(pooled, state.running)

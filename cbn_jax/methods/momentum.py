@@ -13,8 +13,8 @@ from cbn_jax.core.moments import Moments, batch_moments
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,
-    has_variance,
     init_running,
+    known_moments,
     update_running,
     usable_moments,
 )
@@ -70,8 +70,8 @@ def momentum_batch_norm(
         feature; features that do not fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with fewer than two values that count (``mask``) are normalized by the average
-    as it is. NaN or inf in a feature makes that feature's output NaN in this step; the
+    Features with fewer than two values that count (``mask``) are normalized by the running
+    statistics. NaN or inf in a feature makes that feature's output NaN in this step; the
     averages do not take it in.
 
     Example:
@@ -112,9 +112,7 @@ def momentum_batch_norm(
         batch = batch_moments(x, axis_name=axis_name, mask=mask)
         mixed = _mixed(state, batch, average)
         if mask is not None:
-            known = has_variance(batch)
-            old = in_dtype(Moments(state.mean, state.var, batch.size), batch.mean.dtype)
-            mixed = jax.tree.map(lambda n, o: jnp.where(known, n, o), mixed, old)
+            mixed = known_moments(mixed, state.running)
         running = update_running(state.running, batch, for_inference)
         return statistics_of(mixed, epsilon), _remembered(state, running, batch, mixed)
 

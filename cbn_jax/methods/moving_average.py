@@ -132,7 +132,8 @@ def moving_average_batch_norm(
         del source
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name, 1)
-        batch = lax.stop_gradient(batch_moments(x, axis_name=axis_name, mask=mask))
+        state, given = lax.stop_gradient((state, x))
+        batch = batch_moments(given, axis_name=axis_name, mask=mask)
         square = batch.var + jnp.square(batch.mean)
         old, state = state, in_dtype(state, square.dtype)
         steps, rows = state.steps + 1.0, _pushed(state.window, square)
@@ -150,8 +151,8 @@ def moving_average_batch_norm(
         size = count_values(x, mask)
         statistics = attach(rule, x, mask, statistics, size, backward, r)
         usable = jnp.isfinite(square) & (batch.size > 0)
-        alpha = jnp.where(state.steps > 0, weights(average, steps), 1.0)
-        running = state.square + alpha * (used - state.square)
+        running = state.square + weights(average, steps) * (used - state.square)
+        running = jnp.where(state.steps > 0, running, used)
         return statistics, _chosen(usable, MovingAverageState(running, rows, steps), old)
 
     def infer(state, x, *, mask=None):

@@ -128,16 +128,17 @@ def online_norm(
         del source
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name, 1)
-        own = lax.stop_gradient(instance_moments(x, mask))
+        state, given = lax.stop_gradient((state, x))
+        own = instance_moments(given, mask)
         examples = _of_all_devices(own, axis_name)
-        before, after = _follow(state, examples, forward_decay)
+        before, usable, after = _follow(state, examples, forward_decay)
         statistics = Statistics(before.mean, lax.rsqrt(before.var + epsilon))
 
         def rule(backward, sums, seen):
             return _control(backward, sums, seen, backward_decay, axis_name)
 
         here = jax.tree.map(lambda leaf: _of_this_device(leaf, x, axis_name), statistics)
-        seen = _seen(examples, statistics)
+        seen = _seen(examples, statistics, usable)
         return attach(rule, x, mask, here, own.size, backward, seen), after
 
     def infer(state, x, *, mask=None):
@@ -149,8 +150,8 @@ def online_norm(
 
 def _follow(
     state: OnlineState, examples: Moments, a: float
-) -> tuple[OnlineState, OnlineState]:
-    """The state before each example, and after the last."""
+) -> tuple[OnlineState, jax.Array, OnlineState]:
+    """The state before each example, which examples entered, and the state at the end."""
 
     def step(old, example):
         offset = example.mean - old.mean
@@ -159,11 +160,13 @@ def _follow(
             var=a * old.var + (1.0 - a) * (example.var + a * jnp.square(offset)),
             steps=old.steps + 1.0,
         )
-        return _chosen(finite_moments(example), new, old), old
+        usable = finite_moments(example) & jnp.isfinite(new.var)
+        return _chosen(usable, new, old), (old, usable)
 
     start = _like_row(in_dtype(state, examples.mean.dtype), examples)
-    after, before = lax.scan(step, start, examples)
-    return before, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+    after, (before, usable) = lax.scan(step, start, examples)
+    after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+    return before, usable, after
 
 
 def _control(
@@ -185,10 +188,10 @@ def _control(
     return here, jnp.stack(uv)
 
 
-def _seen(examples: Moments, statistics: Statistics) -> _Seen:
+def _seen(examples: Moments, statistics: Statistics, usable: jax.Array) -> _Seen:
     y = (examples.mean - statistics.mean) * statistics.inv_std
     square = examples.var * jnp.square(statistics.inv_std) + jnp.square(y)
-    return _Seen(y, square, statistics.inv_std, finite_moments(examples))
+    return _Seen(y, square, statistics.inv_std, usable)
 
 
 def _chosen(usable: jax.Array, new: Any, old: Any) -> Any:
