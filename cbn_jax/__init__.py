@@ -39,6 +39,7 @@ from .methods.batch_renorm import batch_renorm
 from .methods.bidirectional import BidirectionalState, bidirectional_batch_norm
 from .methods.cross_iteration import CrossIterationState, cross_iteration_batch_norm
 from .methods.diminishing import DiminishingState, diminishing_batch_norm
+from .methods.evonorm import evonorm_b0, evonorm_s0
 from .methods.filter_response import filter_response_norm
 from .methods.ghost import ghost_batch_norm
 from .methods.group_batch import group_batch_norm
@@ -51,6 +52,7 @@ from .methods.replay import ReplayState, replay_batch_norm
 from .methods.small_batch import small_batch_norm
 from .methods.streaming import StreamingState, streaming_batch_norm
 from .tools.fold import fold
+from .tools.kernels import center, standardize
 from .wrappers.adaptive import GateState, adaptive_batch_norm, heterogeneity, set_gate
 from .wrappers.corrected import corrected_inference
 from .wrappers.fitted import FittedState, fitted_inference
@@ -106,6 +108,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "bidirectional_batch_norm",
+    "center",
     "convolution",
     "corrected_inference",
     "cross_iteration_batch_norm",
@@ -113,6 +116,8 @@ __all__ = [
     "dense",
     "diminishing",
     "diminishing_batch_norm",
+    "evonorm_b0",
+    "evonorm_s0",
     "exponential",
     "factory",
     "filter_response_norm",
@@ -137,6 +142,7 @@ __all__ = [
     "run_layer",
     "set_gate",
     "small_batch_norm",
+    "standardize",
     "streaming_batch_norm",
 ]
 

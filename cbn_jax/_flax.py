@@ -2,7 +2,7 @@
 """Shared by the Flax adapters; there is no arithmetic in an adapter."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,6 +79,67 @@ def running_in(state: Any) -> RunningMoments:
             "inference."
         )
     return found[0]
+
+
+def with_kernel(
+    params: Any, kernel: Callable[[jax.Array], jax.Array] | None, layer: Any
+) -> Any:
+    """The parameters of a layer with its kernel as it is used."""
+    if kernel is None:
+        return params
+    if layer is None or "kernel" not in params:
+        came = "no layer" if layer is None else f"layer={_short(layer)}, which has none"
+        raise ValueError(
+            f"Norm got a change of the kernel and {came}, expected a layer with a "
+            "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
+        )
+    return {**params, "kernel": kernel(params["kernel"])}
+
+
+def check_backward(module: Any) -> None:
+    """Parameters that were made for another method lack the averages."""
+    if not module.has_variable("params", "backward"):
+        raise ValueError(
+            f"Norm got params without backward at {'/'.join(module.path) or 'its root'}, "
+            "expected the backward statistics of its method; write params = "
+            "cbn_jax.linen.fill_missing(params, model.init(...)['params'])."
+        )
+
+
+def fill_missing(params: Any, fresh: Any) -> Any:
+    """Trained parameters, and from ``fresh`` the entries that they lack.
+
+    Parameters trained with another norm lack the backward statistics of methods such as
+    ``moving_average_batch_norm``.
+
+    Args:
+      params: nested dicts of arrays, such as trained ``variables["params"]``.
+      fresh: those of the new model, from its ``init``.
+
+    Returns:
+      Nested dicts with all entries of ``fresh``, the values from ``params`` where it has
+      them.
+
+    Raises:
+      ValueError: ``params`` has an entry that ``fresh`` does not have.
+
+    Example:
+      >>> from cbn_jax.linen import fill_missing
+      >>> fill_missing({"scale": 2.0}, {"scale": 1.0, "backward": 0.0})
+      {'scale': 2.0, 'backward': 0.0}
+    """
+    if not isinstance(fresh, Mapping) or not isinstance(params, Mapping):
+        return params
+    unknown = sorted(set(params).difference(fresh))
+    if unknown:
+        raise ValueError(
+            f"fill_missing got {', '.join(unknown)} in params, expected the names of the "
+            f"model, {', '.join(sorted(fresh))}; give it the same part of both trees."
+        )
+    return {
+        name: fill_missing(params[name], value) if name in params else value
+        for name, value in fresh.items()
+    }
 
 
 def flag_of(constructor: bool | None, call: bool | None) -> bool:

@@ -457,3 +457,29 @@ class Online:
             result[t] = h / self.scale[t] - (1 - self.b) * self.u
             self.u = self.u + result[t].mean(0)
         return result
+
+
+def evonorm_s0(x, v, num_groups, epsilon=1e-5):
+    """Liu et al. 2020, table 1: x σ(v x) over the deviation of a group."""
+    split = x.reshape(len(x), -1, num_groups, x.shape[-1] // num_groups)
+    std = np.sqrt(split.var((1, 3), keepdims=True) + epsilon)
+    return ((split / std).reshape(x.shape)) / (1 + np.exp(-v * x))
+
+
+def evonorm_b0(x, v, epsilon=1e-3):
+    """Liu et al. 2020, table 1, in training."""
+    axes = tuple(range(x.ndim - 1))
+    of_batch = np.sqrt(x.var(axes) + epsilon)
+    own = np.sqrt(x.var(axes[1:], keepdims=True) + epsilon)
+    return x / np.maximum(of_batch, v * x + own)
+
+
+def center(kernel):
+    """Yan et al. 2020: kernels without their mean."""
+    return kernel - kernel.mean(tuple(range(kernel.ndim - 1)))
+
+
+def standardize(kernel, epsilon=1e-10):
+    """Qiao et al. 2019: mean 0 and variance 1 over a filter's inputs."""
+    axes = tuple(range(kernel.ndim - 1))
+    return (kernel - kernel.mean(axes)) / np.sqrt(kernel.var(axes) + epsilon)

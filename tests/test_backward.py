@@ -334,7 +334,7 @@ def test_an_optimizer_without_the_wrapper_shows_at_the_next_step(name, optimizer
     assert np.isnan(y).all()
     chex.assert_tree_all_finite(after)
     with pytest.raises(ValueError, match="with_backward_statistics"):
-        estimator.at(backward)
+        estimator.at(backward).train(state, x)
 
 
 def test_a_process_without_the_wrapper_is_warned():
@@ -356,7 +356,7 @@ def test_training_needs_the_averages(name):
     with pytest.raises(TypeError, match=rf"{name} got no backward .*at\(backward"):
         estimator.train(estimator.init(C), jnp.ones(SHAPE))
     with pytest.raises(TypeError, match="backward of type dict, expected Backward"):
-        estimator.at({})
+        estimator.at({}).train(estimator.init(C), jnp.ones(SHAPE))
 
 
 @pytest.mark.parametrize(

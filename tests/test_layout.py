@@ -12,7 +12,8 @@ from cbn_jax.core.optional import require
 
 PACKAGE = Path(cbn_jax.__file__).parent
 ROOT = PACKAGE.parent
-DOORS = {*cbn_jax._MODULES} - {"linen", "nnx"}
+ADAPTERS = {"equinox", "linen", "nnx"}
+DOORS = {*cbn_jax._MODULES} - ADAPTERS
 
 # Imports run downwards only. A row may also import within itself, but for methods: only a
 # preset, which fills in the arguments of others, imports them.
@@ -22,8 +23,9 @@ ROWS = {
     "wrappers": {"core", "wrappers"},
     "tools": {"core", "methods", "wrappers", "tools"},
     "_flax": {"core", "wrappers"},
-    "linen": {"core", "wrappers", "_flax", "linen"},
-    "nnx": {"core", "wrappers", "_flax", "nnx"},
+    "linen": {"core", "methods", "wrappers", "_flax", "linen"},
+    "nnx": {"core", "methods", "wrappers", "_flax", "nnx"},
+    "equinox": {"core", "wrappers", "_flax", "equinox"},
     **{door: {"tools"} for door in DOORS},
 }
 PRESETS = {"methods/small_batch.py"}
@@ -51,6 +53,7 @@ PACKAGES = {
     "tools/figures.py": {"matplotlib", "numpy"},
     "linen": {"flax"},
     "nnx": {"flax"},
+    "equinox": {"equinox"},
 }
 
 FILES = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
@@ -112,6 +115,7 @@ def test_every_method_is_one_file():
         "bidirectional",
         "cross_iteration",
         "diminishing",
+        "evonorm",
         "filter_response",
         "ghost",
         "group_batch",
@@ -125,7 +129,7 @@ def test_every_method_is_one_file():
         "streaming",
     }
     for stem in stems:
-        names = (f"{stem}_batch_norm", f"{stem}_norm", stem)
+        names = (f"{stem}_batch_norm", f"{stem}_norm", stem, f"{stem}_s0")
         factory = next(name for name in names if hasattr(cbn_jax, name))
         assert getattr(cbn_jax, factory).__module__ == f"cbn_jax.methods.{stem}"
 
@@ -166,7 +170,7 @@ def imports_of(path):
             yield node.module
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if row(n) in {"_flax", "linen", "nnx"}])
+@pytest.mark.parametrize("name", [n for n in FILES if row(n) in {"_flax", *ADAPTERS}])
 def test_no_arithmetic_in_an_adapter(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.BinOp):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import KINDS, LAYERS, eager_train, init, make
+from cases import KINDS, LAYERS, POSITIONS, eager_train, init, make
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,9 +32,13 @@ subgroups = pytest.mark.parametrize(
 EXPLICIT = {
     "cross_iteration_batch_norm",
     "batch_norm",
+    "batch_renorm",
+    "bidirectional_batch_norm",
     "diminishing_batch_norm",
     "group_norm",
     "group_norm_plus",
+    "momentum_batch_norm",
+    "moving_average_batch_norm",
     "corrected_inference",
     "adaptive_batch_norm",
 }
@@ -186,7 +190,7 @@ def on_mesh(mesh, params, state, *batch):
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sorted(set(KINDS) - POSITIONS))
 def test_what_explicit_axes_take(name, key):
     """As shardings are types, tracing decides."""
     step, arguments = step_and_arguments(name, LAYERS["dense"], key)

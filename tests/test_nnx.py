@@ -238,7 +238,7 @@ def test_signature():
     parameters = inspect.signature(Norm).parameters
     expected = list(inspect.signature(Norm.__init__).parameters)[1:]
     assert list(parameters) == expected
-    assert expected[:3] == ["estimator", "layer", "num_features"]
+    assert expected[:4] == ["estimator", "layer", "kernel", "num_features"]
     assert parameters["axis"].default == -1
     assert parameters["rngs"].kind is inspect.Parameter.KEYWORD_ONLY
 

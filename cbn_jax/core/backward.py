@@ -82,11 +82,16 @@ class Bidirectional(Estimator):
 
     Attributes:
       init_backward: ``features -> BackwardStatistics``, before the first step.
-      at: ``backward -> estimator``, the plain estimator with these averages.
+      train_with: ``train`` with the averages, its argument ``backward``.
     """
 
     init_backward: Callable[[int], BackwardStatistics] = dataclasses.field(kw_only=True)
-    at: Callable[[BackwardStatistics], Estimator] = dataclasses.field(kw_only=True)
+    train_with: Callable[..., tuple[Statistics, Any]] = dataclasses.field(kw_only=True)
+
+    def at(self, backward: BackwardStatistics) -> Estimator:
+        """The plain estimator with these averages."""
+        train = functools.partial(self.train_with, backward=backward)
+        return Estimator(self.init, train, self.infer, self.epsilon, self.traits)
 
 
 def bidirectional(
@@ -103,9 +108,9 @@ def bidirectional(
     def init_backward(features):
         return BackwardStatistics(jnp.zeros((rows, features)), jnp.zeros(features))
 
-    def at(backward):
-        bound = functools.partial(train, backward=_accepted(name, backward))
-        return Estimator(init, bound, infer, epsilon, traits)
+    def train_with(state, x, source=None, *, axis_name=None, mask=None, backward):
+        backward = _accepted(name, backward)
+        return train(state, x, source, axis_name=axis_name, mask=mask, backward=backward)
 
     def without(state, x, source=None, *, axis_name=None, mask=None):
         del state, x, source, axis_name, mask
@@ -116,7 +121,13 @@ def bidirectional(
         )
 
     return Bidirectional(
-        init, without, infer, epsilon, traits, init_backward=init_backward, at=at
+        init,
+        without,
+        infer,
+        epsilon,
+        traits,
+        init_backward=init_backward,
+        train_with=train_with,
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbn_jax._flax import estimator_of
+from cbn_jax.core.backward import BackwardStatistics, Bidirectional
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -29,6 +30,8 @@ class Norm(eqx.nn.StatefulLayer):
 
     A call takes one example, channels first, and the model is mapped over the batch. The
     estimator's state is in ``eqx.nn.State``. ``eqx.nn.inference_mode`` switches the mode.
+    Methods with backward statistics have a parameter ``backward``, which the optimizer
+    writes: wrap it in ``cbn_jax.optax.with_backward_statistics``.
 
     Args:
       estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
@@ -75,6 +78,7 @@ class Norm(eqx.nn.StatefulLayer):
     scale: jax.Array | None
     bias: jax.Array | None
     mix: jax.Array | None
+    backward: BackwardStatistics | None
     state_index: eqx.nn.StateIndex[Any]
     inference: bool
     estimator: Estimator | Learned = eqx.field(static=True)
@@ -104,6 +108,8 @@ class Norm(eqx.nn.StatefulLayer):
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.dtype = dtype
         self.inference = inference
+        two_ways = isinstance(estimator, Bidirectional)
+        self.backward = estimator.init_backward(features) if two_ways else None
         spec, params = (None, None) if layer is None else as_layer(layer)
         state = self._estimator().init(features, spec, params)
         self.state_index = eqx.nn.StateIndex(state)
@@ -157,6 +163,8 @@ class Norm(eqx.nn.StatefulLayer):
         # The layer has run: of this call, only the source is used.
         _, source = self._run_layer(_gather(inputs, batch))
         x = _gather(x, batch)
+        if isinstance(estimator, Bidirectional) and self.backward is not None:
+            estimator = estimator.at(self.backward)
         statistics, state = estimator.train(state, x, source, axis_name=devices)
         return jax.tree.map(lambda leaf: _own(leaf, x, batch), statistics), state
 

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
+from cbn_jax._flax import (
+    check_backward,
+    check_modules,
+    estimator_of,
+    flag_of,
+    to_last,
+    with_kernel,
+)
+from cbn_jax.core.backward import Bidirectional
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -30,7 +38,9 @@ class Norm(nn.Module):
 
     Learned ``scale`` and ``bias`` are in the collection ``params``, the estimator's state
     is in ``batch_stats``: make that one mutable in training, as for ``nn.BatchNorm``. While
-    initializing the state is not updated and no collective runs.
+    initializing the state is not updated and no collective runs. Methods with backward
+    statistics have a parameter ``backward``, which the optimizer writes: wrap it in
+    ``cbn_jax.optax.with_backward_statistics``.
 
     Attributes:
       estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
@@ -38,6 +48,8 @@ class Norm(nn.Module):
         learns the weight of the method, as the sigmoid of a parameter ``mix``.
       layer: a module that is linear in its parameters (``nn.Conv``, ``nn.Dense``, …), run
         before normalizing.
+      kernel: a change of the layer's kernel before its use, ``cbn_jax.standardize``,
+        ``cbn_jax.center`` or a function of your own, kernel ↦ kernel of that shape.
       use_running_average: True for inference, False for training; give it here or in the
         call, not in both.
       axis: the feature axis; ``layer`` needs features last.
@@ -66,6 +78,7 @@ class Norm(nn.Module):
 
     estimator: Estimator | Learned
     layer: nn.Module | None = None
+    kernel: Callable[[jax.Array], jax.Array] | None = None
     use_running_average: bool | None = None
     axis: int = -1
     dtype: Any = None
@@ -113,16 +126,34 @@ class Norm(nn.Module):
         state = self.variable(
             "batch_stats", "state", lambda: estimator.init(features, layer, params)
         )
+        if self.is_initializing() and isinstance(estimator, Bidirectional):
+            self._backward(estimator, features)
         if running or self.is_initializing():
             statistics = estimator.infer(state.value, x, mask=mask)
         else:
-            statistics, after = estimator.train(
+            statistics, after = self._bound(estimator, features).train(
                 state.value, x, source, axis_name=self.axis_name, mask=mask
             )
             if update_stats:
                 state.value = after
-        scale, bias = self._affine(features)
-        return back(normalize(x, statistics, scale, bias, dtype=self.dtype))
+        return back(self._output(x, statistics, mask))
+
+    def _bound(self, estimator, features):
+        """A method with backward statistics, at those of the module."""
+        if not isinstance(estimator, Bidirectional):
+            return estimator
+        return estimator.at(self._backward(estimator, features))
+
+    def _backward(self, estimator, features):
+        if not self.is_initializing():
+            check_backward(self)
+        return self.param("backward", lambda _: estimator.init_backward(features))
+
+    def _output(self, x, statistics, mask):
+        """What follows the statistics; EvoNorm activates here."""
+        del mask
+        scale, bias = self._affine(x.shape[-1])
+        return normalize(x, statistics, scale, bias, dtype=self.dtype)
 
     def _check_variables(self):
         if self.has_variable("batch_stats", "mean"):
@@ -133,10 +164,12 @@ class Norm(nn.Module):
 
     def _run_layer(self, inputs):
         if self.layer is None:
+            with_kernel(None, self.kernel, None)
             return inputs, None, None, None
         if self.is_initializing():
             self.layer(inputs)
         layer, params = as_layer(self.layer)
+        params = with_kernel(params, self.kernel, self.layer)
         return *run_layer(layer, params, inputs), layer, params
 
     def _affine(self, features):

@@ -6,7 +6,8 @@ from cbn_jax.core.optional import require as _require
 with _require("Flax", "cbn_jax.nnx"):
     import flax as _flax  # noqa: F401
 
+from .activations import TLU, EvoNormB0, EvoNormS0
 from .convert import from_batch_norm, to_batch_norm
 from .norm import Norm
 
-__all__ = ["Norm", "from_batch_norm", "to_batch_norm"]
+__all__ = ["TLU", "EvoNormB0", "EvoNormS0", "Norm", "from_batch_norm", "to_batch_norm"]

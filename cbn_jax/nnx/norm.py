@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last
+from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last, with_kernel
+from cbn_jax.core.backward import Bidirectional
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
@@ -28,7 +29,9 @@ class Norm(nnx.Module):
     method accepts that form, cross-iteration methods need it.
 
     ``scale`` and ``bias`` are ``nnx.Param``, the estimator's state is one
-    ``nnx.BatchStat``. ``model.train()`` and ``model.eval()`` switch the mode.
+    ``nnx.BatchStat``. ``model.train()`` and ``model.eval()`` switch the mode. Methods with
+    backward statistics have an ``nnx.Param`` more, ``backward``, which the optimizer
+    writes: wrap it in ``cbn_jax.optax.with_backward_statistics``.
 
     Args:
       estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
@@ -36,6 +39,8 @@ class Norm(nnx.Module):
         learns the weight of the method, as the sigmoid of a parameter ``mix``.
       layer: a module that is linear in its parameters (``nnx.Conv``, ``nnx.Linear``, …),
         run before normalizing.
+      kernel: a change of the layer's kernel before its use, ``cbn_jax.standardize``,
+        ``cbn_jax.center`` or a function of your own, kernel ↦ kernel of that shape.
       num_features: size of the feature axis; not needed where the layer tells it.
       use_running_average: True for inference, False for training; a call may override it.
       axis: the feature axis; ``layer`` needs features last.
@@ -67,6 +72,7 @@ class Norm(nnx.Module):
         estimator: Estimator | Learned,
         layer: nnx.Module | None = None,
         *,
+        kernel: Callable[[jax.Array], jax.Array] | None = None,
         num_features: int | None = None,
         use_running_average: bool | None = False,
         axis: int = -1,
@@ -82,9 +88,13 @@ class Norm(nnx.Module):
     ):
         check_modules(estimator, layer, nnx.Module)
         spec, params = (None, None) if layer is None else as_layer(layer)
+        params = with_kernel(params, kernel, layer)
         features = _features(num_features, params)
         self.estimator = estimator
         self.layer = layer
+        self.kernel = kernel
+        self.num_features = features
+        self.param_dtype = param_dtype
         self.use_running_average = use_running_average
         self.axis = axis
         self.dtype = dtype
@@ -96,6 +106,7 @@ class Norm(nnx.Module):
         self.scale = nnx.data(param(use_scale, scale_init))
         self.bias = nnx.data(param(use_bias, bias_init))
         self.mix = nnx.data(param(isinstance(estimator, Learned), mix_init, ()))
+        self.backward = nnx.data(_backward(self._estimator(), features))
         self.state = nnx.BatchStat(self._estimator().init(features, spec, params))
 
     def __call__(
@@ -131,13 +142,12 @@ class Norm(nnx.Module):
         if running:
             statistics = estimator.infer(state, x, mask=mask)
         else:
-            statistics, state = estimator.train(
+            statistics, state = self._bound(estimator).train(
                 state, x, source, axis_name=self.axis_name, mask=mask
             )
             if update_stats:
                 self.state.set_value(state)
-        scale, bias = _value(self.scale), _value(self.bias)
-        return back(normalize(x, statistics, scale, bias, dtype=self.dtype))
+        return back(self._output(x, statistics, mask))
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Switches the mode, for ``nnx.view(model, use_running_average=...)``."""
@@ -147,11 +157,25 @@ class Norm(nnx.Module):
     def _estimator(self):
         return estimator_of(self.estimator, lambda: _value(self.mix))
 
+    def _bound(self, estimator):
+        """A method with backward statistics, at those of the module."""
+        if not isinstance(estimator, Bidirectional):
+            return estimator
+        return estimator.at(_value(self.backward))
+
     def _run_layer(self, inputs):
         if self.layer is None:
             return inputs, None
         layer, params = as_layer(self.layer)
-        return run_layer(layer, params, inputs)
+        return run_layer(layer, with_kernel(params, self.kernel, self.layer), inputs)
+
+    def _output(self, x, statistics, mask):
+        """What follows the statistics; EvoNorm activates here."""
+        del mask
+        return normalize(x, statistics, *self._affine(), dtype=self.dtype)
+
+    def _affine(self):
+        return _value(self.scale), _value(self.bias)
 
 
 def _signature(cls: type) -> inspect.Signature:
@@ -176,5 +200,11 @@ def _features(num_features: int | None, params: Any) -> int:
     return widths.pop()
 
 
-def _value(variable: nnx.Param | None) -> jax.Array | None:
+def _backward(estimator: Estimator, features: int) -> nnx.Param | None:
+    if not isinstance(estimator, Bidirectional):
+        return None
+    return nnx.Param(estimator.init_backward(features))
+
+
+def _value(variable: nnx.Param | None) -> Any:
     return None if variable is None else variable.get_value()
