@@ -56,7 +56,9 @@ from .tools.kernels import center, standardize
 from .wrappers.adaptive import GateState, adaptive_batch_norm, heterogeneity, set_gate
 from .wrappers.corrected import corrected_inference
 from .wrappers.fitted import FittedState, fitted_inference
+from .wrappers.frozen import FrozenState, frozen
 from .wrappers.learned import Learned, learned
+from .wrappers.mixed import mixed_inference
 
 if TYPE_CHECKING:
     from . import assessment as assessment
@@ -90,6 +92,7 @@ __all__ = [
     "DiminishingState",
     "Estimator",
     "FittedState",
+    "FrozenState",
     "GateState",
     "Layer",
     "Learned",
@@ -124,6 +127,7 @@ __all__ = [
     "fitted_inference",
     "fold",
     "from_batch_stats",
+    "frozen",
     "ghost_batch_norm",
     "group_batch_norm",
     "group_norm",
@@ -131,6 +135,7 @@ __all__ = [
     "heterogeneity",
     "learned",
     "matched_noise",
+    "mixed_inference",
     "momentum_batch_norm",
     "moving_average_batch_norm",
     "normalize",

@@ -71,6 +71,10 @@ FACTORIES |= {
     "momentum_batch_norm": functools.partial(cbn.momentum_batch_norm, 0.8, momentum=0.9),
     "ghost_batch_norm": functools.partial(cbn.ghost_batch_norm, 2, momentum=0.9),
     "filter_response_norm": cbn.filter_response_norm,
+    "frozen": lambda **kwargs: cbn.frozen(cbn.batch_norm(**kwargs), after=100),
+    "mixed_inference": lambda **kwargs: cbn.mixed_inference(
+        cbn.batch_norm(**kwargs), examples=8
+    ),
     "bidirectional_batch_norm": lambda **kwargs: fresh(
         cbn.bidirectional_batch_norm(window=3, **kwargs)
     ),
@@ -130,7 +134,11 @@ UNCENTERED = {"filter_response_norm", "moving_average_batch_norm"}
 # Keep no statistics.
 STATELESS = {"group_norm", "group_norm_plus", "filter_response_norm"}
 # Do so in inference.
-CORRECTED = {name for name in FACTORIES if "corrected" in name or "fitted" in name}
+CORRECTED = {
+    name
+    for name in FACTORIES
+    if any(word in name for word in ("corrected", "fitted", "mixed"))
+}
 
 
 def make(name):

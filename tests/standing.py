@@ -126,6 +126,17 @@ class Corrected(Batch):
         return self.normalized(x, Moments(mean, var, own.size))
 
 
+class Mixed(Batch):
+    """Inference by the training statistics and the batch's own."""
+
+    def infer(self, x, mask):
+        own, running = moments(x, mask), self.running
+        share = np.where(own.size > 0, len(x) / (len(x) + 8), 0.0)
+        mean = (1 - share) * running.mean + share * own.mean
+        var = (1 - share) * running.var + share * own.var
+        return self.normalized(x, Moments(mean, var, own.size))
+
+
 class Diminishing:
     """One average of means and of standard deviations."""
 
@@ -307,6 +318,8 @@ ORACLES = {
     "adaptive_batch_norm": lambda c: Batch(c, momentum=0.99),
     "small_batch_norm": lambda c: Streaming(c, 4),
     "batch_renorm": Batch,
+    "frozen": lambda c: Batch(c, momentum=0.99),
+    "mixed_inference": lambda c: Mixed(c, momentum=0.99),
     "momentum_batch_norm": Momentum,
     "ghost_batch_norm": Ghost,
     "filter_response_norm": lambda c: FilterResponse(),

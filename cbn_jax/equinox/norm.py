@@ -30,6 +30,8 @@ class Norm(eqx.nn.StatefulLayer):
 
     A call takes one example, channels first, and the model is mapped over the batch. The
     estimator's state is in ``eqx.nn.State``. ``eqx.nn.inference_mode`` switches the mode.
+    Inference needs no axis name; methods that predict from a batch, such as
+    ``cbn_jax.mixed_inference``, see it only with one.
     Methods with backward statistics have a parameter ``backward``, which the optimizer
     writes: wrap it in ``cbn_jax.optax.with_backward_statistics``.
 
@@ -108,11 +110,11 @@ class Norm(eqx.nn.StatefulLayer):
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.dtype = dtype
         self.inference = inference
-        two_ways = isinstance(estimator, Bidirectional)
-        self.backward = estimator.init_backward(features) if two_ways else None
+        method, self.backward = self._estimator(), None
+        if isinstance(method, Bidirectional):
+            self.backward = method.init_backward(features)
         spec, params = (None, None) if layer is None else as_layer(layer)
-        state = self._estimator().init(features, spec, params)
-        self.state_index = eqx.nn.StateIndex(state)
+        self.state_index = eqx.nn.StateIndex(method.init(features, spec, params))
 
     def __call__(
         self,
@@ -143,7 +145,7 @@ class Norm(eqx.nn.StatefulLayer):
         inputs = jnp.moveaxis(x, 0, -1)[None]
         x = self._run_layer(inputs)[0]
         if inference:
-            statistics = estimator.infer(seen, x)
+            statistics = self._infer(estimator, seen, x)
         else:
             statistics, seen = self._train(estimator, seen, x, inputs)
             state = state.set(self.state_index, seen)
@@ -167,6 +169,14 @@ class Norm(eqx.nn.StatefulLayer):
             estimator = estimator.at(self.backward)
         statistics, state = estimator.train(state, x, source, axis_name=devices)
         return jax.tree.map(lambda leaf: _own(leaf, x, batch), statistics), state
+
+    def _infer(self, estimator, state, x):
+        """Some methods predict from a batch: the whole one, where its axis is named."""
+        _, batch = _split(self.axis_name)
+        batch = batch if batch is not None and _is_bound(batch) else None
+        x = _gather(x, batch)
+        statistics = estimator.infer(state, x)
+        return jax.tree.map(lambda leaf: _own(leaf, x, batch), statistics)
 
     def _run_layer(self, inputs):
         if self.layer is None:
@@ -219,18 +229,23 @@ def _check_estimator(estimator: Any) -> None:
         )
 
 
-def _check_axis_name(axis_name: AxisName) -> None:
-    """Training sees the batch through the axis of a ``vmap``."""
-    if axis_name is None:
-        return
+def _is_bound(axis_name: AxisName) -> bool:
+    """Whether the call is inside of a map with that name."""
     try:
         lax.axis_size(axis_name)
-    except NameError as error:
+    except NameError:
+        return False
+    return True
+
+
+def _check_axis_name(axis_name: AxisName) -> None:
+    """Training sees the batch through the axis of a ``vmap``."""
+    if axis_name is not None and not _is_bound(axis_name):
         raise ValueError(
             f"Norm got a call in training outside of a map with axis_name={axis_name!r}, "
             f"expected one over the batch; write jax.vmap(model, axis_name={axis_name!r}, "
             "in_axes=(0, None), out_axes=(0, None))(x, state)."
-        ) from error
+        )
 
 
 def _check_example(x: jax.Array, channels: int) -> None:

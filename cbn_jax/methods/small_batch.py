@@ -16,18 +16,25 @@ EXAMPLES = 32  # the batch size from which on batch norm works; the window holds
 
 @factory
 def small_batch_norm(
-    batch_size: int, *, momentum: float | ScheduleFn = 0.99, epsilon: float = 1e-5
+    batch_size: int,
+    *,
+    micro_batches: int = 1,
+    momentum: float | ScheduleFn = 0.99,
+    epsilon: float = 1e-5,
 ) -> Estimator:
     """The method that we recommend for small batches, set up for a batch size.
 
     ``streaming_batch_norm`` whose window is the fewest iterations that hold 32 examples,
     ``k = ⌈32 / batch_size⌉``: 32 at batch size 1, 16 at 2, 11 at 3. From batch size 32 on
-    one batch is enough, and the method is ``batch_norm``.
+    one batch is enough, and the method is ``batch_norm``. Under gradient accumulation an
+    iteration is a step of the optimizer, with all its micro-batches.
 
     Args:
       batch_size: examples per iteration, at least 1. Count the examples on all devices if
         the devices share statistics (sharded ``jit``, ``axis_name``), else those on one
-        device. Count the micro-batch under gradient accumulation.
+        device. Under gradient accumulation count those of one micro-batch.
+      micro_batches: calls of ``train`` in one step of the optimizer, the
+        ``every_k_schedule`` of ``optax.MultiSteps``. Those of a step are pooled exactly.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
         m ↦ α_m such as ``cumulative()``.
       epsilon: added to the variance, inside the root.
@@ -47,13 +54,15 @@ def small_batch_norm(
       >>> import cbn_jax as cbn
       >>> estimator = cbn.small_batch_norm(batch_size=2)
       >>> estimator
-      small_batch_norm(batch_size=2, momentum=0.99, epsilon=1e-05)
+      small_batch_norm(batch_size=2, micro_batches=1, momentum=0.99, epsilon=1e-05)
       >>> state = estimator.init(4, cbn.dense, jnp.ones((3, 4)))
 
     Reference: as for ``streaming_batch_norm``.
     """
     check_count("batch_size", batch_size, 1)
-    window = math.ceil(EXAMPLES / batch_size)
-    if window == 1:
+    check_count("micro_batches", micro_batches, 1)
+    window = math.ceil(EXAMPLES / (batch_size * micro_batches))
+    if batch_size >= EXAMPLES:
         return named_batch_norm("small_batch_norm", momentum, epsilon)
-    return named_streaming("small_batch_norm", window, 8, momentum, epsilon)
+    options = 8, momentum, epsilon
+    return named_streaming("small_batch_norm", window, micro_batches, *options)

@@ -49,6 +49,7 @@ class StreamingState(NamedTuple):
 def streaming_batch_norm(
     window: int = 16,
     *,
+    micro_batches: int = 1,
     samples: int | None = 8,
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
@@ -79,6 +80,8 @@ def streaming_batch_norm(
     Args:
       window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
         k = 1 gives the statistics of batch norm.
+      micro_batches: calls of ``train`` in one step of the optimizer, under gradient
+        accumulation. Those of one step count alike, as one batch; the window is over steps.
       samples: about how many positions of the batch enter the terms with P, equally many
         of each example, at random within it. None takes all of them, and so does a batch
         with no more. Moments of the current batch always take all. Under an axis name
@@ -124,26 +127,36 @@ def streaming_batch_norm(
     as in the first step of a dense layer at batch size 1, has no variance: that step is
     normalized by the running statistics, which are 0 and 1 before training.
     """
-    return named_streaming("streaming_batch_norm", window, samples, momentum, epsilon)
+    options = samples, momentum, epsilon
+    return named_streaming("streaming_batch_norm", window, micro_batches, *options)
 
 
 def named_streaming(
     name: str,
     window: int,
+    micro_batches: int,
     samples: int | None,
     momentum: float | ScheduleFn,
     epsilon: float,
 ) -> Estimator:
     """``streaming_batch_norm`` whose errors speak of the function ``name``."""
     check_count("window", window, 1)
+    check_count("micro_batches", micro_batches, 1)
     if samples is not None:
         check_count("samples", samples, 1)
     check_epsilon(epsilon)
-    keep = 1.0 - 1.0 / window
+
+    def keep(steps):
+        """A new step of the optimizer makes the window older, a micro-batch does not."""
+        decay = 1.0 - 1.0 / window
+        if micro_batches == 1:
+            return decay
+        return jnp.where(steps % micro_batches == 0, decay, 1.0)
 
     def step(state, x, source, axis_name, mask):
+        steps = state.running.steps.max()
         batch, sample = moments_and_sample(
-            source, x, samples, state.running.steps.max(), axis_name=axis_name, mask=mask
+            source, x, samples, steps, axis_name=axis_name, mask=mask
         )
         old, params = in_dtype((state, source.params), batch.mean.dtype)
         sample = _centered(sample, old.d_mean)
@@ -151,7 +164,7 @@ def named_streaming(
         moved = product(sample.patches, lax.stop_gradient(delta))  # ⟨P − p, Δ⟩
         spread = _spread(sample, moved)
         past = _transport(old, delta, spread)
-        size = _past_size(keep * old.window.size, batch, past, spread, source.groups)
+        size = _past_size(keep(steps) * old.window.size, batch, past, spread, source.groups)
         pooled = pool_two(batch, past._replace(size=size))
         new = lax.stop_gradient(_absorb(old, batch, pooled, sample, moved, params))
         usable = finite_moments(pooled._replace(size=batch.size))
@@ -164,7 +177,7 @@ def named_streaming(
         step,
         average=averaging(momentum),
         epsilon=epsilon,
-        alone=window == 1,
+        alone=window == micro_batches == 1,
     )
 
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method whose statistics stand still from a given step on."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cbn_jax.core.checks import check_count, check_state_type, in_float32
+from cbn_jax.core.estimator import Estimator, State
+from cbn_jax.core.moments import align
+from cbn_jax.core.statistics import Statistics
+from cbn_jax.core.values import factory
+
+
+class FrozenState(NamedTuple):
+    """State of ``frozen``.
+
+    Attributes:
+      state: that of the estimator inside.
+      steps: ``[C]``, batches trained on so far, up to the last that counts.
+    """
+
+    state: State
+    steps: jax.Array
+
+
+@factory
+def frozen(estimator: Estimator, after: int) -> Estimator:
+    """Freezes a method: from a given step on, training uses the statistics of inference.
+
+    The state then stands still, and no gradient flows through statistics. With ``after=0``
+    that holds from the start, the usual way to fine-tune a trained network at a batch size
+    of one or two. Late in training it removes the difference between training and
+    inference.
+
+    Args:
+      estimator: any method, wrapped or not.
+      after: the number of training steps before, counted by this wrapper; 0 or more.
+
+    Returns:
+      An Estimator whose state is a ``FrozenState``.
+
+    Raises:
+      ValueError: ``after`` is not a whole number from 0 on; and what the estimator raises.
+      TypeError: the state is another method's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.frozen(cbn.batch_norm(), after=1)
+      >>> state = estimator.init(features=1)
+      >>> for x in (jnp.array([[1.0], [3.0]]), jnp.array([[8.0], [9.0]])):
+      ...     statistics, state = estimator.train(state, x)
+      >>> statistics.mean  # of the first batch
+      Array([2.], dtype=float32)
+
+    Reference: Yuxin Wu, Justin Johnson, "Rethinking 'Batch' in BatchNorm", 2021,
+    arXiv:2105.07576.
+    """
+    name = "frozen"
+    check_count("after", after, 0)
+
+    def accept(state):
+        check_state_type(name, state, FrozenState)
+        return in_float32(state)
+
+    def init(features, layer=None, params=None):
+        inside = estimator.init(features, layer, params)
+        return FrozenState(inside, jnp.zeros(features, jnp.float32))
+
+    def train(state, x, source=None, *, axis_name=None, mask=None):
+        state = lax.stop_gradient(accept(state))
+        fixed = lax.stop_gradient(estimator.infer(state.state, x, mask=mask))
+        if after == 0:
+            return fixed, state
+        current, new = estimator.train(
+            state.state, x, source, axis_name=axis_name, mask=mask
+        )
+        still = state.steps.max() >= after
+        inside = jax.tree.map(lambda n, o: jnp.where(still, o, n), new, state.state)
+        steps = jnp.minimum(state.steps + 1.0, float(after))
+        return _chosen(still, fixed, current), FrozenState(inside, steps)
+
+    def infer(state, x, *, mask=None):
+        return estimator.infer(accept(state).state, x, mask=mask)
+
+    return Estimator(init, train, infer, estimator.epsilon, estimator.traits)
+
+
+def _chosen(still: jax.Array, fixed: Statistics, current: Statistics) -> Statistics:
+    """Training may have statistics per example where inference has one for all."""
+
+    def choose(f, c):
+        f = align(f, c) if f.ndim < c.ndim else f
+        return jnp.where(still, f.astype(c.dtype), align(c, f))
+
+    return Statistics(*map(choose, fixed, current))
