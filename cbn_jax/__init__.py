@@ -10,7 +10,8 @@ the statistics to normalize with. Three more functions do the rest::
     statistics, state = estimator.train(state, x, source)
     y = normalize(x, statistics, scale, bias)
 
-``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models.
+``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models,
+``cbn_jax.equinox.Norm`` in those of Equinox.
 """
 
 import importlib as _importlib
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from . import assessment as assessment
     from . import convert as convert
     from . import diagnostics as diagnostics
+    from . import equinox as equinox
     from . import figures as figures
     from . import linen as linen
     from . import nnx as nnx
@@ -77,6 +79,7 @@ _MODULES = [
     "assessment",
     "convert",
     "diagnostics",
+    "equinox",
     "figures",
     "linen",
     "nnx",

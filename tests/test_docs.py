@@ -97,6 +97,13 @@ def test_the_reference_has_every_public_name_and_no_other():
         "group_norm",
         "group_batch_norm",
         "corrected_inference",
+        "batch_renorm",
+        "bidirectional_batch_norm",
+        "moving_average_batch_norm",
+        "online_norm",
+        "momentum_batch_norm",
+        "ghost_batch_norm",
+        "filter_response_norm",
     ],
 )
 def test_methods_name_their_paper(factory):

@@ -23,6 +23,15 @@ MOMENTUM = 0.99
 GROUPS = 8  # of group norm, as the networks are narrow
 WINDOW = 8  # of cross-iteration, as published
 
+# Their windows hold 32 examples.
+WINDOWED = (
+    "small_batch_norm",
+    "streaming_batch_norm",
+    "replay_batch_norm",
+    "bidirectional_batch_norm",
+    "moving_average_batch_norm",
+    "momentum_batch_norm",
+)
 MakeEstimator = Callable[[int, int], Any]
 
 
@@ -49,7 +58,9 @@ class Method(NamedTuple):
 
     def norm(self, steps: int) -> NormFn:
         """The module factory, for a run of so many steps."""
-        return LAYERS.get(self.name) or estimated(self.estimator(steps))
+        return LAYERS.get(self.name) or estimated(
+            self.estimator(steps), KERNELS.get(self.name)
+        )
 
     def estimator(self, steps: int) -> Any:
         """The estimator, or one whose weight the module learns."""
@@ -58,20 +69,19 @@ class Method(NamedTuple):
     @property
     def pooled(self) -> int:
         """The number of examples from which statistics come in training."""
-        if self.name.startswith(
-            ("small_batch_norm", "streaming_batch_norm", "replay_batch_norm")
-        ):
+        if self.name.startswith(WINDOWED):
             return max(self.batch_size, 32)
         if self.name.startswith("cross_iteration_batch_norm"):
             return WINDOW * self.batch_size
         return self.batch_size
 
 
-def estimated(estimator: Any) -> NormFn:
-    """The module factory of an estimator."""
+def estimated(estimator: Any, kernel: Callable | None = None) -> NormFn:
+    """The module factory of an estimator, with a change of kernels where there are any."""
 
     def norm(layer: nn.Module | None, train: bool) -> nn.Module:
-        return Norm(estimator, layer=layer, use_running_average=not train)
+        change = None if layer is None else kernel
+        return Norm(estimator, layer, change, use_running_average=not train)
 
     return norm
 
@@ -151,6 +161,10 @@ def _group_batch(order: Any) -> MakeEstimator:
     )
 
 
+def _moving_average(batch_size: int) -> cbn_jax.Bidirectional:
+    return cbn_jax.moving_average_batch_norm(_window(batch_size))
+
+
 def _averaged(batch_size: int) -> Any:
     """A single example has no variance of its own to average."""
     return "batch" if batch_size > 1 else "window"
@@ -187,11 +201,38 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     "group_norm_plus": lambda size, steps: cbn_jax.learned(
         cbn_jax.group_norm_plus, num_groups=GROUPS
     ),
+    "group_norm-standardize": lambda size, steps: cbn_jax.group_norm(GROUPS),
+    "small_batch_norm-standardize": lambda size, steps: cbn_jax.small_batch_norm(
+        size, momentum=MOMENTUM
+    ),
+    # The published schedule is for 40,000 steps and more.
+    "batch_renorm": lambda size, steps: cbn_jax.batch_renorm(
+        MOMENTUM, warmup_steps=max(1, steps // 20)
+    ),
+    "momentum_batch_norm": lambda size, steps: cbn_jax.momentum_batch_norm(
+        cbn_jax.matched_noise(size, max(2, steps)), momentum=MOMENTUM
+    ),
+    # Ours without compensation: the same window, moments as they were.
+    "momentum_batch_norm-window": lambda size, steps: cbn_jax.momentum_batch_norm(
+        1.0 - 1.0 / _window(size), momentum=MOMENTUM
+    ),
+    "bidirectional_batch_norm": lambda size, steps: cbn_jax.bidirectional_batch_norm(
+        _window(size), momentum=MOMENTUM
+    ),
+    "moving_average_batch_norm": lambda size, steps: _moving_average(size),
+    "moving_average_batch_norm-center": lambda size, steps: _moving_average(size),
+    "online_norm": lambda size, steps: cbn_jax.online_norm(),
     "streaming_batch_norm-all": _streaming(None),
     **{f"streaming_batch_norm-{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},
     **{f"replay_batch_norm-{n}": _replay(n) for n in (4, 8, 16, 32)},
 }
 METHODS = (*ESTIMATORS, *LAYERS)
+# Changes of the kernels before them.
+KERNELS = {
+    "group_norm-standardize": cbn_jax.standardize,
+    "small_batch_norm-standardize": cbn_jax.standardize,
+    "moving_average_batch_norm-center": cbn_jax.center,
+}
 
 
 def parse(text: str, batch_size: int) -> Method:

@@ -75,6 +75,36 @@ class ResidualCNN(nn.Module):
         return _logits(self, z.mean((1, 2)))
 
 
+class PreActivation(nn.Module):
+    """Residual blocks that normalize the sum: norms that have no layer before them."""
+
+    norm: NormFn
+    classes: int
+    width: int = 16
+    stages: int = 3
+    blocks: int = 2
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits ``[N, classes]``."""
+
+        def active(z: jax.Array) -> jax.Array:
+            return nn.relu(self.norm(layer=None, train=train)(z))
+
+        def conv(features: int, size: int = 3, stride: int = 1):
+            return nn.Conv(features, (size, size), stride, use_bias=False, dtype=self.dtype)
+
+        z = conv(self.width)(images)
+        for stage, block in itertools.product(range(self.stages), range(self.blocks)):
+            features = self.width * 2**stage
+            stride = 2 if stage > 0 and block == 0 else 1
+            y = active(z)
+            shortcut = z if stride == 1 else conv(features, 1, stride)(y)
+            z = shortcut + conv(features)(active(conv(features, 3, stride)(y)))
+        return _logits(self, active(z).mean((1, 2)))
+
+
 class BottleneckResNet(nn.Module):
     """A stem for large images and bottleneck blocks, ResNet-50 as it stands."""
 
@@ -107,7 +137,7 @@ class BottleneckResNet(nn.Module):
         return _logits(self, z.mean((1, 2)))
 
 
-def _logits(network: MLP | ResidualCNN | BottleneckResNet, z: jax.Array) -> jax.Array:
+def _logits(network: nn.Module, z: jax.Array) -> jax.Array:
     return nn.Dense(network.classes, dtype=network.dtype)(z).astype(jnp.float32)
 
 
@@ -120,6 +150,7 @@ NETWORKS = {
         MLP, width=300, depth=2, normalize_last=True
     ),
     "deep": functools.partial(ResidualCNN, width=16, stages=4, blocks=2),
+    "preactivation": PreActivation,
     "stage": functools.partial(ResidualCNN, width=64, stages=1, blocks=2),
     "resnet18": functools.partial(ResidualCNN, width=64, stages=4, blocks=2),
     "resnet50": BottleneckResNet,

@@ -15,7 +15,7 @@ with needed_for("benchmarks"):
     import optax
     from flax import linen as nn
 
-    from cbn_jax.optax import centralize
+    from cbn_jax.optax import centralize, with_backward_statistics
 
 from benchmarks.lib.checkpoints import Checkpoints
 from benchmarks.lib.data import Dataset
@@ -75,6 +75,7 @@ def make_trainer(
     model: nn.Module, image_shape: tuple[int, ...], optimizer: optax.GradientTransformation
 ) -> Trainer:
     """The pure functions that train a model."""
+    optimizer = with_backward_statistics(optimizer)
 
     def init(key: jax.Array) -> TrainState:
         variables = model.init(key, jnp.ones((2, *image_shape)), train=False)
@@ -96,7 +97,7 @@ def make_trainer(
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, batch_stats), gradients = gradient(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state), loss
 

@@ -117,6 +117,9 @@ def streaming_batch_norm(
     Normalization", CVPR 2021, arXiv:2002.05712; the recursion is the one of Ashok
     Cutkosky, Francesco Orabona, "Momentum-Based Variance Reduction in Non-Convex SGD",
     2019, arXiv:1905.10018, applied to a layer's statistics, with averaged derivatives.
+    "Streaming Normalization" of Qianli Liao, Kenji Kawaguchi, Tomaso Poggio, 2016,
+    arXiv:1610.06160, is another method: it averages statistics and gradients over past
+    samples as they were, and nothing there moves with the weights.
 
     Differs from the former: an exponential window that is linearized anew at every step,
     to second order, instead of k − 1 old ones to first order; gradients through the

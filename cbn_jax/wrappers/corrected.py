@@ -69,6 +69,11 @@ def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
     network optimization", VCIP 2020, doi:10.1109/VCIP49819.2020.9301751; and Hongwei Yong,
     "Effective and efficient optimization methods for deep learning", PolyU 2022, chapter 3.
 
+    Related: Saurabh Singh, Abhinav Shrivastava, "EvalNorm", ICCV 2019, arXiv:1904.06031,
+    and Cecilia Summers, Michael J. Dinneen, "Four Things Everyone Should Know to Improve
+    Batch Normalization", ICLR 2020, arXiv:1906.03548, mix the same two statistics. The
+    former fits the weights online, the latter chooses them on held-out data.
+
     Differs from the papers, whose formulas could not be obtained (the first is an abstract,
     the second describes a linear regression of batch on instance statistics): the formula
     above is derived here from its assumption. ``fitted_inference`` is the regression.
