@@ -47,6 +47,7 @@ STUDIES = [
     "test_benchmarks.py",
     "test_colabs.py",
     "test_data_parallel.py",
+    "test_examples.py",
     "test_landscape.py",
     "test_packaging.py",
     "test_processes.py",
