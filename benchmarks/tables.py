@@ -40,6 +40,7 @@ from benchmarks.studies import (
     scaling,
     statistics_error,
     theory,
+    without_layer,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,7 @@ STUDIES: dict[str, ModuleType] = {
     "batch_size_fashion_mnist": batch_size_report,
     "claims": claims,
     "cost": cost,
+    "cost_others": cost,
     "scaling": scaling,
     "frameworks": frameworks,
     "data_parallel": data_parallel,
@@ -63,6 +65,7 @@ STUDIES: dict[str, ModuleType] = {
     "corrected_inference": corrected_inference,
     "adaptive": adaptive,
     "landscape": landscape,
+    "without_layer": without_layer,
     "group_batch": robustness,
     "centralize": robustness,
 }

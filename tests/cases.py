@@ -118,8 +118,6 @@ GROUPS = {
     "group_norm_plus",
     "adaptive_batch_norm-group",
 }
-# Need several positions in an example.
-POSITIONS = {"filter_response_norm"}
 # Normalize parts of a batch by themselves, in training.
 PARTS = {"ghost_batch_norm", "online_norm"}
 # Have a gradient that is no derivative of their output.
@@ -131,6 +129,7 @@ DESIGNED = {
 }
 # Divide by the root of a second moment.
 UNCENTERED = {"filter_response_norm", "moving_average_batch_norm"}
+PER_EXAMPLE = GROUPS | {"filter_response_norm"}
 # Keep no statistics.
 STATELESS = {"group_norm", "group_norm_plus", "filter_response_norm"}
 # Do so in inference.

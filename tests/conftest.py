@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -56,6 +57,15 @@ STUDIES = [
     "test_tables.py",
 ]
 collect_ignore = [] if importlib.util.find_spec("tyro") else STUDIES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs hold memory maps, and Linux allows a process some 65,000."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -34,6 +34,8 @@ LAYERED = {
     "replay_batch_norm",
     "small_batch_norm",
 }
+# Normalize two examples together, or predict by the whole batch.
+TOGETHER = {"ghost_batch_norm", "mixed_inference"}
 CALLS = ("functions", "linen", "nnx")
 SPREADS = ("plain", "vmap", "devices")
 EYE = np.eye(C, dtype=np.float32)
@@ -221,8 +223,7 @@ def check(way, name, batches, dtype):
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize(
     ("name", "way"),
-    # A part of two examples is on one device.
-    [(n, w) for n in KINDS for w in ways() if w[1] == "plain" or n != "ghost_batch_norm"],
+    [(n, w) for n in KINDS for w in ways() if w[1] == "plain" or n not in TOGETHER],
     ids=lambda each: each if isinstance(each, str) else "-".join(map(str, each)),
 )
 @given(data=st.data())

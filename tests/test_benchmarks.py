@@ -32,6 +32,7 @@ from benchmarks.studies import (
     samples,
     scaling,
     theory,
+    without_layer,
 )
 
 pytestmark = [
@@ -652,3 +653,25 @@ def test_a_missing_dependency_is_one_sentence(package):
     assert run.returncode == 1
     assert f"{package} is not installed; install it with: pip install -e" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_norms_without_a_layer(tmp_path, data_dir):
+    """The table has every run, and what is kept is not run again."""
+    config = dataclasses.replace(without_layer.QUICK, output=tmp_path, data_dir=data_dir)
+    results = without_layer.main(config, Console())
+    assert len(results["cells"]) == 4  # two pairings, two methods
+    assert all(len(cell["accuracy"]) == 2 for cell in results["cells"])
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("bidirectional_batch_norm |") == 2
+    assert "of 2 settings" in table
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert without_layer.main(config, Console())["cells"] == results["cells"]
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+
+
+def test_pairs_are_of_one_class():
+    labels = np.array([0, 1, 0, 1, 1, 2, 2, 0])
+    rows = np.stack([*without_layer.rows_of_pairs(labels, 2, 3, seed=0)])
+    assert rows.shape == (9, 2)  # an odd one of each class is left out
+    assert (labels[rows[:, 0]] == labels[rows[:, 1]]).all()
+    assert (rows[:, 0] != rows[:, 1]).all()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import KINDS, POSITIONS, make
+from cases import KINDS, make
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -159,8 +159,6 @@ def compared(estimator, kind):
 @pytest.mark.parametrize("name", KINDS)
 def test_the_module_is_the_functions(name, kind):
     """One example at a time under ``vmap``, with every method."""
-    if kind == "linear" and name in POSITIONS:
-        pytest.skip("needs several positions in an example")
     compared(make(name), kind)
 
 

@@ -37,8 +37,8 @@ def test_gradients(x64, key):
     np.testing.assert_allclose(gradient[1, 2, 0], slope, rtol=1e-5)
 
 
-def test_one_position_is_refused():
+def test_one_position_leaves_the_sign(key):
+    x = jax.random.normal(key, (4, 3))
     estimator = cbn.filter_response_norm()
-    for shape in ((4, 3), (4, 1, 1, 3)):
-        with pytest.raises(ValueError, match="one position per example, whose output is"):
-            estimator.infer(estimator.init(3), jnp.ones(shape))
+    y = normalize(x, estimator.infer(estimator.init(3), x))
+    np.testing.assert_allclose(y, x / np.sqrt(np.square(x) + 1e-6), rtol=1e-5)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CORRECTED, FACTORIES, GROUPS, LAYERS, apply, infer, init, normalize
+from cases import CORRECTED, FACTORIES, LAYERS, PER_EXAMPLE, apply, infer, init, normalize
 from flax import linen as nn
 from flax import nnx
 from jax import lax
@@ -15,7 +15,7 @@ import cbn_jax as cbn
 from cbn_jax.linen import Norm as LinenNorm
 from cbn_jax.nnx import Norm
 
-REFUSED = CORRECTED | GROUPS
+REFUSED = CORRECTED | PER_EXAMPLE
 SCALE, BIAS = jnp.array([0.5, -2.0, 1.0, 3.0]), jnp.array([1.0, 0.0, -1.0, 0.3])
 
 

@@ -22,10 +22,10 @@ ROWS = {
     "methods": {"core"},
     "wrappers": {"core", "wrappers"},
     "tools": {"core", "methods", "wrappers", "tools"},
-    "_flax": {"core", "wrappers"},
-    "linen": {"core", "methods", "wrappers", "_flax", "linen"},
-    "nnx": {"core", "methods", "wrappers", "_flax", "nnx"},
-    "equinox": {"core", "wrappers", "_flax", "equinox"},
+    "_adapters": {"core", "wrappers"},
+    "linen": {"core", "methods", "wrappers", "_adapters", "linen"},
+    "nnx": {"core", "methods", "wrappers", "_adapters", "nnx"},
+    "equinox": {"core", "wrappers", "_adapters", "equinox"},
     **{door: {"tools"} for door in DOORS},
 }
 PRESETS = {"methods/small_batch.py"}
@@ -170,7 +170,7 @@ def imports_of(path):
             yield node.module
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if row(n) in {"_flax", *ADAPTERS}])
+@pytest.mark.parametrize("name", [n for n in FILES if row(n) in {"_adapters", *ADAPTERS}])
 def test_no_arithmetic_in_an_adapter(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.BinOp):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import KINDS, LAYERS, POSITIONS, eager_train, init, make
+from cases import KINDS, LAYERS, eager_train, init, make
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,8 +35,11 @@ EXPLICIT = {
     "batch_renorm",
     "bidirectional_batch_norm",
     "diminishing_batch_norm",
+    "filter_response_norm",
+    "frozen",
     "group_norm",
     "group_norm_plus",
+    "mixed_inference",
     "momentum_batch_norm",
     "moving_average_batch_norm",
     "corrected_inference",
@@ -190,7 +193,7 @@ def on_mesh(mesh, params, state, *batch):
     )
 
 
-@pytest.mark.parametrize("name", sorted(set(KINDS) - POSITIONS))
+@pytest.mark.parametrize("name", KINDS)
 def test_what_explicit_axes_take(name, key):
     """As shardings are types, tracing decides."""
     step, arguments = step_and_arguments(name, LAYERS["dense"], key)

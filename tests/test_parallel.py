@@ -241,9 +241,10 @@ def forward_of(name, layer, masked, key):
 def test_one_collective_forward(name, layer, masked, key):
     """Under an axis name, state and mask included; a fit needs the statistics first.
 
-    Group norm needs nothing from the other devices.
+    Methods for single examples need nothing from the other devices.
     """
-    expected = 2 if name == "fitted_inference" else 0 if name == "group_norm" else 1
+    alone = {"group_norm", "filter_response_norm"}
+    expected = 2 if name == "fitted_inference" else 0 if name in alone else 1
     step = forward_of(name, LAYERS[layer], masked, key)
     assert collectives(*step) == ["all-reduce"] * expected
 

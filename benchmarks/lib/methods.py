@@ -221,6 +221,7 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     ),
     "moving_average_batch_norm": lambda size, steps: _moving_average(size),
     "moving_average_batch_norm-center": lambda size, steps: _moving_average(size),
+    "filter_response_norm": lambda size, steps: cbn_jax.filter_response_norm(),
     "online_norm": lambda size, steps: cbn_jax.online_norm(),
     "streaming_batch_norm-all": _streaming(None),
     **{f"streaming_batch_norm-{n}": _streaming(n) for n in (4, 8, 16, 32, 64)},

@@ -106,7 +106,10 @@ def bidirectional(
     """A method whose ``train`` also takes ``backward``, ``rows`` values per feature."""
 
     def init_backward(features):
-        return BackwardStatistics(jnp.zeros((rows, features)), jnp.zeros(features))
+        return BackwardStatistics(
+            values=jnp.zeros((rows, features), jnp.float32),
+            steps=jnp.zeros(features, jnp.float32),
+        )
 
     def train_with(state, x, source=None, *, axis_name=None, mask=None, backward):
         backward = _accepted(name, backward)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax._flax import estimator_of
+from cbn_jax._adapters import estimator_of
 from cbn_jax.core.backward import BackwardStatistics, Bidirectional
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName

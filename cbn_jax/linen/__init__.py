@@ -6,7 +6,7 @@ from cbn_jax.core.optional import require as _require
 with _require("Flax", "cbn_jax.linen"):
     import flax as _flax  # noqa: F401
 
-from cbn_jax._flax import fill_missing
+from cbn_jax._adapters import fill_missing
 
 from .activations import TLU, EvoNormB0, EvoNormS0
 from .convert import from_batch_norm, optimizer_from_batch_norm, to_batch_norm

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cbn_jax._flax import running_in, with_running
+from cbn_jax._adapters import running_in, with_running
 from cbn_jax.core.running import RunningMoments, from_batch_stats
 
 Path = tuple[str, ...]

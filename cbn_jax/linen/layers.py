@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from cbn_jax._flax import outputs_last, patches_of
+from cbn_jax._adapters import outputs_last, patches_of
 from cbn_jax.core.layers import Layer, dense_patches
 
 

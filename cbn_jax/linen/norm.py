@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cbn_jax._flax import (
+from cbn_jax._adapters import (
     check_backward,
     check_modules,
     estimator_of,

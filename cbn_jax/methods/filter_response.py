@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filter response normalization: each feature of each example by its mean square."""
 
-import math
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -28,8 +25,8 @@ def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
     thresholded linear unit ``max(y, τ)``, ``TLU`` in ``cbn_jax.linen`` and ``cbn_jax.nnx``.
     Neither the batch size nor the other examples matter.
 
-    Prefer it in convolutional networks where batch statistics are unwanted. The paper warms
-    the learning rate up.
+    Prefer it in convolutional networks where batch statistics are unwanted, and group norm
+    for dense layers. The paper warms the learning rate up.
 
     Args:
       epsilon: added to the mean square, inside the root.
@@ -39,8 +36,8 @@ def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
       ``[N, 1, …, 1, C]``, with mean 0.
 
     Raises:
-      ValueError: ``epsilon`` out of range; ``x`` with one position per example, whose
-        output would be its sign; features that do not fit the state.
+      ValueError: ``epsilon`` out of range; ``train`` without a value; features that do not
+        fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
     Under a ``mask``, a feature without a value that counts passes as it is. NaN or inf
@@ -59,16 +56,14 @@ def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
     Eliminating Batch Dependence in the Training of Deep Neural Networks", CVPR 2020,
     arXiv:1911.09737.
 
-    Differs from the paper: ε is not learned, which it advises where a feature map has one
-    position; that is an error here.
+    Differs from the paper: ε is not learned. The paper learns it where a feature map has
+    one position, as behind dense layers; there the output is nearly the sign of ``x``.
     """
     name = "filter_response_norm"
     check_epsilon(epsilon)
 
     def accept(state, x, mask):
-        state, x = accepted(name, state, StepCount, lambda s: s.steps, x, mask)
-        _check_positions(name, x)
-        return state, x
+        return accepted(name, state, StepCount, lambda s: s.steps, x, mask)
 
     def statistics_of_examples(x, mask):
         moments = instance_moments(x, mask)
@@ -93,12 +88,3 @@ def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
         return statistics_of_examples(x, mask)
 
     return Estimator(init, train, infer, epsilon, frozenset({"per_example"}))
-
-
-def _check_positions(name: str, x: jax.Array) -> None:
-    positions = math.prod(x.shape[1:-1])
-    if isinstance(positions, int) and positions == 1:
-        raise ValueError(
-            f"{name} got x of shape {x.shape}, one position per example, whose output is "
-            "its sign; write group_norm(...) for dense layers."
-        )

@@ -126,7 +126,11 @@ def moving_average_batch_norm(
     def init(features, layer=None, params=None):
         del layer, params
         one = jnp.ones(features, jnp.float32)
-        return MovingAverageState(one, jnp.zeros((window, features)), jnp.zeros_like(one))
+        return MovingAverageState(
+            square=one,
+            window=jnp.zeros((window, features), jnp.float32),
+            steps=jnp.zeros_like(one),
+        )
 
     def train(state, x, source=None, *, axis_name=None, mask=None, backward):
         del source

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from cbn_jax._flax import running_in, with_running
+from cbn_jax._adapters import running_in, with_running
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.running import from_batch_stats
 

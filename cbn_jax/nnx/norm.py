@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cbn_jax._flax import check_modules, estimator_of, flag_of, to_last, with_kernel
+from cbn_jax._adapters import check_modules, estimator_of, flag_of, to_last, with_kernel
 from cbn_jax.core.backward import Bidirectional
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName

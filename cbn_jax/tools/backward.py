@@ -51,7 +51,7 @@ def with_backward_statistics(
       ...     state = estimator.init(features=1)
       ...     statistics, _ = estimator.at(params["backward"]).train(state, x)
       ...     return (params["scale"] * cbn.normalize(x, statistics) ** 2).sum()
-      >>> params = {"scale": jnp.ones(1), "backward": estimator.init_backward(1)}
+      >>> params = {"scale": jnp.ones(()), "backward": estimator.init_backward(1)}
       >>> gradients = jax.grad(loss)(params)
       >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
       >>> optax.apply_updates(params, updates)["backward"].values.round(3)  # E[g], E[g z]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the Flax adapters; there is no arithmetic in an adapter."""
+"""Shared by the adapters; there is no arithmetic in an adapter."""
 
 import inspect
 from collections.abc import Callable, Mapping
