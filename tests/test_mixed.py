@@ -41,3 +41,10 @@ def test_arguments():
         cbn.mixed_inference(cbn.batch_norm(), -1)
     with pytest.raises(ValueError, match="statistics per example"):
         cbn.mixed_inference(cbn.group_norm())
+
+
+def test_epsilon_counts_once():
+    x = 1e-3 * batch()
+    statistics = cbn.mixed_inference(cbn.batch_norm(), 0).infer(STATE, x)
+    expected = (np.float64(x).var((0, 1)) + 1e-5) ** -0.5
+    np.testing.assert_allclose(statistics.inv_std, expected, rtol=1e-4)

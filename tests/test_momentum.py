@@ -74,3 +74,9 @@ def test_a_decay_for_examples():
     assert cbn.rescale_decay(0.9, 8, like=8) == 0.9
     with pytest.raises(ValueError, match=r"decay is 1.5"):
         cbn.rescale_decay(1.5, 2)
+
+
+def test_the_first_batch_is_taken_over_exactly():
+    """Whatever the schedule says of it."""
+    ys, _ = outputs(cbn.momentum_batch_norm(lambda m: 0.0 * m + 0.3), batches(1))
+    np.testing.assert_allclose(ys[0], batch_norm(batches(1)[0]), rtol=1e-4, atol=1e-5)
