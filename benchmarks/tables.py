@@ -66,6 +66,7 @@ STUDIES: dict[str, ModuleType] = {
     "adaptive": adaptive,
     "landscape": landscape,
     "without_layer": without_layer,
+    "without_layer_mlp": without_layer,
     "group_batch": robustness,
     "centralize": robustness,
 }

@@ -82,7 +82,7 @@ class PreActivation(nn.Module):
     classes: int
     width: int = 16
     stages: int = 3
-    blocks: int = 2
+    blocks: int = 1
     dtype: Any = None
 
     @nn.compact

@@ -2,8 +2,8 @@
 """Norms without a layer before them: which method serves at two examples?
 
 After an activation or a residual sum there is no layer whose weights a window could follow.
-Trains an MLP that normalizes behind its activations and a residual network that normalizes
-its sums, at batch size 2, with independent examples and with pairs of one class, with an
+Trains a residual network that normalizes its sums, or an MLP that normalizes behind its
+activations, at batch size 2, with independent examples and with pairs of one class, with an
 optimizer step at every batch and at every 16. Prints the test accuracy at each rate, and
 for each setting the methods whose best mean is within two standard errors of the best.
 
@@ -36,8 +36,9 @@ Pairing = Literal["independent", "one class"]
 class Config(study.Options):
     """Options of the comparison."""
 
-    networks: tuple[str, ...] = ("mlp300_normalized_last", "preactivation")
-    """Networks whose norms have no layer."""
+    networks: tuple[str, ...] = ("preactivation",)
+    """Networks whose norms have no layer; also mlp300_normalized_last, whose width does not
+    divide into the groups of group_norm."""
     methods: tuple[str, ...] = (
         "batch_norm",
         "batch_renorm",
@@ -54,11 +55,11 @@ class Config(study.Options):
     """What a batch holds: independent examples, or pairs of one class."""
     accumulate: tuple[int, ...] = (1, 16)
     """Batches per step of the optimizer."""
-    learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4)
+    learning_rates: tuple[float, ...] = (0.1, 0.4)
     """Peak rates for steps of 32 examples; scaled in proportion to the step."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     """One run each."""
-    epochs: int = 4
+    epochs: int = 2
     """Passes over the training images."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/without_layer")
     """Folder for results.json, table.md and finished runs."""
