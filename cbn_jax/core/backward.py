@@ -23,7 +23,7 @@ from jax import lax
 from jax.core import Tracer
 
 from .checks import in_dtype
-from .estimator import Estimator, Infer, Init, Trait
+from .estimator import Estimator, Infer, Init
 from .moments import AxisName, align, exchange, wide
 from .statistics import Statistics
 
@@ -101,7 +101,6 @@ def bidirectional(
     infer: Infer,
     epsilon: float,
     rows: int,
-    traits: frozenset[Trait] = frozenset(),
 ) -> Bidirectional:
     """A method whose ``train`` also takes ``backward``, ``rows`` values per feature."""
 
@@ -128,7 +127,6 @@ def bidirectional(
         without,
         infer,
         epsilon,
-        traits,
         init_backward=init_backward,
         train_with=train_with,
     )

@@ -123,6 +123,20 @@ def moving_average_batch_norm(
         ready = (steps > window) & (steps >= warmup_steps)
         return jnp.where(ready, rows.mean(axis=0), rows[0])
 
+    def factor(state, used):
+        """r, clipped to [1 / L, L]."""
+        steps = state.steps + 1.0
+        most = jnp.where(steps > max(limit_steps, warmup_steps), limit, 1.0)
+        ratio = jnp.sqrt((used + epsilon) / (state.square + epsilon))
+        return jnp.clip(ratio, 1.0 / most, most)
+
+    def follow(state, used, rows):
+        """The state after a batch, which is all that R has after the first."""
+        steps = state.steps + 1.0
+        mixed = state.square + weights(average, steps) * (used - state.square)
+        square = jnp.where(state.steps > 0, mixed, used)
+        return MovingAverageState(square, rows, steps)
+
     def init(features, layer=None, params=None):
         del layer, params
         one = jnp.ones(features, jnp.float32)
@@ -136,28 +150,24 @@ def moving_average_batch_norm(
         del source
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name, 1)
-        state, given = lax.stop_gradient((state, x))
+        old, given = lax.stop_gradient((state, x))
         batch = batch_moments(given, axis_name=axis_name, mask=mask)
         square = batch.var + jnp.square(batch.mean)
-        old, state = state, in_dtype(state, square.dtype)
-        steps, rows = state.steps + 1.0, _pushed(state.window, square)
-        used = jnp.where(batch.size > 0, windowed(steps, rows), state.square)
-        most = jnp.where(steps > max(limit_steps, warmup_steps), limit, 1.0)
-        scale = lax.rsqrt(used + epsilon)
-        r = jnp.clip(jnp.sqrt((used + epsilon) / (state.square + epsilon)), 1 / most, most)
+        state = in_dtype(old, square.dtype)
+        rows = _pushed(state.window, square)
+        used = jnp.where(batch.size > 0, windowed(state.steps + 1.0, rows), state.square)
+        r = factor(state, used)
 
         def rule(backward, sums, r):
             values = _pushed(backward.values, pooled_means(sums, axis_name).gz)
             gz = windowed(backward.steps + 1.0, values) / jnp.square(r)
             return Correction(jnp.zeros_like(gz), gz), values
 
-        statistics = Statistics(jnp.zeros_like(scale), scale * r)
+        statistics = Statistics(jnp.zeros_like(used), r * lax.rsqrt(used + epsilon))
         size = count_values(x, mask)
         statistics = attach(rule, x, mask, statistics, size, backward, r)
         usable = jnp.isfinite(square) & (batch.size > 0)
-        running = state.square + weights(average, steps) * (used - state.square)
-        running = jnp.where(state.steps > 0, running, used)
-        return statistics, _chosen(usable, MovingAverageState(running, rows, steps), old)
+        return statistics, _chosen(usable, follow(state, used, rows), old)
 
     def infer(state, x, *, mask=None):
         state, _ = accept(state, x, mask)
