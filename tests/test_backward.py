@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from reference import Bidirectional, MovingAverage, Online
 
 import cbn_jax as cbn
+from cbn_jax.core.backward import _Process
 from cbn_jax.optax import with_backward_statistics
 
 SHAPE = N, T, C = 4, 5, 3
@@ -345,6 +346,20 @@ def test_an_optimizer_without_the_wrapper_shows_at_the_next_step(name, optimizer
     chex.assert_tree_all_finite(after)
     with pytest.raises(ValueError, match="with_backward_statistics"):
         estimator.at(backward).train(state, x)
+
+
+def test_the_first_gradient_warns_without_the_wrapper(monkeypatch):
+    monkeypatch.setattr(_Process, "has_optimizer", False)
+    estimator = cbn.online_norm()
+
+    def total(x):
+        backward = estimator.init_backward(2)
+        return estimator.at(backward).train(estimator.init(2), x)[0].mean.sum()
+
+    with pytest.warns(UserWarning, match="no optimizer that writes them; write"):
+        jax.grad(total)(jnp.ones((3, 2)))
+    with_backward_statistics(optax.sgd(0.1))
+    jax.grad(total)(jnp.ones((3, 2)))  # no warning, which would be an error
 
 
 def test_a_process_without_the_wrapper_is_warned():
