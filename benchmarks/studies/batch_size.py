@@ -196,7 +196,7 @@ def _text(run: runs.Run, loss: float) -> str:
 
 
 def main(config: Config, console: Console) -> dict:
-    """Runs what is missing, writes and shows the results."""
+    """Runs the experiments that have no result yet; writes and prints all results."""
     runs.check_networks(config.networks)
     if config.every_rate_at not in config.batch_sizes:
         raise ValueError(

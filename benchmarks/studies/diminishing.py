@@ -64,7 +64,7 @@ class Config(study.Options):
 
 
 def main(config: Config, console: Console) -> dict:
-    """Runs what is missing, writes and shows the results."""
+    """Runs the experiments that have no result yet; writes and prints all results."""
     dataset = config.load()
     chosen = [
         _run(config, place, alpha)

@@ -77,7 +77,7 @@ QUICK = Config(
 
 
 def main(config: Config, console: Console) -> dict:
-    """Runs what is missing, writes and shows the results."""
+    """Runs the experiments that have no result yet; writes and prints all results."""
     runs.check_networks(config.networks)
     dataset = config.load()
     settings = [

@@ -57,7 +57,7 @@ class Sums(NamedTuple):
 
 
 class Correction(NamedTuple):
-    """What stands in place of E[g] and E[g z] in the gradient."""
+    """The values that replace E[g] and E[g z] in the gradient."""
 
     g: jax.Array
     gz: jax.Array
@@ -242,7 +242,7 @@ def _accepted(name: str, backward: Any) -> BackwardStatistics:
     if not isinstance(backward.steps, Tracer) and not _all_written(backward.steps):
         raise ValueError(
             f"{name} got backward statistics that an optimizer has changed like weights, "
-            f"expected their own averages; {WRITE}, and begin anew."
+            f"expected averages; {WRITE}, and restart from fresh backward statistics."
         )
     return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), backward)
 

@@ -22,8 +22,8 @@ from .layers import as_layer, check_layer, sizes_of
 class Norm(eqx.nn.StatefulLayer):
     """Normalizes activations with any estimator of this library.
 
-    ``Norm(estimator, num_features=64, axis_name="batch")`` stands where
-    ``eqx.nn.BatchNorm(64, "batch")`` stood, also inside ``eqx.nn.Sequential``.
+    ``Norm(estimator, num_features=64, axis_name="batch")`` replaces
+    ``eqx.nn.BatchNorm(64, "batch")``, also inside ``eqx.nn.Sequential``.
     ``Norm(estimator, layer=eqx.nn.Conv2d(...), axis_name="batch")`` runs the layer first
     and lets the estimator see its parameters; every method accepts that form,
     cross-iteration methods need it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method whose statistics stand still from a given step on."""
+"""A method whose statistics no longer change from a given step on."""
 
 from typing import NamedTuple
 
@@ -30,10 +30,10 @@ class FrozenState(NamedTuple):
 def frozen(estimator: Estimator, after: int) -> Estimator:
     """Freezes a method: from a given step on, training uses the statistics of inference.
 
-    The state then stands still, and no gradient flows through statistics. With ``after=0``
-    that holds from the start, the usual way to fine-tune a trained network at a batch size
-    of one or two. Late in training it removes the difference between training and
-    inference.
+    The state no longer changes, and no gradient flows through the statistics. With
+    ``after=0`` they are frozen from the first step, the usual way to fine-tune a trained
+    network at a batch size of one or two. Late in training, freezing removes the difference
+    between training and inference.
 
     Args:
       estimator: any method, wrapped or not.
