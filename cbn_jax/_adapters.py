@@ -2,7 +2,7 @@
 """Shared by the adapters; there is no arithmetic in an adapter."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,20 @@ import jax.numpy as jnp
 
 from .core.checks import check_axis, check_mask
 from .core.estimator import Estimator
-from .core.layers import Patches, conv_patches
-from .core.running import RunningMoments, find_running
+from .core.layers import (
+    Layer,
+    LayerFn,
+    conv_patches,
+    dense_patches,
+    patches_by_example,
+)
+from .core.linear import why_not_linear
+from .core.named import find_running, named_leaves, put_running, to_dict
+from .core.running import RunningMoments
 from .core.values import is_factory
 from .wrappers.learned import Learned
+
+Kernel = Callable[[jax.Array], jax.Array]
 
 
 def estimator_of(estimator: Estimator | Learned, mix: Callable[[], Any]) -> Estimator:
@@ -53,47 +63,114 @@ def _short(value: Any) -> str:
 
 def with_running(state: Any, moments: RunningMoments) -> Any:
     """A fresh state with the given running moments."""
-    found = []
-
-    def put(node):
-        found.append(isinstance(node, RunningMoments))
-        # A copy for each: a state that holds a buffer twice cannot be donated.
-        return jax.tree.map(jnp.copy, moments) if found[-1] else node
-
-    state = jax.tree.map(put, state, is_leaf=lambda n: isinstance(n, RunningMoments))
-    if not any(found):
+    places = find_running(state)
+    if not places:
         raise ValueError(
             "from_batch_norm got an estimator without running moments, expected "
             "batch_norm(...), small_batch_norm(...) or another that has them."
         )
-    return state
+    # A copy for each: a state that holds a buffer twice cannot be donated.
+    return put_running(state, {place: jax.tree.map(jnp.copy, moments) for place in places})
 
 
 def running_in(state: Any) -> RunningMoments:
     """The one ``RunningMoments`` in a state."""
-    found = find_running(state)
+    found = list(find_running(state).values())
     if len(found) != 1:
         raise ValueError(
-            f"to_batch_norm got a state of type {type(state).__name__} with {len(found)} "
-            "RunningMoments inside, expected one; there is no batch norm with the same "
-            "inference."
+            f"to_batch_norm got a state with {', '.join(to_dict(state))} and "
+            f"{len(found)} running averages, expected one; there is no batch norm with the "
+            "same inference."
         )
     return found[0]
 
 
-def with_kernel(
-    params: Any, kernel: Callable[[jax.Array], jax.Array] | None, layer: Any
-) -> Any:
-    """The parameters of a layer with its kernel as it is used."""
-    if kernel is None:
+def feature_shape(x: jax.Array, axis: int | Sequence[int]) -> tuple[int, ...]:
+    """The sizes of the feature axes."""
+    axes = [axis] if isinstance(axis, int) else list(axis)
+    return tuple(x.shape[each] for each in sorted(each % x.ndim for each in axes))
+
+
+def form_of(estimator: Estimator, features: int, layer: Any, params: Any) -> Any:
+    """The state of an estimator without its values."""
+    return jax.eval_shape(lambda params: estimator.init(features, layer, params), params)
+
+
+def check_stats(where: str, estimator: Any, stats: Any, form: Any, write: str) -> None:
+    """The stored state is that of this estimator, for this layer."""
+    came, expected = named_leaves(stats), named_leaves(to_dict(form))
+    if set(came) != set(expected):
+        names = sorted({name[0] for name in came}), sorted({name[0] for name in expected})
+        came, expected = (", ".join(each) or "nothing" for each in names)
+    else:
+        wrong = [name for name in came if jnp.shape(came[name]) != expected[name].shape]
+        if not wrong:
+            return
+        name = "/".join(wrong[0])
+        came = f"{name} of shape {jnp.shape(came[wrong[0]])}"
+        expected = f"shape {expected[wrong[0]].shape}"
+    raise ValueError(
+        f"Norm got the state of another method or layer at {where}, {came}, expected "
+        f"{expected} for {estimator!r}; {write}"
+    )
+
+
+def used_params(layer: Any, params: Any, kernel: Kernel | None, mask: Any = None) -> Any:
+    """The parameters of a layer as it uses them: outputs last, changed and masked."""
+    params = outputs_last(layer, params)
+    if kernel is None and mask is None:
         return params
-    if layer is None or "kernel" not in params:
-        came = "no layer" if layer is None else f"layer={_short(layer)}, which has none"
+    if "kernel" not in params:
         raise ValueError(
-            f"Norm got a change of the kernel and {came}, expected a layer with a "
-            "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
+            f"Norm got a change of the kernel and layer={_short(layer)}, which has none, "
+            "expected a layer with a parameter kernel; write "
+            "Norm(estimator, layer=Conv(...), kernel=...)."
         )
-    return {**params, "kernel": kernel(params["kernel"])}
+    used = params["kernel"] if kernel is None else kernel(params["kernel"])
+    if mask is not None:
+        used = used * outputs_last(layer, {"kernel": jnp.asarray(mask)})["kernel"]
+    return {**params, "kernel": used}
+
+
+def changed_params(layer: Any, params: Any, kernel: Kernel) -> Any:
+    """The parameters that a layer must hold in order to use a changed kernel."""
+
+    def changed(leaf):
+        last = outputs_last(layer, {"kernel": leaf})["kernel"]
+        return outputs_last(layer, {"kernel": kernel(last)})["kernel"]
+
+    # A box of metadata is a tree of one leaf.
+    return {**params, "kernel": jax.tree.map(changed, params["kernel"])}
+
+
+def known_layer(layer: Any, apply: LayerFn, params: Any, inputs: Any) -> Layer:
+    """Flax's Dense, Linear, Conv or ConvTranspose: all features see the same patches."""
+    if not hasattr(layer, "kernel_size"):
+        return Layer(apply, dense_patches)
+    if hasattr(layer, "feature_group_count"):
+        groups = layer.feature_group_count
+        patches = conv_patches(
+            layer.strides or 1,
+            layer.padding,
+            layer.kernel_dilation or 1,
+            groups,
+            layer.input_dilation or 1,
+        )
+        return Layer(apply, patches, groups)
+    batched = jnp.ndim(inputs) >= params["kernel"].ndim
+    return Layer(apply, patches_by_example(apply, 1) if batched else None)
+
+
+def unknown_layer(name: str, apply: LayerFn, params: Any, inputs: Any) -> Layer:
+    """Any other layer that is linear: each feature may have patches of its own."""
+    reason = why_not_linear(apply, params, inputs)
+    if reason is not None:
+        raise ValueError(
+            f"Norm got the layer {name}, which {reason}, expected one that is linear in "
+            "its parameters; declare a change of the kernel, Norm(estimator, Conv(...), "
+            "kernel=...), and put activations after the norm."
+        )
+    return Layer(apply, groups=jax.tree.leaves(params)[0].shape[-1])
 
 
 def check_backward(module: Any) -> None:
@@ -154,17 +231,6 @@ def flag_of(constructor: bool | None, call: bool | None) -> bool:
     return bool(constructor if call is None else call)
 
 
-def patches_of(conv: Any) -> Patches | None:
-    """The patches of a Flax convolution, linen or nnx; None where they are not known."""
-    zero_padded = conv.padding not in ("CIRCULAR", "REFLECT", "CAUSAL")
-    dense_input = conv.input_dilation in (None, 1) or set(conv.input_dilation) == {1}
-    if not (zero_padded and dense_input and conv.mask is None):
-        return None
-    return conv_patches(
-        conv.strides or 1, conv.padding, conv.kernel_dilation or 1, conv.feature_group_count
-    )
-
-
 def outputs_last(layer: Any, params: Any) -> Any:
     """The parameters with the outputs of a kernel last, and back again."""
     if not getattr(layer, "transpose_kernel", False):
@@ -173,13 +239,28 @@ def outputs_last(layer: Any, params: Any) -> Any:
 
 
 def to_last(
-    x: jax.Array, mask: jax.Array | None, axis: int, layer: Any
+    x: jax.Array, mask: jax.Array | None, axis: int | Sequence[int], layer: Any
 ) -> tuple[jax.Array, jax.Array | None, Callable[[jax.Array], jax.Array]]:
-    """Moves the feature axis to the end; also gives the way back."""
+    """Moves the feature axes to the end and makes them one; also gives the way back."""
     check_axis(axis, x, None if layer is None else _short(layer))
     check_mask("Norm", x, mask)
-    if axis in (-1, x.ndim - 1):
+    axes = [axis] if isinstance(axis, int) else list(axis)
+    axes = sorted(each % x.ndim for each in axes)
+    if axes == [x.ndim - 1]:
         return x, mask, lambda y: y
+    places = tuple(range(-len(axes), 0))
+    shape = tuple(x.shape[each] for each in axes)
+
+    def joined(values, shape):
+        values = jnp.moveaxis(values, axes, places)
+        values = jnp.broadcast_to(values, (*values.shape[: -len(axes)], *shape))
+        return values.reshape(*values.shape[: -len(axes)], -1)
+
+    def back(y):
+        return jnp.moveaxis(y.reshape(*y.shape[:-1], *shape), places, axes)
+
     if mask is not None and jnp.ndim(mask) > 0:
-        mask = jnp.moveaxis(jnp.asarray(mask), axis, -1)
-    return jnp.moveaxis(x, axis, -1), mask, lambda y: jnp.moveaxis(y, -1, axis)
+        mask = jnp.asarray(mask)
+        ones = all(mask.shape[each] == 1 for each in axes)
+        mask = joined(mask, (1,) * len(axes) if ones else shape)
+    return joined(x, shape), mask, back

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static checks: what came, what was expected, what to write, in one sentence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -133,15 +133,16 @@ def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
         )
 
 
-def check_axis(axis: int, x: jax.Array, layer: str | None) -> None:
-    """The activations have the feature axis of a module; that of a layer's is the last."""
+def check_axis(axis: int | Sequence[int], x: jax.Array, layer: str | None) -> None:
+    """The activations have the feature axes of a module; that of a layer's is the last."""
     ndim = jnp.ndim(x)
-    if not -ndim <= axis < ndim:
+    axes = [axis] if isinstance(axis, int) else list(axis)
+    if not all(-ndim <= each < ndim for each in axes):
         raise ValueError(
             f"Norm got axis={axis} for activations of shape {jnp.shape(x)}, expected an "
             f"axis from {-ndim} to {ndim - 1}."
         )
-    if layer is not None and axis not in (-1, ndim - 1):
+    if layer is not None and axes not in ([-1], [ndim - 1]):
         raise ValueError(
             f"Norm got axis={axis} with the layer {layer}, whose features are the last "
             "axis; leave out axis, and give the layer inputs with channels last."

@@ -13,7 +13,7 @@ from .statistics import Statistics
 from .values import Value
 
 State = Any  # a NamedTuple of float32 arrays, one type per method
-Trait = Literal["per_example", "corrected", "gated"]
+Trait = Literal["per_example", "corrected", "gated", "layered"]
 
 
 class Init(Protocol):
@@ -72,7 +72,8 @@ class Estimator(Value):
       epsilon: ε, which keeps the scale finite.
       traits: facts that wrappers and tools must know. "per_example": every example has
         statistics of its own. "corrected": inference looks at the example. "gated": a gate
-        in the state may switch normalization off.
+        in the state may switch normalization off. "layered": it looks at the layer that
+        made ``x``.
     """
 
     init: Init

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that are linear in their parameters, and what is known about them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,9 +31,9 @@ class Layer(NamedTuple):
         depends on entry c of the parameters' last axis alone. It must read the number of
         features off its parameters, because it is also run with one feature per group.
       patches: what the layer saw at some positions of ``x``, ``(params, inputs, index,
-        grid) -> ∂x/∂θ``; None where nobody knows. ``index`` is ``[N, n]``, positions in
-        ``grid = x.shape[1:-1]`` of each entry of the first axis. The result is a pytree
-        like ``params`` with leaves ``[N · n, *leaf.shape[:-1], groups]``.
+        grid) -> ∂x/∂θ``; None to differentiate ``apply`` for them. ``index`` is ``[N, n]``,
+        positions in ``grid = x.shape[1:-1]`` of each entry of the first axis. The result is
+        a pytree like ``params`` with leaves ``[N · n, *leaf.shape[:-1], groups]``.
       groups: the features come in that many groups of equal size, each with inputs of its
         own (``feature_group_count`` of a convolution); 1 if all see the same inputs.
     """
@@ -64,6 +65,8 @@ def convolution(
     padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    input_dilation: int | Sequence[int] = 1,
 ) -> Layer:
     """A convolution in 1 to 3 (or more) dimensions, features last.
 
@@ -72,10 +75,11 @@ def convolution(
 
     Args:
       strides: one number, or one per dimension.
-      padding: "SAME", "VALID", one number for all sides, or per dimension a number or
-        (low, high).
+      padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (in one dimension), one
+        number for all sides, or per dimension a number or (low, high).
       dilation: of the kernel, one number or one per dimension.
       groups: ``feature_group_count``.
+      input_dilation: of the inputs, one number or one per dimension.
 
     Returns:
       A Layer that every estimator of this library accepts.
@@ -93,18 +97,21 @@ def convolution(
         kernel, bias = _kernel_and_bias(params)
         rank = kernel.ndim - 2
         space = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
+        inputs, pads = _padded(inputs, padding, kernel.shape[:-2], dilation)
         x = lax.conv_general_dilated(
             inputs,
             kernel,
             _per_dimension(strides, rank),
-            _pads(padding, rank),
-            rhs_dilation=_per_dimension(dilation, rank),
+            pads,
+            _per_dimension(input_dilation, rank),
+            _per_dimension(dilation, rank),
             dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
             feature_group_count=groups,
         )
         return x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
-    return Layer(apply, conv_patches(strides, padding, dilation, groups), groups)
+    cut = conv_patches(strides, padding, dilation, groups, input_dilation)
+    return Layer(apply, cut, groups)
 
 
 def conv_patches(
@@ -112,6 +119,7 @@ def conv_patches(
     padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
+    input_dilation: int | Sequence[int] = 1,
 ) -> Patches:
     """The windows of a convolution with these options."""
 
@@ -123,16 +131,18 @@ def conv_patches(
                 f"a convolution got inputs of shape {inputs.shape}, expected [N, *space, "
                 "channels] where its patches are needed; a single example is inputs[None]."
             )
+        inputs, pads = _padded(inputs, padding, window, dilation)
         stride, spread = _per_dimension(strides, rank), _per_dimension(dilation, rank)
-        extent = [(k - 1) * d + 1 for k, d in zip(window, spread, strict=True)]
-        pads = _pads(padding, rank)
+        apart = _per_dimension(input_dilation, rank)
+        extent = _extent(window, spread)
         if isinstance(pads, str):
-            pads = lax.padtype_to_pads(inputs.shape[-1 - rank : -1], extent, stride, pads)
+            space = _extent(inputs.shape[-1 - rank : -1], apart)
+            pads = lax.padtype_to_pads(space, extent, stride, pads)
         # Further batch axes of the inputs come first in the grid.
         rows = inputs.reshape(index.shape[0], -1, *inputs.shape[-1 - rank :])
         zero = jnp.zeros((), rows.dtype)
-        around = [(0, 0, 0), (0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
-        padded = lax.pad(rows, zero, around)
+        around = [(*pad, each - 1) for pad, each in zip(pads, apart, strict=True)]
+        padded = lax.pad(rows, zero, [(0, 0, 0), (0, 0, 0), *around, (0, 0, 0)])
         other, *place = jnp.unravel_index(index, (rows.shape[1], *grid[-rank:]))
         start = [at * step for at, step in zip(place, stride, strict=True)]
         every = tuple(slice(None, None, step) for step in spread)
@@ -149,6 +159,63 @@ def conv_patches(
         return _like(params, jnp.swapaxes(cuts, -1, -2))
 
     return patches
+
+
+def patches_by_example(apply: LayerFn, groups: int) -> Patches:
+    """Patches by differentiation, for a layer that takes each example by itself.
+
+    Every position costs a weight gradient of one feature per group for its example.
+    """
+
+    def patches(params, inputs, index, grid):
+        def of_example(example, index):
+            return by_position(params, _batch_of(example), index[None], grid)
+
+        cuts = jax.vmap(of_example)(inputs, index)
+        return jax.tree.map(lambda cut: cut.reshape(-1, *cut.shape[2:]), cuts)
+
+    by_position = patches_by_position(apply, groups)
+    return patches
+
+
+def patches_by_position(apply: LayerFn, groups: int) -> Patches:
+    """Patches by differentiation, for any layer.
+
+    Every position costs a weight gradient of one feature per group for the whole batch.
+    """
+
+    def patches(params, inputs, index, grid):
+        del grid
+        # Zero times NaN is NaN, in which one bad position would take in all the others.
+        inputs = jax.tree.map(finite, inputs)
+        narrow = one_per_group(params, groups)
+        x, back = jax.vjp(lambda params: apply(params, inputs), narrow)
+        positions = math.prod(x.shape[:-1])
+        first = jnp.arange(index.shape[0])[:, None] * (positions // index.shape[0])
+        place = (first + index).reshape(-1)
+
+        def at(place):
+            hot = jnp.zeros((positions, groups), x.dtype).at[place].set(1.0)
+            return back(hot.reshape(x.shape))[0]
+
+        with jax.default_matmul_precision("highest"):
+            return jax.vmap(at)(place)
+
+    return patches
+
+
+def one_per_group(params: Params, groups: int) -> Params:
+    """The parameters of the first feature of every group."""
+    return jax.tree.map(lambda p: p[..., :: p.shape[-1] // groups], params)
+
+
+def finite(inputs: jax.Array) -> jax.Array:
+    """The inputs with zeros for what is not finite."""
+    return jnp.where(jnp.isfinite(inputs), inputs, jnp.zeros_like(inputs))
+
+
+def _batch_of(example: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[None], example)
 
 
 def _dense(params: Params, inputs: jax.Array) -> jax.Array:
@@ -186,6 +253,30 @@ def _like(params: Params, patches: jax.Array) -> Params:
 
 def _per_dimension(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
+
+
+def _extent(sizes: Sequence[Any], dilation: Sequence[int]) -> list[Any]:
+    """Sizes with gaps."""
+    return [(size - 1) * each + 1 for size, each in zip(sizes, dilation, strict=True)]
+
+
+def _padded(
+    inputs: jax.Array,
+    padding: Padding,
+    window: Sequence[int],
+    dilation: int | Sequence[int],
+) -> tuple[jax.Array, str | list[tuple[int, int]]]:
+    """The inputs, padded if it is not by zeros, and the padding by zeros that remains."""
+    rank = len(window)
+    if padding not in ("CIRCULAR", "REFLECT", "CAUSAL"):
+        return inputs, _pads(padding, rank)
+    extent = _extent(window, _per_dimension(dilation, rank))
+    if padding == "CAUSAL":
+        return inputs, [(size - 1, 0) for size in extent]
+    sides = [(0, 0)] * (inputs.ndim - rank - 1)
+    sides += [((size - 1) // 2, size // 2) for size in extent]
+    mode = "wrap" if padding == "CIRCULAR" else "reflect"
+    return jnp.pad(inputs, [*sides, (0, 0)], mode=mode), "VALID"
 
 
 def _pads(padding: Padding, rank: int) -> str | list[tuple[int, int]]:

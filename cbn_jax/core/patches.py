@@ -75,7 +75,6 @@ def moments_and_sample(
 
 def _take(source: Source, x: jax.Array, index: jax.Array, mask: jax.Array | None) -> Sample:
     """The positions ``index`` ``[N, n]`` of this device, with weights 1 and 0."""
-    assert source.patches is not None
     dtype = wide(x.dtype)
 
     def at_index(values):

@@ -66,18 +66,6 @@ def from_batch_stats(mean: jax.Array, var: jax.Array) -> RunningMoments:
     return RunningMoments(mean, var, jnp.full_like(mean, LONG))
 
 
-def find_running(states: Any) -> list[RunningMoments]:
-    """All running moments in a tree."""
-    return [
-        leaf for leaf in jax.tree.leaves(states, is_leaf=is_running) if is_running(leaf)
-    ]
-
-
-def is_running(node: Any) -> bool:
-    """Whether a node of a tree is one."""
-    return isinstance(node, RunningMoments)
-
-
 def init_running(features: int) -> RunningMoments:
     """Running moments before the first batch."""
     return RunningMoments(

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .layers import Layer, LayerFn, Params, as_layer
+from .layers import (
+    Layer,
+    LayerFn,
+    Params,
+    as_layer,
+    finite,
+    one_per_group,
+    patches_by_position,
+)
 
 
 class Pullback(Protocol):
@@ -29,14 +37,13 @@ class Source(NamedTuple):
         ``θ[..., c]`` alone, so the cotangent 1/N yields the derivatives of all feature
         means at once, and 2 (x − mean) / N those of all variances. ``masked``
         replaces non-finite inputs by 0, because 0 times NaN is NaN.
-      patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``;
-        None where the layer does not know.
+      patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``.
       groups: of the layer.
     """
 
     params: Params
     pullback: Pullback
-    patches: Callable[[jax.Array], Params] | None = None
+    patches: Callable[[jax.Array], Params]
     groups: int = 1
 
 
@@ -47,7 +54,8 @@ def run_layer(
 
     Any such layer works: dense or convolution, with strides, padding, dilation, groups,
     with or without bias. JAX differentiates a plain function; ``dense`` and
-    ``convolution`` also know their input patches, which some estimators need.
+    ``convolution`` also know their input patches, for which a plain function costs a
+    weight gradient of one feature for each position that an estimator looks at.
 
     Args:
       layer: a ``Layer``, or a function ``(params, inputs) -> x`` with ``x`` of shape
@@ -69,25 +77,24 @@ def run_layer(
     """
     layer = as_layer(layer)
     x = layer.apply(params, inputs)
+    return x, source_of(layer, params, inputs, x)
+
+
+def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source:
+    """The source of activations that a layer has already computed."""
     fixed, inputs = lax.stop_gradient((params, inputs))
-    cut = layer.patches
+    cut = layer.patches or patches_by_position(layer.apply, layer.groups)
 
     def pullback(
         each: jax.Array, shared: jax.Array, *, masked: bool = False
     ) -> tuple[Params, Params]:
-        seen = jax.tree.map(_finite, inputs) if masked else inputs
+        seen = jax.tree.map(finite, inputs) if masked else inputs
         return _pull_both(layer, _varying(fixed, each), seen, each, shared)
 
     def patches(index: jax.Array) -> Params:
-        assert cut is not None
         return cut(fixed, inputs, index, x.shape[1:-1])
 
-    known = None if cut is None else patches
-    return x, Source(params, pullback, known, layer.groups)
-
-
-def _finite(inputs: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(inputs), inputs, jnp.zeros_like(inputs))
+    return Source(params, pullback, patches, layer.groups)
 
 
 def _pull_both(layer, params, inputs, each, shared):
@@ -98,7 +105,7 @@ def _pull_both(layer, params, inputs, each, shared):
         return back(cotangent.astype(x.dtype))[0]
 
     groups = layer.groups
-    narrow = jax.tree.map(lambda p: p[..., :: p.shape[-1] // groups], params)
+    narrow = one_per_group(params, groups)
     # Spread over the devices like ``each``, also where it is the same on all of them.
     shared = jnp.repeat(shared + lax.full_like(each[..., :1], 0), groups, -1)
     _check_narrow(layer, narrow, inputs, shared.shape)

@@ -40,7 +40,6 @@ def windowed(
     epsilon: float,
     running: str = "window",
     alone: bool = False,
-    patches: bool = True,
 ) -> Estimator:
     """An estimator from one step of its window.
 
@@ -54,7 +53,6 @@ def windowed(
       running: which moments are averaged for inference, "batch" or "window".
       alone: whether a batch may have to supply statistics without the window, and so must
         hold two values per feature.
-      patches: whether the step uses ``source.patches``.
     """
 
     def accept(state, x, mask):
@@ -66,7 +64,7 @@ def windowed(
 
     def train(state, x, source=None, *, axis_name=None, mask=None):
         state, x = accept(state, x, mask)
-        source = _check_source(name, source, patches)
+        source = _check_source(name, source)
         _check_form(name, state, init_state, x, source)
         check_position_mask(name, x, mask)
         check_values(name, x, axis_name, 2 if alone else 1)
@@ -81,7 +79,7 @@ def windowed(
         state, x = accept(state, x, mask)
         return statistics_of(state.running, epsilon)
 
-    return Estimator(init, train, infer, epsilon)
+    return Estimator(init, train, infer, epsilon, frozenset({"layered"}))
 
 
 def _if_any(batch: Moments, pooled: Moments) -> Moments:
@@ -94,21 +92,13 @@ def _groups_of(name: str, layer: Any) -> int:
     return layer.groups if isinstance(layer, Layer) else 1
 
 
-def _check_source(name: str, source: Source | None, patches: bool) -> Source:
-    """There is a source, and it has what the method needs."""
+def _check_source(name: str, source: Source | None) -> Source:
+    """There is a source."""
     if source is None:
         raise ValueError(
             f"{name} got source=None, expected the layer that made x; take both from "
             "x, source = run_layer(layer, params, inputs), or give the Flax module its "
             "layer: Norm(estimator, layer=...)."
-        )
-    if patches and source.patches is None:
-        raise ValueError(
-            f"{name} got a source without patches, expected a dense layer or a "
-            "convolution: run_layer(cbn_jax.dense, ...), run_layer(cbn_jax.convolution("
-            "...), ...), or a Flax Dense or Conv (padding SAME, VALID or numbers; no input "
-            "dilation, no kernel mask); for ConvTranspose and others write "
-            "cross_iteration_batch_norm(), which needs no patches."
         )
     return source
 

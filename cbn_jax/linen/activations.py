@@ -37,10 +37,9 @@ class EvoNormS0(Norm):
 
     estimator: Estimator | Learned = group_norm(32)
 
-    def _output(self, x, statistics, mask):
+    def _output(self, x, statistics, affine, mask):
         del mask
-        scale, bias = self._affine(x.shape[-1])
-        y = evonorm_s0(x, statistics, _v(self, x), scale, bias)
+        y = evonorm_s0(x, statistics, _v(self, x), *affine)
         return y if self.dtype is None else y.astype(self.dtype)
 
 
@@ -65,10 +64,9 @@ class EvoNormB0(Norm):
 
     estimator: Estimator | Learned = batch_norm(epsilon=1e-3)
 
-    def _output(self, x, statistics, mask):
-        scale, bias = self._affine(x.shape[-1])
+    def _output(self, x, statistics, affine, mask):
         epsilon = self.estimator.epsilon
-        y = evonorm_b0(x, statistics, _v(self, x), scale, bias, epsilon=epsilon, mask=mask)
+        y = evonorm_b0(x, statistics, _v(self, x), *affine, epsilon=epsilon, mask=mask)
         return y if self.dtype is None else y.astype(self.dtype)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict
 
-from cbn_jax._adapters import running_in, with_running
-from cbn_jax.core.running import RunningMoments, from_batch_stats
+from cbn_jax._adapters import running_in
+from cbn_jax.core.running import from_batch_stats
 
 Path = tuple[str, ...]
-Convert = Callable[[Any], dict[str, Any] | None]
 
 
 def from_batch_norm(
@@ -20,27 +20,27 @@ def from_batch_norm(
 ) -> dict[str, Any]:
     """Variables of a model with ``nn.BatchNorm``, for the same model with ``Norm``.
 
-    Parameters stay unchanged; in ``batch_stats``, mean and variance become a
-    ``RunningMoments``. Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``;
-    ``optimizer_from_batch_norm`` renames them in the state of an optimizer. Give the
-    estimator the ε that the model was trained with.
+    Parameters stay unchanged. Give the estimator the ε that the model was trained with.
+    Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``, and
+    ``optimizer_from_batch_norm`` renames them in the state of an optimizer. In a model of
+    ``replace_batch_norm`` they keep their names.
 
-    A method whose state holds more than running moments starts the rest afresh: pass the
+    A method whose state holds more than running averages starts the rest afresh: pass the
     fresh variables of the new model, from its ``init``, as ``into``. The new model predicts
     as the old one did, and training continues.
 
     Args:
       variables: those of the trained model, with ``params`` and ``batch_stats``.
-      into: variables of the model with ``Norm``, of the same structure; None for those of
+      into: variables of the new model, of the same structure; None for those of
         ``Norm(batch_norm(...))``, also inside ``corrected_inference``.
 
     Returns:
-      The variables for the model with ``Norm``.
+      The variables for the new model.
 
     Raises:
       ValueError: no ``nn.BatchNorm`` in them; a ``Norm_0`` beside a ``BatchNorm_0``;
-        modules or shapes that are not those of ``into``, or a state in it without running
-        moments.
+        modules or shapes that are not those of ``into``, or a method without running
+        averages.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -53,9 +53,12 @@ def from_batch_norm(
       >>> model.apply(from_batch_norm(variables), jnp.ones((2, 3))).shape
       (2, 4)
     """
-    made = _converted("from_batch_norm", variables, _norm_of, _BATCH_NORM, "Norm_")
-    if made is None:
+    found = _found(variables, _is_batch_norm)
+    if not found:
         raise ValueError(f"from_batch_norm {_no_batch_norm(variables)}")
+    modules = None if into is None else _modules(into)
+    names = _names("from_batch_norm", variables, found, _BATCH_NORM, "Norm_", modules)
+    made = _changed(variables, found, names, _norm_of)
     return made if into is None else _put(made, into, "variables")
 
 
@@ -84,10 +87,11 @@ def optimizer_from_batch_norm(opt_state: Any, variables: Mapping[str, Any]) -> A
       >>> list(optimizer_from_batch_norm(opt_state, variables)[0].mu)
       ['Norm_0']
     """
-    found = _statistics(_leaves(variables, _norm_of), _norm_of)
+    found = _found(variables, _is_batch_norm)
     if not found:
         raise ValueError(f"optimizer_from_batch_norm {_no_batch_norm(variables)}")
-    return _renamed(opt_state, _names(found, _BATCH_NORM, "Norm_"))
+    method = "optimizer_from_batch_norm"
+    return _renamed(opt_state, _names(method, variables, found, _BATCH_NORM, "Norm_"))
 
 
 def _no_batch_norm(variables: Mapping[str, Any]) -> str:
@@ -98,12 +102,15 @@ def _no_batch_norm(variables: Mapping[str, Any]) -> str:
 
 
 def _put(trained: Any, fresh: Any, name: str) -> Any:
-    """The trained variables, with fresh states around their running moments."""
-    if isinstance(trained, RunningMoments):
-        return with_running(fresh, trained)
+    """The trained variables, and from the fresh ones what they lack."""
     if isinstance(trained, Mapping) and isinstance(fresh, Mapping):
-        if set(trained) == set(fresh):
-            return {key: _put(trained[key], fresh[key], key) for key in trained}
+        if _is_state(trained):
+            _check_averages(trained, fresh, name)
+        if set(trained) <= set(fresh):
+            return {
+                key: _put(trained[key], value, key) if key in trained else value
+                for key, value in fresh.items()
+            }
         came, expected = sorted(trained), sorted(fresh)
     else:
         came, expected = getattr(trained, "shape", None), getattr(fresh, "shape", None)
@@ -115,11 +122,19 @@ def _put(trained: Any, fresh: Any, name: str) -> Any:
     )
 
 
+def _check_averages(trained: Any, fresh: Any, name: str) -> None:
+    if not set(trained) <= set(fresh):
+        raise ValueError(
+            f"from_batch_norm got an estimator without running moments at {name}, expected "
+            "batch_norm(...), small_batch_norm(...) or another that has them."
+        )
+
+
 def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Variables of a model with ``Norm``, for the same model with ``nn.BatchNorm``.
 
-    The inverse of ``from_batch_norm``. Mean and variance are those of the one
-    ``RunningMoments`` in each state, and ``Norm_0`` becomes ``BatchNorm_0``.
+    The inverse of ``from_batch_norm``. Mean and variance are the running averages of each
+    state, and ``Norm_0`` becomes ``BatchNorm_0``.
 
     With the estimator's ε, ``nn.BatchNorm`` predicts as ``Norm`` did for ``batch_norm``,
     ``cross_iteration_batch_norm``, ``streaming_batch_norm`` and ``replay_batch_norm``, also
@@ -137,8 +152,8 @@ def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
       The variables for ``nn.BatchNorm(epsilon=...)``.
 
     Raises:
-      ValueError: no ``Norm`` in them, or one without exactly one ``RunningMoments``; a
-        ``BatchNorm_0`` beside a ``Norm_0``.
+      ValueError: no ``Norm`` in them, or one without running averages; a ``BatchNorm_0``
+        beside a ``Norm_0``.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -152,70 +167,77 @@ def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
       >>> model.apply(to_batch_norm(variables), jnp.ones((2, 3))).shape
       (2, 4)
     """
-    made = _converted("to_batch_norm", variables, _batch_norm_of, _NORM, "BatchNorm_")
-    if made is None:
+    found = _found(variables, _is_state)
+    if not found:
         raise ValueError(
             f"to_batch_norm got collections {sorted(variables)} without the state of a "
             "Norm, expected the batch_stats of a model with cbn_jax.linen.Norm; pass all "
             "variables."
         )
-    return made
+    names = _names("to_batch_norm", variables, found, _NORM, "BatchNorm_")
+    return _changed(variables, found, names, _batch_norm_of)
 
 
-def _converted(
+def _found(variables: Mapping[str, Any], accept: Callable[[Any], bool]) -> set[Path]:
+    """The paths of the modules whose statistics are accepted."""
+
+    def search(node, path):
+        if not isinstance(node, Mapping):
+            return set()
+        if accept(node):
+            return {path}
+        return set().union(*(search(child, (*path, name)) for name, child in node.items()))
+
+    return search(variables.get("batch_stats", {}), ())
+
+
+def _modules(variables: Mapping[str, Any]) -> set[Path]:
+    """The paths of all modules with variables."""
+    leaves = flatten_dict(unfreeze(variables), keep_empty_nodes=True)
+    return {path[1:end] for path in leaves for end in range(2, len(path) + 1)}
+
+
+def _names(
     method: str,
     variables: Mapping[str, Any],
-    convert: Convert,
+    found: set[Path],
     old: re.Pattern[str],
     new: str,
-) -> dict[str, Any] | None:
-    """All collections, with statistics converted and their modules renamed.
-
-    None if ``convert`` recognizes no statistics.
-    """
-    leaves = _leaves(variables, convert)
-    found = _statistics(leaves, convert)
-    if not found:
-        return None
-    names = _names(found, old, new)
-    modules = {path[1:end] for path in leaves for end in range(2, len(path) + 1)}
-    for path, name in names.items():
-        renamed = (*path[:-1], name)
+    expected: set[Path] | None = None,
+) -> dict[Path, str]:
+    """By path, the new names of modules; those that are expected keep theirs."""
+    modules, names = _modules(variables), {}
+    for path in found:
+        if not path or (expected is not None and path in expected):
+            continue
+        names[path] = old.sub(new, path[-1])
+        renamed = (*path[:-1], names[path])
         if renamed != path and renamed in modules:
             raise ValueError(
                 f"{method} got modules {'/'.join(path)} and {'/'.join(renamed)}, which "
                 "would have one name; give them names of their own."
             )
-    made = unflatten_dict(
-        {
-            path: convert(node) if path[1:] in found else node
-            for path, node in leaves.items()
-        }
-    )
+    return names
+
+
+def _changed(
+    variables: Mapping[str, Any],
+    found: set[Path],
+    names: dict[Path, str],
+    change: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """All collections, with statistics changed and their modules renamed."""
+
+    def changed(node, path):
+        if path in found:
+            return change(node)
+        if not isinstance(node, Mapping):
+            return node
+        return {name: changed(child, (*path, name)) for name, child in node.items()}
+
+    made = dict(variables)
+    made["batch_stats"] = changed(variables["batch_stats"], ())
     return {collection: _renamed(made[collection], names) for collection in made}
-
-
-def _leaves(variables: Mapping[str, Any], convert: Convert) -> dict[Path, Any]:
-    """All variables by their path, the statistics that ``convert`` knows as one."""
-
-    def is_leaf(path, node):
-        return path[:1] == ("batch_stats",) and convert(node) is not None
-
-    return flatten_dict(dict(variables), keep_empty_nodes=True, is_leaf=is_leaf)
-
-
-def _statistics(leaves: dict[Path, Any], convert: Convert) -> set[Path]:
-    """The paths of the modules with statistics."""
-    return {
-        path[1:]
-        for path, node in leaves.items()
-        if path[0] == "batch_stats" and convert(node) is not None
-    }
-
-
-def _names(found: set[Path], old: re.Pattern[str], new: str) -> dict[Path, str]:
-    """By path, the new names of modules."""
-    return {path: old.sub(new, path[-1]) for path in found if path}
 
 
 def _renamed(node: Any, names: dict[Path, str], path: Path = ()) -> Any:
@@ -232,20 +254,25 @@ def _renamed(node: Any, names: dict[Path, str], path: Path = ()) -> Any:
     )
 
 
-def _norm_of(stats: Any) -> dict[str, Any] | None:
-    """The statistics of a ``Norm``, from those of an ``nn.BatchNorm``."""
-    if not isinstance(stats, Mapping) or set(stats) != {"mean", "var"}:
-        return None
-    return {"state": from_batch_stats(stats["mean"], stats["var"])}
+def _is_batch_norm(stats: Mapping[str, Any]) -> bool:
+    """Whether these are the statistics of an ``nn.BatchNorm``."""
+    return set(stats) == {"mean", "var"}
 
 
-def _batch_norm_of(stats: Any) -> dict[str, Any] | None:
-    """The statistics of an ``nn.BatchNorm``, from those of a ``Norm``."""
-    if not isinstance(stats, Mapping) or set(stats) != {"state"}:
-        return None
-    if not isinstance(stats["state"], tuple):
-        return None
-    running = running_in(stats["state"])
+def _is_state(stats: Mapping[str, Any]) -> bool:
+    """Whether it is the state of an estimator: all of them count what they have seen."""
+    counts = stats.get("steps", stats.get("examples"))
+    return counts is not None and not isinstance(counts, Mapping)
+
+
+def _norm_of(stats: Any) -> dict[str, Any]:
+    """The state of ``batch_norm``, from the statistics of an ``nn.BatchNorm``."""
+    return from_batch_stats(stats["mean"], stats["var"])._asdict()
+
+
+def _batch_norm_of(stats: Any) -> dict[str, Any]:
+    """The statistics of an ``nn.BatchNorm``, from the state of an estimator."""
+    running = running_in(stats)
     return {"mean": running.mean, "var": running.var}
 
 

@@ -3,33 +3,81 @@
 
 from typing import Any
 
-import jax
+from flax import errors
 from flax import linen as nn
+from flax.core import meta
 
-from cbn_jax._adapters import outputs_last, patches_of
-from cbn_jax.core.layers import Layer, dense_patches
+from cbn_jax._adapters import (
+    Kernel,
+    known_layer,
+    outputs_last,
+    unknown_layer,
+    used_params,
+)
+from cbn_jax.core.layers import Layer
+
+KNOWN = nn.Dense, nn.Conv, nn.ConvTranspose
 
 
-def as_layer(layer: nn.Module) -> tuple[Layer, Any]:
-    """The module as a pure function of its parameters, of any number of features."""
+def as_layer(
+    layer: nn.Module, inputs: Any, kernel: Kernel | None = None
+) -> tuple[Layer, Any]:
+    """A bound module as a pure function of its parameters, and these as they are used.
+
+    Args:
+      layer: the module.
+      inputs: what it was called with.
+      kernel: a change of its kernel.
+
+    Raises:
+      ValueError: the module is not linear in its parameters.
+    """
     module, variables = layer.unbind()
+    variables = meta.unbox(variables)
     params = variables.get("params", {})
-    others = {name: value for name, value in variables.items() if name != "params"}
+    if is_known(layer):
+        params = used_params(layer, params, kernel, getattr(layer, "mask", None))
 
-    def apply(params, inputs):
-        width = {leaf.shape[-1] for leaf in jax.tree.leaves(params)}
-        # Linen layers hold their width; a change of it is a change of the layer.
-        if len(width) == 1 and isinstance(getattr(module, "features", None), int):
-            resized = module.clone(features=width.pop())
-        else:
-            resized = module
-        variables = {"params": outputs_last(module, params), **others}
-        x: Any = resized.apply(variables, inputs)
+        def known(params, inputs):
+            plain = _plain(module, params["kernel"].shape[-1])
+            x: Any = plain.apply({"params": outputs_last(module, params)}, inputs)
+            return x
+
+        return known_layer(layer, known, params, inputs), params
+
+    params = used_params(layer, params, kernel)
+
+    def unknown(params, inputs):
+        try:
+            own = {**variables, "params": outputs_last(module, params)}
+            x: Any = module.apply(own, inputs)
+        except errors.InvalidRngError as error:
+            raise ValueError(
+                f"Norm got the layer {_name(layer)}, which draws random numbers, expected "
+                "one that gives the same output for the same parameters; draw before it."
+            ) from error
         return x
 
-    params = outputs_last(module, params)
-    if isinstance(module, nn.Dense):
-        return Layer(apply, dense_patches), params
-    if isinstance(module, nn.Conv):
-        return Layer(apply, patches_of(module), module.feature_group_count), params
-    return Layer(apply, groups=getattr(module, "feature_group_count", 1)), params
+    return unknown_layer(_name(layer), unknown, params, inputs), params
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Whether it is a layer of Flax with its own arithmetic."""
+    if type(layer) not in KNOWN:
+        return False
+    names = "dot_general", "dot_general_cls", "conv_general_dilated"
+    names = *names, "conv_general_dilated_cls"
+    injected = any(getattr(layer, name, None) is not None for name in names)
+    promote = type(layer).__dataclass_fields__["promote_dtype"].default
+    return not injected and getattr(layer, "promote_dtype", None) is promote
+
+
+def _plain(module: Any, features: int) -> Any:
+    """The module with another width, for a kernel that is masked already."""
+    if isinstance(module, nn.Dense):  # which has no mask
+        return module.clone(features=features)
+    return module.clone(features=features, mask=None)
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__name__} at {'/'.join(module.path) or 'the root'}"

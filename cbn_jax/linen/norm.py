@@ -1,29 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linen module that normalizes with any estimator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from cbn_jax._adapters import (
-    check_backward,
-    check_modules,
-    estimator_of,
-    flag_of,
-    to_last,
-    with_kernel,
-)
-from cbn_jax.core.backward import Bidirectional
+from cbn_jax._adapters import Kernel, check_modules, estimator_of, flag_of
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
-from cbn_jax.core.source import run_layer
 from cbn_jax.core.statistics import normalize
 from cbn_jax.wrappers.learned import Learned
 
-from .layers import as_layer
+from .apply import Mode, made_by, normalize_in, run_changed
 
 
 class Norm(nn.Module):
@@ -52,7 +43,7 @@ class Norm(nn.Module):
         ``cbn_jax.center`` or a function of your own, kernel ↦ kernel of that shape.
       use_running_average: True for inference, False for training; give it here or in the
         call, not in both.
-      axis: the feature axis; ``layer`` needs features last.
+      axis: the feature axis, or several; ``layer`` needs features last.
       dtype: dtype of the result; None for the dtype of the activations.
       param_dtype: dtype of ``scale`` and ``bias``.
       use_bias: whether to add a learned ``bias``.
@@ -78,9 +69,9 @@ class Norm(nn.Module):
 
     estimator: Estimator | Learned
     layer: nn.Module | None = None
-    kernel: Callable[[jax.Array], jax.Array] | None = None
+    kernel: Kernel | None = None
     use_running_average: bool | None = None
-    axis: int = -1
+    axis: int | Sequence[int] = -1
     dtype: Any = None
     param_dtype: Any = jnp.float32
     use_bias: bool = True
@@ -115,68 +106,32 @@ class Norm(nn.Module):
           Normalized activations.
         """
         check_modules(self.estimator, self.layer, nn.Module)
-        self._check_variables()
         running = flag_of(self.use_running_average, use_running_average)
         estimator = estimator_of(
             self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
         )
-        x, source, layer, params = self._run_layer(inputs)
-        x, mask, back = to_last(x, mask, self.axis, self.layer)
-        features = x.shape[-1]
-        state = self.variable(
-            "batch_stats", "state", lambda: estimator.init(features, layer, params)
-        )
-        if self.is_initializing() and isinstance(estimator, Bidirectional):
-            self._backward(estimator, features)
-        if running or self.is_initializing():
-            statistics = estimator.infer(state.value, x, mask=mask)
-        else:
-            statistics, after = self._bound(estimator, features).train(
-                state.value, x, source, axis_name=self.axis_name, mask=mask
-            )
-            if update_stats:
-                state.value = after
-        return back(self._output(x, statistics, mask))
+        x = self._run_layer(inputs)
+        made = None
+        if self.layer is not None and "layered" in estimator.traits:
+            made = made_by(self.layer, inputs, self.kernel)
+        mode = Mode(running, mask, update_stats)
+        return normalize_in(self, estimator, x, made, mode, self._output)
 
-    def _bound(self, estimator, features):
-        """A method with backward statistics, at those of the module."""
-        if not isinstance(estimator, Bidirectional):
-            return estimator
-        return estimator.at(self._backward(estimator, features))
-
-    def _backward(self, estimator, features):
-        if not self.is_initializing():
-            check_backward(self)
-        return self.param("backward", lambda _: estimator.init_backward(features))
-
-    def _output(self, x, statistics, mask):
+    def _output(self, x, statistics, affine, mask):
         """What follows the statistics; EvoNorm activates here."""
         del mask
-        scale, bias = self._affine(x.shape[-1])
-        return normalize(x, statistics, scale, bias, dtype=self.dtype)
-
-    def _check_variables(self):
-        if self.has_variable("batch_stats", "mean"):
-            raise ValueError(
-                "Norm got mean and var of an nn.BatchNorm in batch_stats, "
-                "expected its own state; write cbn_jax.linen.from_batch_norm(variables)."
-            )
+        return normalize(x, statistics, *affine, dtype=self.dtype)
 
     def _run_layer(self, inputs):
         if self.layer is None:
-            with_kernel(None, self.kernel, None)
-            return inputs, None, None, None
-        if self.is_initializing():
-            self.layer(inputs)
-        layer, params = as_layer(self.layer)
-        params = with_kernel(params, self.kernel, self.layer)
-        return *run_layer(layer, params, inputs), layer, params
-
-    def _affine(self, features):
-        def param(use, name, init):
-            return self.param(name, init, (features,), self.param_dtype) if use else None
-
-        return (
-            param(self.use_scale, "scale", self.scale_init),
-            param(self.use_bias, "bias", self.bias_init),
-        )
+            if self.kernel is not None:
+                raise ValueError(
+                    "Norm got a change of the kernel and no layer, expected a layer with a "
+                    "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
+                )
+            return inputs
+        if self.kernel is None or self.is_initializing():
+            x = self.layer(inputs)
+        if self.kernel is not None:
+            x = run_changed(self.layer, self.kernel, inputs)
+        return x

@@ -167,7 +167,6 @@ def cross_iteration_batch_norm(
         epsilon=epsilon,
         running=running,
         alone=window == 1 or burn_in != 0 or running == "batch",
-        patches=False,
     )
 
 

@@ -28,13 +28,13 @@ class MomentumState(NamedTuple):
 
     Attributes:
       running: averages of the batch's moments, for inference.
-      mean: ``[C]``, the average that training uses, 0 before the first batch.
-      var: ``[C]``, the same of the variances, 1 before the first batch.
+      past_mean: ``[C]``, the average that training uses, 0 before the first batch.
+      past_var: ``[C]``, the same of the variances, 1 before the first batch.
     """
 
     running: RunningMoments
-    mean: jax.Array
-    var: jax.Array
+    past_mean: jax.Array
+    past_var: jax.Array
 
 
 @factory
@@ -95,7 +95,7 @@ def momentum_batch_norm(
     average, for_inference = averaging(decay, "decay"), averaging(momentum)
 
     def accept(state, x, mask):
-        return accepted(name, state, MomentumState, lambda s: s.mean, x, mask)
+        return accepted(name, state, MomentumState, lambda s: s.past_mean, x, mask)
 
     def init(features, layer=None, params=None):
         del layer, params
@@ -129,8 +129,8 @@ def _mixed(state: MomentumState, batch: Moments, average: ScheduleFn) -> Moments
     steps = state.running.steps
     alpha = jnp.where(steps > 0, weights(average, steps + 1.0), 1.0)
     return Moments(
-        mean=(1.0 - alpha) * state.mean + alpha * batch.mean,
-        var=(1.0 - alpha) * state.var + alpha * batch.var,
+        mean=(1.0 - alpha) * state.past_mean + alpha * batch.mean,
+        var=(1.0 - alpha) * state.past_var + alpha * batch.var,
         size=batch.size,
     )
 
@@ -144,5 +144,5 @@ def _remembered(
         return lax.stop_gradient(jnp.where(usable, new.astype(old.dtype), old))
 
     return MomentumState(
-        running, choose(mixed.mean, state.mean), choose(mixed.var, state.var)
+        running, choose(mixed.mean, state.past_mean), choose(mixed.var, state.past_var)
     )

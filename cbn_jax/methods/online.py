@@ -28,12 +28,12 @@ class OnlineState(NamedTuple):
     Attributes:
       mean: ``[C]``, μ, the average of the examples' means, 0 before the first.
       var: ``[C]``, σ², of the values about μ, 1 before the first.
-      steps: ``[C]``, the number of examples seen.
+      examples: ``[C]``, the number of examples seen.
     """
 
     mean: jax.Array
     var: jax.Array
-    steps: jax.Array
+    examples: jax.Array
 
 
 class _Seen(NamedTuple):
@@ -158,7 +158,7 @@ def _follow(
         new = OnlineState(
             mean=old.mean + (1.0 - a) * offset,
             var=a * old.var + (1.0 - a) * (example.var + a * jnp.square(offset)),
-            steps=old.steps + 1.0,
+            examples=old.examples + 1.0,
         )
         usable = finite_moments(example) & jnp.isfinite(new.var)
         return _chosen(usable, new, old), (old, usable)

@@ -76,15 +76,15 @@ def from_batch_norm(
         if mine is not None and theirs is not None:
             mine.set_value(theirs.get_value())
     moments = from_batch_stats(module.mean.get_value(), module.var.get_value())
-    norm.state.set_value(with_running(norm.state.get_value(), moments))
+    norm.state = with_running(norm.state, moments)
     return norm
 
 
 def to_batch_norm(module: Norm, *, momentum: float = 0.99) -> nnx.BatchNorm:
     """An ``nnx.BatchNorm`` that continues from a trained ``Norm``.
 
-    The inverse of ``from_batch_norm``. Mean and variance are those of the one
-    ``RunningMoments`` in the state, ε is that of the estimator.
+    The inverse of ``from_batch_norm``. Mean and variance are the running averages
+    of the state, ε is that of the estimator.
 
     It predicts as ``Norm`` did for ``batch_norm``, ``cross_iteration_batch_norm``,
     ``streaming_batch_norm`` and ``replay_batch_norm``, also inside ``adaptive_batch_norm``
@@ -101,7 +101,7 @@ def to_batch_norm(module: Norm, *, momentum: float = 0.99) -> nnx.BatchNorm:
       An ``nnx.BatchNorm`` with the module's parameters, running statistics, mode and axes.
 
     Raises:
-      ValueError: a state without exactly one ``RunningMoments``.
+      ValueError: a state without running averages.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,7 +112,7 @@ def to_batch_norm(module: Norm, *, momentum: float = 0.99) -> nnx.BatchNorm:
       >>> to_batch_norm(norm)(jnp.ones((2, 4)), use_running_average=True).shape
       (2, 4)
     """
-    moments = running_in(module.state.get_value())
+    moments = running_in(module.state)
     axis_name: Any = module.axis_name  # Flax hands on several names too
     batch_norm = nnx.BatchNorm(
         moments.mean.shape[-1],

@@ -2,22 +2,23 @@
 """The nnx module that normalizes with any estimator."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cbn_jax._adapters import check_modules, estimator_of, flag_of, to_last, with_kernel
+from cbn_jax._adapters import Kernel, check_modules, estimator_of, flag_of, to_last
 from cbn_jax.core.backward import Bidirectional
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
-from cbn_jax.core.source import run_layer
+from cbn_jax.core.source import source_of
 from cbn_jax.core.statistics import normalize
 from cbn_jax.wrappers.learned import Learned
 
-from .layers import as_layer
+from .layers import as_layer, run_changed
+from .state import load, metadata_of, store, write
 
 
 class Norm(nnx.Module):
@@ -28,8 +29,9 @@ class Norm(nnx.Module):
     rngs=rngs)`` runs the layer first and lets the estimator see its parameters; every
     method accepts that form, cross-iteration methods need it.
 
-    ``scale`` and ``bias`` are ``nnx.Param``, the estimator's state is one
-    ``nnx.BatchStat``. ``model.train()`` and ``model.eval()`` switch the mode. Methods with
+    ``scale`` and ``bias`` are ``nnx.Param``. Each array of the estimator's state is an
+    ``nnx.BatchStat``; ``norm.mean`` and ``norm.var`` are the running averages of methods
+    that have them, and ``norm.state`` is the whole state. ``model.train()`` and ``model.eval()`` switch the mode. Methods with
     backward statistics have an ``nnx.Param`` more, ``backward``, which the optimizer
     writes: wrap it in ``cbn_jax.optax.with_backward_statistics``.
 
@@ -43,7 +45,7 @@ class Norm(nnx.Module):
         ``cbn_jax.center`` or a function of your own, kernel ↦ kernel of that shape.
       num_features: size of the feature axis; not needed where the layer tells it.
       use_running_average: True for inference, False for training; a call may override it.
-      axis: the feature axis; ``layer`` needs features last.
+      axis: the feature axis, or several; ``layer`` needs features last.
       dtype: dtype of the result; None for the dtype of the activations.
       param_dtype: dtype of ``scale`` and ``bias``.
       use_bias: whether to add a learned ``bias``.
@@ -72,10 +74,10 @@ class Norm(nnx.Module):
         estimator: Estimator | Learned,
         layer: nnx.Module | None = None,
         *,
-        kernel: Callable[[jax.Array], jax.Array] | None = None,
+        kernel: Kernel | None = None,
         num_features: int | None = None,
         use_running_average: bool | None = False,
-        axis: int = -1,
+        axis: int | Sequence[int] = -1,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         use_bias: bool = True,
@@ -87,8 +89,12 @@ class Norm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_modules(estimator, layer, nnx.Module)
-        spec, params = (None, None) if layer is None else as_layer(layer)
-        params = with_kernel(params, kernel, layer)
+        spec, params = (None, None) if layer is None else as_layer(layer, None, kernel)
+        if kernel is not None and layer is None:
+            raise ValueError(
+                "Norm got a change of the kernel and no layer, expected a layer with a "
+                "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
+            )
         features = _features(num_features, params)
         self.estimator = estimator
         self.layer = layer
@@ -107,7 +113,9 @@ class Norm(nnx.Module):
         self.bias = nnx.data(param(use_bias, bias_init))
         self.mix = nnx.data(param(isinstance(estimator, Learned), mix_init, ()))
         self.backward = nnx.data(_backward(self._estimator(), features))
-        self.state = nnx.BatchStat(self._estimator().init(features, spec, params))
+        state = self._estimator().init(features, spec, params)
+        self.structure = jax.tree.structure(state)
+        store(self, state, {} if layer is None else metadata_of(layer))
 
     def __call__(
         self,
@@ -136,18 +144,27 @@ class Norm(nnx.Module):
         else:
             running = use_running_average
         estimator = self._estimator()
-        x, source = self._run_layer(inputs)
+        x = self._run_layer(inputs)
+        source = None if running else self._source(inputs, x)
         x, mask, back = to_last(x, mask, self.axis, self.layer)
-        state = self.state.get_value()
         if running:
-            statistics = estimator.infer(state, x, mask=mask)
+            statistics = estimator.infer(self.state, x, mask=mask)
         else:
             statistics, state = self._bound(estimator).train(
-                state, x, source, axis_name=self.axis_name, mask=mask
+                self.state, x, source, axis_name=self.axis_name, mask=mask
             )
             if update_stats:
-                self.state.set_value(state)
+                self.state = state
         return back(self._output(x, statistics, mask))
+
+    @property
+    def state(self) -> Any:
+        """The estimator's state, from the variables that hold it."""
+        return load(self, self.structure)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        write(self, state)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Switches the mode, for ``nnx.view(model, use_running_average=...)``."""
@@ -165,9 +182,16 @@ class Norm(nnx.Module):
 
     def _run_layer(self, inputs):
         if self.layer is None:
-            return inputs, None
-        layer, params = as_layer(self.layer)
-        return run_layer(layer, with_kernel(params, self.kernel, self.layer), inputs)
+            return inputs
+        if self.kernel is None:
+            return self.layer(inputs)
+        return run_changed(self.layer, self.kernel, inputs)
+
+    def _source(self, inputs, x):
+        """The layer that made ``x``, for methods that look at it."""
+        if self.layer is None or "layered" not in self._estimator().traits:
+            return None
+        return source_of(*as_layer(self.layer, inputs, self.kernel), inputs, x)
 
     def _output(self, x, statistics, mask):
         """What follows the statistics; EvoNorm activates here."""

@@ -32,6 +32,7 @@ from jax import lax
 from cbn_jax.core.checks import accepted, check_choice
 from cbn_jax.core.estimator import Estimator, State
 from cbn_jax.core.moments import batch_moments
+from cbn_jax.core.named import Name, named_leaves
 from cbn_jax.core.running import usable_moments
 from cbn_jax.core.statistics import Statistics, statistics_of
 from cbn_jax.core.values import factory
@@ -213,12 +214,11 @@ def errors(tree: Any) -> dict[str, dict[str, Errors]]:
       >>> state = diagnostics.watch(methods, use="batch").init(1)
       >>> measure = diagnostics.reference(methods, use="batch").train
       >>> _, state = measure(state, jnp.array([[1.0], [3.0]]))
-      >>> layers = diagnostics.errors({"first": {"state": state}})
+      >>> layers = diagnostics.errors({"first": state})
       >>> round(layers["first"]["batch"].mean, 2)  # estimated 0 ± 1, true 2 ± 1
       2.0
     """
-    nodes = jax.tree.leaves_with_path(tree, is_leaf=_is_watched)
-    layers = {_name(path): node for path, node in nodes if _is_watched(node)}
+    layers = _watched(named_leaves(tree))
     if not layers:
         raise ValueError(
             "errors got a tree without a WatchState, expected the state of a model whose "
@@ -249,14 +249,25 @@ def _where(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(usable, new, old.astype(new.dtype)).astype(jnp.float32)
 
 
-def _is_watched(node: Any) -> bool:
-    return isinstance(node, WatchState)
+def _watched(leaves: dict[Name, jax.Array]) -> dict[str, WatchState]:
+    """By layer, what a ``WatchState`` knows, from the leaves of a tree."""
 
+    def statistics(place):
+        return Statistics(leaves[*place, "mean"], leaves[*place, "inv_std"])
 
-def _name(path: Any) -> str:
-    """Where the layer is: the path without what every Flax module adds to it."""
-    path = jax.tree_util.keystr(path, simple=True, separator="/")
-    return path.removesuffix("/value").removesuffix("/state")
+    places = [name[:-2] for name in leaves if name[-2:] == ("truth", "mean")]
+    layers = {}
+    for place in places:
+        depth = len(place)
+        methods = [
+            name[depth + 1]
+            for name in leaves
+            if name[:depth] == place and name[depth:][::2] == ("estimated", "mean")
+        ]
+        estimated = {name: statistics((*place, "estimated", name)) for name in methods}
+        state = WatchState({}, estimated, statistics((*place, "truth")))
+        layers["/".join(place)] = state
+    return layers
 
 
 def _order(name: str) -> list[tuple[str, int, str]]:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from cbn_jax.core.moments import Moments, pool_moments, pool_two
-from cbn_jax.core.running import RunningMoments, find_running, is_running
-from cbn_jax.wrappers.adaptive import GateState
+from cbn_jax.core.named import Name, find_running, map_named, put_running
+from cbn_jax.core.running import RunningMoments
+from cbn_jax.wrappers.adaptive import find_gates
 
 States = Any  # the states of a model's normalizers, in any tree
 
@@ -67,21 +68,24 @@ def recompute(
     Differs from "precise BN" elsewhere, which averages the variances of batches: with two
     examples a batch they are half of the population's.
     """
-    states = jax.tree.map(_fresh, states, is_leaf=_is_node)
+    states = _fresh(states)
     if not find_running(states):
         raise ValueError(
             "recompute got states without running moments, expected those of a model; pass "
             "batch_stats, or nnx.state(model, nnx.BatchStat)."
         )
-    total = _of_running(lambda r: _Total(Moments(*r), r.steps), states)
+    total = {
+        place: _Total(Moments(*running), running.steps)
+        for place, running in find_running(states).items()
+    }
     batch = None
     for batch in batches:
-        states = update(_on_running(_restarted, states), batch)
+        states = update(put_running(states, find_running(_fresh(states))), batch)
         weight = _examples(batch) if size is None else size(batch)
-        total = _added(total, _of_running(lambda r: r, states), jnp.float32(weight))
+        total = _added(total, find_running(states), jnp.float32(weight))
     if batch is None:
         raise ValueError("recompute got no batches, expected at least one.")
-    return _on_running(lambda _, seen: _running(*seen), states, total)
+    return put_running(states, {place: _running(*seen) for place, seen in total.items()})
 
 
 def pool_replicas(states: States) -> States:
@@ -118,10 +122,11 @@ def pool_replicas(states: States) -> States:
             "a model, every leaf with a leading axis of replicas."
         )
 
-    def pooled(_, replicas):
+    def pooled(replicas):
         return _running(pool_moments(Moments(*replicas)), replicas.steps.max(axis=0))
 
-    return _on_running(pooled, jax.tree.map(lambda leaf: leaf[0], states), states)
+    moments = {place: pooled(running) for place, running in find_running(states).items()}
+    return put_running(jax.tree.map(lambda leaf: leaf[0], states), moments)
 
 
 class _Total(NamedTuple):
@@ -143,32 +148,17 @@ def _examples(batch: Any) -> int:
     )
 
 
-def _on_running(change: Callable[..., Any], states: States, *others: Any) -> States:
-    """The states with their running moments changed, given those of other trees."""
-    return jax.tree.map(
-        lambda node, *more: change(node, *more) if is_running(node) else node,
-        states,
-        *others,
-        is_leaf=is_running,
-    )
-
-
-def _of_running(make: Callable[[RunningMoments], Any], states: States) -> Any:
-    """A tree with something for each running moments, and None elsewhere."""
-    return jax.tree.map(
-        lambda node: make(node) if is_running(node) else None, states, is_leaf=is_running
-    )
-
-
 @jax.jit
-def _added(total: Any, batch: Any, size: jax.Array) -> Any:
+def _added(
+    total: dict[Name, _Total], batch: dict[Name, RunningMoments], size: jax.Array
+) -> dict[Name, _Total]:
     """One more batch. A feature that was not usable in it has no step, and no weight."""
 
-    def add(running, total):
+    def add(total, running):
         moments = Moments(running.mean, running.var, size * running.steps)
         return _Total(pool_two(total.moments, moments), total.steps + running.steps)
 
-    return jax.tree.map(add, batch, total, is_leaf=is_running)
+    return {place: add(total[place], batch[place]) for place in total}
 
 
 def _running(moments: Moments, steps: jax.Array) -> RunningMoments:
@@ -177,18 +167,20 @@ def _running(moments: Moments, steps: jax.Array) -> RunningMoments:
     return RunningMoments(moments.mean, var, steps)
 
 
-def _fresh(node: Any) -> Any:
-    """As from ``init``: zeros, variances of 1, and gates unchanged."""
-    if isinstance(node, GateState):
-        return node._replace(state=jax.tree.map(_fresh, node.state, is_leaf=_is_node))
-    return _restarted(node) if is_running(node) else jnp.zeros_like(node)
+def _fresh(states: States) -> States:
+    """As from ``init``: zeros, running variances of 1, and gates unchanged."""
+    running = {
+        place: RunningMoments(
+            # Each a buffer of its own, else the state cannot be donated.
+            jnp.zeros_like(old.mean),
+            jnp.ones_like(old.var),
+            jnp.zeros_like(old.steps),
+        )
+        for place, old in find_running(states).items()
+    }
+    gates = find_gates(states)
 
+    def fresh(name, leaf):
+        return leaf if name in gates else jnp.zeros_like(leaf)
 
-def _restarted(running: RunningMoments) -> RunningMoments:
-    # Each a buffer of its own, else the state cannot be donated.
-    mean, var, steps = running
-    return RunningMoments(jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(steps))
-
-
-def _is_node(node: Any) -> bool:
-    return isinstance(node, RunningMoments | GateState)
+    return put_running(map_named(fresh, states), running)

@@ -17,6 +17,7 @@ from cbn_jax.core.checks import (
 )
 from cbn_jax.core.estimator import Estimator, State, Trait
 from cbn_jax.core.moments import AxisName, batch_moments, pool_moments
+from cbn_jax.core.named import Name, map_named, named_leaves
 from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import identity_where, std_of
 from cbn_jax.core.values import factory
@@ -109,27 +110,30 @@ def set_gate(tree: Any, open: jax.typing.ArrayLike) -> Any:
       >>> float(state["Norm_0"].gate)
       0.0
     """
-    found = []
-
-    def put(node):
-        if not isinstance(node, GateState):
-            return node
-        found.append(node)
-        gate = jnp.asarray(open, dtype=bool)
-        if gate.ndim > node.gate.ndim:
-            raise ValueError(
-                f"set_gate got open of shape {gate.shape}, expected one truth value; write "
-                "set_gate(tree, assessment.selected[batch])."
-            )
-        return node._replace(gate=jnp.where(gate, jnp.ones_like(node.gate), 0.0))
-
-    tree = jax.tree.map(put, tree, is_leaf=lambda node: isinstance(node, GateState))
-    if not found:
+    gates = find_gates(tree)
+    if not gates:
         raise ValueError(
             "set_gate got a tree without a GateState, expected the state of a model whose "
             "normalizers are adaptive_batch_norm(...); in linen that is its batch_stats."
         )
-    return tree
+    gate = jnp.asarray(open, dtype=bool)
+
+    def put(name, leaf):
+        if name not in gates:
+            return leaf
+        if gate.ndim > leaf.ndim:
+            raise ValueError(
+                f"set_gate got open of shape {gate.shape}, expected one truth value; write "
+                "set_gate(tree, assessment.selected[batch])."
+            )
+        return jnp.where(gate, jnp.ones_like(leaf), 0.0)
+
+    return map_named(put, tree)
+
+
+def find_gates(tree: Any) -> set[Name]:
+    """The names of all gates in a tree of states."""
+    return {name for name in named_leaves(tree) if name[-1:] == ("gate",)}
 
 
 _GATED: frozenset[Trait] = frozenset({"gated"})

@@ -40,12 +40,12 @@ class FittedState(NamedTuple):
     Attributes:
       state: that of the estimator inside.
       fit: averages for the regression, 0 before the first batch.
-      steps: ``[C]``, the number of batches in them.
+      batches: ``[C]``, the number of batches in them.
     """
 
     state: State
     fit: Fit
-    steps: jax.Array
+    batches: jax.Array
 
 
 _CUMULATIVE = cumulative()
@@ -120,7 +120,7 @@ def fitted_inference(
     average = averaging(momentum)
 
     def accept(state, x, mask):
-        return accepted(name, state, FittedState, lambda s: s.steps, x, mask)
+        return accepted(name, state, FittedState, lambda s: s.batches, x, mask)
 
     def init(features, layer=None, params=None):
         def zeros(*shape):
@@ -139,7 +139,7 @@ def fitted_inference(
         # Only the first batch, before which there may be none, is compared with its own.
         before, after = (estimator.infer(s, x, mask=mask) for s in (state.state, inside))
         running = jax.tree.map(
-            lambda old, new: jnp.where(state.steps > 0, old, new), before, after
+            lambda old, new: jnp.where(state.batches > 0, old, new), before, after
         )
         instance = instance_moments(lax.stop_gradient(x), mask)
         seen = _fit(lax.stop_gradient(statistics), running, instance, axis_name)
@@ -194,8 +194,15 @@ def _fit(
 
 def _taken(before: State, after: State) -> jax.Array | bool:
     """Features whose averages took the batch in; others have no statistics of it."""
-    before, after = (getattr(state, "running", state) for state in (before, after))
+    before, after = _inside(before), _inside(after)
     return after.steps > before.steps if hasattr(after, "steps") else True
+
+
+def _inside(state: State) -> State:
+    """What counts the batches, inside of wrappers."""
+    while hasattr(state, "state"):
+        state = state.state
+    return getattr(state, "running", state)
 
 
 def _averaged(
@@ -205,13 +212,13 @@ def _averaged(
     seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
     usable = taken & jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
     usable &= jnp.isfinite(seen.slope).all(0)
-    steps = state.steps + usable.astype(jnp.float32)
-    alpha = weights(average, jnp.maximum(steps, 1.0))
+    batches = state.batches + usable.astype(jnp.float32)
+    alpha = weights(average, jnp.maximum(batches, 1.0))
 
     def blend(old, new):
         return old + jnp.where(align(usable, new), align(alpha, new) * (new - old), 0.0)
 
-    return state._replace(fit=jax.tree.map(blend, state.fit, seen), steps=steps)
+    return state._replace(fit=jax.tree.map(blend, state.fit, seen), batches=batches)
 
 
 def _solve(fit: Fit) -> tuple[jax.Array, jax.Array]:

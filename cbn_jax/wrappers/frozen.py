@@ -19,11 +19,11 @@ class FrozenState(NamedTuple):
 
     Attributes:
       state: that of the estimator inside.
-      steps: ``[C]``, batches trained on so far, up to the last that counts.
+      trained: ``[C]``, batches trained on so far, up to the last that counts.
     """
 
     state: State
-    steps: jax.Array
+    trained: jax.Array
 
 
 @factory
@@ -78,10 +78,10 @@ def frozen(estimator: Estimator, after: int) -> Estimator:
         current, new = estimator.train(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
-        still = state.steps.max() >= after
+        still = state.trained.max() >= after
         inside = jax.tree.map(lambda n, o: jnp.where(still, o, n), new, state.state)
-        steps = jnp.minimum(state.steps + 1.0, float(after))
-        return _chosen(still, fixed, current), FrozenState(inside, steps)
+        trained = jnp.minimum(state.trained + 1.0, float(after))
+        return _chosen(still, fixed, current), FrozenState(inside, trained)
 
     def infer(state, x, *, mask=None):
         return estimator.infer(accept(state).state, x, mask=mask)

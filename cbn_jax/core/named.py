@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States as nested dicts of arrays, and the parts of a tree that are found by name.
+
+A checkpoint, an npz file and ``flax.traverse_util`` know dicts and arrays, no NamedTuples.
+The Flax modules therefore keep ``to_dict(state)``. Tools that look for running moments or
+gates find them by the names of the leaves, in states and in such dicts alike.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from .running import RunningMoments
+
+Name = tuple[str, ...]
+
+
+def to_dict(state: Any) -> Any:
+    """A state as nested dicts, its running moments on top: ``mean``, ``var``, ``steps``.
+
+    So is the state of the method inside of a wrapper.
+    """
+    if isinstance(state, RunningMoments):
+        return state._asdict()
+    if isinstance(state, Mapping):
+        return {name: to_dict(value) for name, value in state.items()}
+    if not hasattr(state, "_fields"):
+        return state
+    made = {}
+    for name, value in state._asdict().items():
+        made |= to_dict(value) if name in _ON_TOP else {name: to_dict(value)}
+    return made
+
+
+_ON_TOP = "running", "state"
+
+
+def from_dict(tree: Any, form: Any) -> Any:
+    """The state in the form of another one, whose arrays are not looked at."""
+    if isinstance(form, Mapping):
+        return {name: from_dict(tree[name], value) for name, value in form.items()}
+    if not hasattr(form, "_fields"):
+        return tree
+    return type(form)(
+        *(
+            from_dict(tree if name in _ON_TOP else tree[name], value)
+            for name, value in form._asdict().items()
+        )
+    )
+
+
+def named_leaves(tree: Any) -> dict[Name, Any]:
+    """The leaves of any tree by their names, those of dict keys and attributes."""
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _name(path: Any) -> Name:
+    """The path without what the variables of nnx add to it."""
+    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return names[:-1] if names[-1:] == ("value",) else names
+
+
+def map_named(change: Callable[[Name, Any], Any], tree: Any) -> Any:
+    """The tree with each leaf changed, given its name."""
+    return jax.tree.map_with_path(lambda path, leaf: change(_name(path), leaf), tree)
+
+
+def find_running(tree: Any) -> dict[Name, RunningMoments]:
+    """All running moments in a tree, by the name of the place that has them."""
+    leaves = named_leaves(tree)
+    places = (name[:-1] for name in leaves if name[-1:] == ("steps",))
+    return {
+        place: RunningMoments(*(leaves[*place, field] for field in RunningMoments._fields))
+        for place in places
+        if all((*place, field) in leaves for field in RunningMoments._fields)
+    }
+
+
+def put_running(tree: Any, moments: Mapping[Name, RunningMoments]) -> Any:
+    """The tree with running moments exchanged."""
+    new = {
+        (*place, name): leaf
+        for place, running in moments.items()
+        for name, leaf in running._asdict().items()
+    }
+    return map_named(lambda name, leaf: new.get(name, leaf), tree)
