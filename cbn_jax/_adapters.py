@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by the adapters; there is no arithmetic in an adapter."""
 
+import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +17,14 @@ from .core.layers import (
     LayerFn,
     conv_patches,
     dense_patches,
+    masked_kernel,
     patches_by_example,
 )
 from .core.linear import why_not_linear
 from .core.named import find_running, named_leaves, put_running, to_dict
 from .core.running import RunningMoments
 from .core.values import is_factory
+from .methods.batch_renorm import batch_renorm
 from .wrappers.learned import Learned
 
 Kernel = Callable[[jax.Array], jax.Array]
@@ -128,7 +132,8 @@ def used_params(layer: Any, params: Any, kernel: Kernel | None, mask: Any = None
         )
     used = params["kernel"] if kernel is None else kernel(params["kernel"])
     if mask is not None:
-        used = used * outputs_last(layer, {"kernel": jnp.asarray(mask)})["kernel"]
+        mask = outputs_last(layer, {"kernel": jnp.asarray(mask)})["kernel"]
+        used = masked_kernel(used, mask)
     return {**params, "kernel": used}
 
 
@@ -141,6 +146,18 @@ def changed_params(layer: Any, params: Any, kernel: Kernel) -> Any:
 
     # A box of metadata is a tree of one leaf.
     return {**params, "kernel": jax.tree.map(changed, params["kernel"])}
+
+
+class LayerError(ValueError):
+    """A layer that is not linear in its parameters."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(
+            f"Norm got the layer {name}, which {reason}, expected one that is linear in "
+            "its parameters; declare a change of the kernel, Norm(estimator, Conv(...), "
+            "kernel=...), and put activations after the norm."
+        )
+        self.reason = reason
 
 
 def known_layer(layer: Any, apply: LayerFn, params: Any, inputs: Any) -> Layer:
@@ -165,11 +182,7 @@ def unknown_layer(name: str, apply: LayerFn, params: Any, inputs: Any) -> Layer:
     """Any other layer that is linear: each feature may have patches of its own."""
     reason = why_not_linear(apply, params, inputs)
     if reason is not None:
-        raise ValueError(
-            f"Norm got the layer {name}, which {reason}, expected one that is linear in "
-            "its parameters; declare a change of the kernel, Norm(estimator, Conv(...), "
-            "kernel=...), and put activations after the norm."
-        )
+        raise LayerError(name, reason)
     return Layer(apply, groups=jax.tree.leaves(params)[0].shape[-1])
 
 
@@ -264,3 +277,57 @@ def to_last(
         ones = all(mask.shape[each] == 1 for each in axes)
         mask = joined(mask, (1,) * len(axes) if ones else shape)
     return joined(x, shape), mask, back
+
+
+class Outputs:
+    """Which call made an array, found by identity and forgotten with the array."""
+
+    def __init__(self):
+        self._calls: dict[int, tuple[weakref.ref, Any]] = {}
+
+    def note(self, y: Any, call: Any) -> None:
+        """Notes the call that made ``y``."""
+        if isinstance(y, jax.Array):
+            forget = functools.partial(self._calls.pop, id(y), None)
+            self._calls[id(y)] = weakref.ref(y, lambda _: forget()), call
+
+    def find(self, x: Any) -> Any:
+        """The call that made ``x``, or None."""
+        reference, call = self._calls.get(id(x), (lambda: None, None))
+        return call if x is not None and reference() is x else None
+
+
+def check_replacement(model: Any, kind: type, estimator: Any, fallback: Any) -> None:
+    """A module, an estimator, and a fallback that needs no layer."""
+    if not isinstance(model, kind):
+        raise TypeError(
+            f"replace_batch_norm got model={_short(model)}, expected a Flax module; write "
+            "replace_batch_norm(model, estimator)."
+        )
+    for name, value in (("estimator", estimator), ("fallback", fallback)):
+        if not isinstance(value, Estimator | None) or (value is None and name != "fallback"):
+            raise TypeError(
+                f"replace_batch_norm got {name}={_short(value)}, expected an estimator, "
+                "such as cbn_jax.small_batch_norm(2)."
+            )
+    if fallback is not None and "layered" in fallback.traits:
+        raise ValueError(
+            f"replace_batch_norm got fallback={fallback!r}, which looks at a layer, "
+            "expected a method for batch norms without one; write "
+            "fallback=cbn_jax.batch_renorm(warmup_steps=100)."
+        )
+
+
+def default_fallback(estimator: Estimator) -> Estimator:
+    """The best method that needs no layer and adds no parameters."""
+    return batch_renorm(warmup_steps=100, epsilon=estimator.epsilon)
+
+
+def check_epsilons(place: str, epsilon: float, estimator: Estimator) -> None:
+    """A trained model predicts with its own ε alone."""
+    if epsilon != estimator.epsilon:
+        raise ValueError(
+            f"replace_batch_norm got {place} with epsilon={epsilon} and an estimator with "
+            f"epsilon={estimator.epsilon}, expected the same; write epsilon={epsilon} in "
+            f"{estimator!r}."
+        )

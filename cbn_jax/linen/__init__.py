@@ -11,6 +11,7 @@ from cbn_jax._adapters import fill_missing
 from .activations import TLU, EvoNormB0, EvoNormS0
 from .convert import from_batch_norm, optimizer_from_batch_norm, to_batch_norm
 from .norm import Norm
+from .replace import replace_batch_norm, report
 
 __all__ = [
     "TLU",
@@ -20,5 +21,7 @@ __all__ = [
     "fill_missing",
     "from_batch_norm",
     "optimizer_from_batch_norm",
+    "replace_batch_norm",
+    "report",
     "to_batch_norm",
 ]

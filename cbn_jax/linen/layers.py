@@ -5,10 +5,11 @@ from typing import Any
 
 from flax import errors
 from flax import linen as nn
-from flax.core import meta
+from flax.core import meta, unfreeze
 
 from cbn_jax._adapters import (
     Kernel,
+    LayerError,
     known_layer,
     outputs_last,
     unknown_layer,
@@ -17,6 +18,7 @@ from cbn_jax._adapters import (
 from cbn_jax.core.layers import Layer
 
 KNOWN = nn.Dense, nn.Conv, nn.ConvTranspose
+LINEAR = *KNOWN, nn.ConvLocal, nn.DenseGeneral, nn.Einsum
 
 
 def as_layer(
@@ -34,7 +36,7 @@ def as_layer(
     """
     module, variables = layer.unbind()
     variables = meta.unbox(variables)
-    params = variables.get("params", {})
+    params = unfreeze(variables.get("params", {}))
     if is_known(layer):
         params = used_params(layer, params, kernel, getattr(layer, "mask", None))
 
@@ -52,10 +54,7 @@ def as_layer(
             own = {**variables, "params": outputs_last(module, params)}
             x: Any = module.apply(own, inputs)
         except errors.InvalidRngError as error:
-            raise ValueError(
-                f"Norm got the layer {_name(layer)}, which draws random numbers, expected "
-                "one that gives the same output for the same parameters; draw before it."
-            ) from error
+            raise LayerError(_name(layer), "draws random numbers") from error
         return x
 
     return unknown_layer(_name(layer), unknown, params, inputs), params

@@ -9,5 +9,15 @@ with _require("Flax", "cbn_jax.nnx"):
 from .activations import TLU, EvoNormB0, EvoNormS0
 from .convert import from_batch_norm, to_batch_norm
 from .norm import Norm
+from .replace import replace_batch_norm, report
 
-__all__ = ["TLU", "EvoNormB0", "EvoNormS0", "Norm", "from_batch_norm", "to_batch_norm"]
+__all__ = [
+    "TLU",
+    "EvoNormB0",
+    "EvoNormS0",
+    "Norm",
+    "from_batch_norm",
+    "replace_batch_norm",
+    "report",
+    "to_batch_norm",
+]

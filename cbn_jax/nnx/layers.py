@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nnx layers as pure functions of their parameters."""
 
-import copy
 import inspect
 from typing import Any
 
@@ -10,6 +9,7 @@ from flax import nnx
 
 from cbn_jax._adapters import (
     Kernel,
+    LayerError,
     changed_params,
     known_layer,
     outputs_last,
@@ -19,6 +19,7 @@ from cbn_jax._adapters import (
 from cbn_jax.core.layers import Layer
 
 KNOWN = nnx.Linear, nnx.Conv, nnx.ConvTranspose
+LINEAR = *KNOWN, nnx.LinearGeneral, nnx.Einsum
 
 
 def as_layer(
@@ -36,6 +37,7 @@ def as_layer(
       ValueError: the module is not linear in its parameters.
     """
     graph, variables, others = nnx.split(layer, nnx.Param, ...)
+    others = jax.tree.map(lambda leaf: leaf, others)  # variables of its own
     structure = jax.tree.structure(variables)
     known = is_known(layer)
     mask = getattr(layer, "mask", None) if known else None
@@ -43,23 +45,43 @@ def as_layer(
 
     def apply(params, inputs):
         params = jax.tree.leaves(outputs_last(layer, params))
-        module = nnx.merge(graph, jax.tree.unflatten(structure, params), others)
+        given = jax.tree.unflatten(structure, params)
+        module = nnx.merge(graph, given, others, copy=True)
         if known and mask is not None:
             module.mask = None  # the kernel is masked already
-        return module(inputs)
+        x = module(inputs)
+        _check_draws(layer, others, module)
+        return x
 
+    if inputs is None:
+        return Layer(apply, groups=_groups(layer, params)), params
     if known:
         return known_layer(layer, apply, params, inputs), params
-    if inputs is None:
-        return Layer(apply, groups=jax.tree.leaves(params)[0].shape[-1]), params
     return unknown_layer(type(layer).__name__, apply, params, inputs), params
+
+
+def _groups(layer: nnx.Module, params: Any) -> int:
+    """The groups of its features, before its inputs are known."""
+    if is_known(layer):
+        return getattr(layer, "feature_group_count", 1)
+    widths = [leaf.shape[-1] for leaf in jax.tree.leaves(params) if leaf.ndim > 0]
+    return widths[0] if widths else 1
+
+
+def _check_draws(layer: nnx.Module, before: Any, module: nnx.Module) -> None:
+    """Random numbers are drawn at each run anew, and a layer runs several times."""
+    counts = jax.tree.leaves(nnx.filter_state(before, nnx.RngCount))
+    after = jax.tree.leaves(nnx.state(module, nnx.RngCount))
+    if any(one is not other for one, other in zip(counts, after, strict=True)):
+        raise LayerError(type(layer).__name__, "draws random numbers")
 
 
 def is_known(layer: nnx.Module) -> bool:
     """Whether it is a layer of Flax with its own arithmetic."""
-    if type(layer) not in KNOWN:
+    cls = getattr(type(layer), "recorded_from", type(layer))
+    if cls not in KNOWN:
         return False
-    defaults = inspect.signature(type(layer).__init__).parameters
+    defaults = inspect.signature(cls.__init__).parameters
     names = "dot_general", "conv_general_dilated", "promote_dtype"
     return all(
         getattr(layer, name) is defaults[name].default for name in names if name in defaults
@@ -68,7 +90,9 @@ def is_known(layer: nnx.Module) -> bool:
 
 def run_changed(layer: nnx.Module, kernel: Kernel, inputs: Any) -> jax.Array:
     """The output of a layer whose kernel is changed before its use."""
-    twin: Any = copy.copy(layer)  # the same variables, except for the kernel
-    params = {"kernel": twin.kernel.get_value()}
-    twin.kernel = nnx.Param(changed_params(layer, params, kernel)["kernel"])
-    return twin(inputs)
+    graph, params, others = nnx.split(layer, nnx.Param, ...)
+    changed = changed_params(layer, nnx.to_pure_dict(params), kernel)
+    structure = jax.tree.structure(params)
+    changed = jax.tree.unflatten(structure, jax.tree.leaves(changed))
+    # The other variables are those of the layer itself, which may write them.
+    return nnx.merge(graph, changed, others)(inputs)

@@ -31,9 +31,10 @@ class Norm(nnx.Module):
 
     ``scale`` and ``bias`` are ``nnx.Param``. Each array of the estimator's state is an
     ``nnx.BatchStat``; ``norm.mean`` and ``norm.var`` are the running averages of methods
-    that have them, and ``norm.state`` is the whole state. ``model.train()`` and ``model.eval()`` switch the mode. Methods with
-    backward statistics have an ``nnx.Param`` more, ``backward``, which the optimizer
-    writes: wrap it in ``cbn_jax.optax.with_backward_statistics``.
+    that have them, and ``norm.state`` is the whole state. ``model.train()`` and
+    ``model.eval()`` switch the mode. Methods with backward statistics have an ``nnx.Param``
+    more, ``backward``, which the optimizer writes: wrap it in
+    ``cbn_jax.optax.with_backward_statistics``.
 
     Args:
       estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
@@ -112,7 +113,7 @@ class Norm(nnx.Module):
         self.scale = nnx.data(param(use_scale, scale_init))
         self.bias = nnx.data(param(use_bias, bias_init))
         self.mix = nnx.data(param(isinstance(estimator, Learned), mix_init, ()))
-        self.backward = nnx.data(_backward(self._estimator(), features))
+        self.backward = nnx.data(backward_of(self._estimator(), features))
         state = self._estimator().init(features, spec, params)
         self.structure = jax.tree.structure(state)
         store(self, state, {} if layer is None else metadata_of(layer))
@@ -144,8 +145,9 @@ class Norm(nnx.Module):
         else:
             running = use_running_average
         estimator = self._estimator()
+        made_by = None if running else self._seen_layer(inputs)
         x = self._run_layer(inputs)
-        source = None if running else self._source(inputs, x)
+        source = None if made_by is None else source_of(*made_by, x)
         x, mask, back = to_last(x, mask, self.axis, self.layer)
         if running:
             statistics = estimator.infer(self.state, x, mask=mask)
@@ -187,11 +189,11 @@ class Norm(nnx.Module):
             return self.layer(inputs)
         return run_changed(self.layer, self.kernel, inputs)
 
-    def _source(self, inputs, x):
-        """The layer that made ``x``, for methods that look at it."""
+    def _seen_layer(self, inputs):
+        """The layer, its parameters and inputs before it runs, for methods that look."""
         if self.layer is None or "layered" not in self._estimator().traits:
             return None
-        return source_of(*as_layer(self.layer, inputs, self.kernel), inputs, x)
+        return *as_layer(self.layer, inputs, self.kernel), inputs
 
     def _output(self, x, statistics, mask):
         """What follows the statistics; EvoNorm activates here."""
@@ -224,7 +226,7 @@ def _features(num_features: int | None, params: Any) -> int:
     return widths.pop()
 
 
-def _backward(estimator: Estimator, features: int) -> nnx.Param | None:
+def backward_of(estimator: Estimator, features: int) -> nnx.Param | None:
     if not isinstance(estimator, Bidirectional):
         return None
     return nnx.Param(estimator.init_backward(features))

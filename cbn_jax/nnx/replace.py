@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any nnx model with the methods of this library in place of its batch norms."""
+
+import contextvars
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cbn_jax._adapters import (
+    Kernel,
+    LayerError,
+    Outputs,
+    check_epsilons,
+    check_replacement,
+    default_fallback,
+)
+from cbn_jax.core.estimator import Estimator
+from cbn_jax.core.named import find_running, put_running
+from cbn_jax.core.report import Replaced, Report
+from cbn_jax.core.running import from_batch_stats
+from cbn_jax.core.statistics import normalize
+
+from .layers import LINEAR, as_layer, run_changed
+from .norm import Norm, backward_of
+from .state import metadata_of, store
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def replace_batch_norm(
+    model: M,
+    estimator: Estimator,
+    *inputs: Any,
+    fallback: Estimator | None = None,
+    kernel: Kernel | None = None,
+    also: tuple[type, ...] = (),
+    without_layer: tuple[str, ...] = (),
+    **arguments: Any,
+) -> M:
+    """A copy of a model in which an estimator takes the place of every ``nnx.BatchNorm``.
+
+    The copy is used as the model is: ``nnx.jit``, ``split`` and ``merge``, ``train()`` and
+    ``eval()``, checkpoints. Its parameters are those of the model, at the same paths, and
+    the trained averages go on as ``mean`` and ``var`` of the new method. Each batch norm
+    keeps its settings (scale, bias, axis, dtype, mode). The arrays are shared, not copied.
+
+    Methods that look at the layer before them find it by themselves: it is the
+    ``nnx.Conv``, ``nnx.Linear`` or other linear layer whose output the batch norm receives.
+    The function finds out by following an abstract call of the model. A batch norm behind
+    anything else (an activation, a sum, a concatenation, pooling) gets the fallback.
+    ``report`` tells what became of each.
+
+    A layer and its batch norm that are called several times in a step, as a head is that
+    several levels share, count each call as a batch. ``small_batch_norm(batch_size,
+    micro_batches=calls)`` pools those of a step exactly.
+
+    Args:
+      model: any nnx module. It is not changed.
+      estimator: the method, such as ``cbn_jax.small_batch_norm(2)``, with the ε of the
+        batch norms.
+      *inputs: those of a call of the model; ``jax.ShapeDtypeStruct`` does for an array.
+      fallback: the method for batch norms without a layer, if ``estimator`` needs one.
+        None for ``batch_renorm(warmup_steps=100)``, the best of those that add no
+        parameters; ``bidirectional_batch_norm()`` is better and adds the parameter
+        ``backward``, for ``cbn_jax.optax.with_backward_statistics``.
+      kernel: a change of the kernel of each layer before a batch norm, such as
+        ``cbn_jax.standardize``.
+      also: classes of your own with the attributes and the call of ``nnx.BatchNorm``.
+      without_layer: paths of batch norms that get the fallback although they have a layer.
+      **arguments: of that call, by name.
+
+    Returns:
+      A model of the same class.
+
+    Raises:
+      TypeError: ``estimator`` is no estimator, or ``model`` no module.
+      ValueError: a fallback that needs a layer; no batch norm in the model; one with
+        another ε or with ``axis_index_groups``; one whose class is a subclass not in
+        ``also``; one that is not called, or behind different layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import cbn_jax
+      >>> from cbn_jax.nnx import replace_batch_norm, report
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+      >>> x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+      >>> model = replace_batch_norm(model, cbn_jax.small_batch_norm(batch_size=2), x)
+      >>> model(jnp.ones((2, 3))).shape
+      (2, 4)
+      >>> [(row.path, row.layer) for row in report(model).rows]
+      [('layers/1', 'layers/0')]
+    """
+    check_replacement(model, nnx.Module, estimator, fallback)
+    if fallback is None:
+        fallback = default_fallback(estimator)
+    plan = _Plan(estimator, fallback, kernel, (nnx.BatchNorm, *also), without_layer)
+    seen = _follow(model, plan, inputs, arguments)
+    copy = nnx.clone(model)
+    nodes = _nodes(copy)
+    norms = {path: node for path, node in nodes.items() if type(node) in plan.classes}
+    _check_norms(nodes, norms, estimator)
+    new = {}
+    for path, norm in norms.items():
+        found = _chosen(path, seen, plan)
+        layer = None if found.layer is None else nodes[found.layer]
+        new[id(norm)] = ReplacedBatchNorm(norm, found, layer, plan)
+        if layer is not None:
+            _become(layer, recording(type(layer)), found.layer)
+    _exchange(nodes, new)
+    return new.get(id(copy), copy)
+
+
+def report(model: nnx.Module) -> Report:
+    """What became of each batch norm of a model.
+
+    Args:
+      model: from ``replace_batch_norm``.
+
+    Returns:
+      A ``Report``: print it, or read its rows.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import cbn_jax
+      >>> from cbn_jax.nnx import replace_batch_norm, report
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+      >>> model = replace_batch_norm(model, cbn_jax.batch_norm(), jnp.ones((2, 3)))
+      >>> report(model).rows[0].state_size
+      12
+    """
+    norms = {
+        path: node
+        for path, node in _nodes(model).items()
+        if isinstance(node, ReplacedBatchNorm)
+    }
+    rows = [
+        Replaced(path, norm.found.layer, norm.found.reason, norm.estimator, _size(norm))
+        for path, norm in sorted(norms.items(), key=lambda item: item[1].found.position)
+    ]
+    return Report(tuple(rows))
+
+
+class _Plan(NamedTuple):
+    """The arguments of ``replace_batch_norm``."""
+
+    estimator: Estimator
+    fallback: Estimator
+    kernel: Kernel | None
+    classes: tuple[type, ...]
+    without_layer: tuple[str, ...]
+
+
+class _Seen(NamedTuple):
+    """A batch norm in the abstract call.
+
+    Attributes:
+      layer: the path of the layer whose output it receives.
+      reason: why that layer is of no use, or why there is none.
+      position: how many others were called before.
+    """
+
+    layer: str | None
+    reason: str
+    position: int
+
+
+class _Call(NamedTuple):
+    """A call of a layer."""
+
+    layer: Any
+    args: tuple[Any, ...]
+
+
+_outputs = Outputs()
+
+
+class ReplacedBatchNorm(Norm):
+    """A ``Norm`` in the place of a batch norm, with its parameters and settings.
+
+    Its layer runs where the model calls it, and this module finds the layer's input by the
+    identity of the output.
+    """
+
+    def __init__(self, norm: Any, found: _Seen, layer: nnx.Module | None, plan: _Plan):
+        layered = "layered" in plan.estimator.traits
+        self.estimator = plan.fallback if layered and layer is None else plan.estimator
+        self.layer = None
+        self.kernel = None if layer is None else plan.kernel
+        self.found = found
+        self.num_features = norm.num_features
+        for name in ("param_dtype", "use_running_average", "axis", "axis_name"):
+            setattr(self, name, getattr(norm, name))
+        self.dtype = norm.dtype
+        self.scale, self.bias = nnx.data(norm.scale), nnx.data(norm.bias)
+        self.mix = nnx.data(None)
+        self.backward = nnx.data(backward_of(self.estimator, self.num_features))
+        state = _state(self.estimator, norm, layer, plan.kernel)
+        self.structure = jax.tree.structure(state)
+        store(self, state, {} if layer is None else metadata_of(layer))
+
+    def _run_layer(self, inputs):
+        if self.kernel is None:
+            return inputs
+        call = self._call(inputs)
+        return run_changed(call.layer, self.kernel, call.args[0])
+
+    def _seen_layer(self, inputs):
+        if "layered" not in self.estimator.traits:
+            return None
+        call = self._call(inputs)
+        return *as_layer(call.layer, call.args[0], self.kernel), call.args[0]
+
+    def _call(self, x: jax.Array) -> _Call:
+        """The call of the layer that gave ``x``."""
+        call = _outputs.find(x)
+        if call is None or call.layer.module_path != self.found.layer:
+            raise ValueError(
+                f"replace_batch_norm got inputs with which a batch norm follows "
+                f"{self.found.layer}, and in this call it does not, expected one layer; "
+                "give replace_batch_norm the inputs and the mode of training, or write "
+                "without_layer=(path,)."
+            )
+        return call
+
+    def _output(self, x, statistics, mask):
+        del mask
+        # As in Flax, half precision becomes float32 unless the module has a dtype.
+        dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
+        return normalize(x, statistics, *self._affine(), dtype=dtype)
+
+
+def _state(
+    estimator: Estimator, norm: Any, layer: nnx.Module | None, kernel: Kernel | None
+) -> Any:
+    """A fresh state that continues from the averages of a batch norm."""
+    mean, var = norm.mean.get_value(), norm.var.get_value()
+    stack = mean.shape[:-1]  # of layers, under nnx.vmap and nnx.scan
+    spec, params = (None, None) if layer is None else as_layer(layer, None, kernel)
+    params = jax.tree.map(lambda leaf: leaf[(0,) * len(stack)], params)
+    state = estimator.init(norm.num_features, spec, params)
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), state)
+    # A batch norm that has seen nothing has averages of 0 and 1.
+    fresh = (mean == 0).all() & (var == 1).all()
+    moments = from_batch_stats(mean, var)
+    moments = moments._replace(steps=jnp.where(fresh, 0.0, moments.steps))
+    places = find_running(state)
+    return put_running(state, dict.fromkeys(places, moments))
+
+
+def _size(norm: ReplacedBatchNorm) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(norm.state))
+
+
+# The abstract call. Its modules are instances of subclasses, which note what they see.
+
+
+def _nodes(model: nnx.Module) -> dict[str, Any]:
+    """All parts of a model by their paths."""
+    return {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+
+
+def _become(module: Any, cls: type, path: str) -> None:
+    module.__class__ = cls
+    module.module_path = path
+
+
+@functools.cache
+def recording(cls: type) -> type:
+    """A subclass of a layer's class that notes the outputs; that of a subclass is itself."""
+    if hasattr(cls, "recorded_from"):
+        return cls
+
+    def call(self, *args, **kwargs):
+        y = cls.__call__(self, *args, **kwargs)
+        _outputs.note(y, _Call(self, (*args, *kwargs.values())))
+        return y
+
+    def reduce(self, protocol):
+        return _new, (recording, cls), object.__reduce_ex__(self, 2)[2]
+
+    body = {"__call__": call, "__reduce_ex__": reduce, "recorded_from": cls}
+    return type(cls.__name__, (cls,), body)
+
+
+def _new(make: Callable[[type], type], cls: type) -> Any:
+    return object.__new__(make(cls))
+
+
+@functools.cache
+def _noting(cls: type) -> type:
+    """A subclass of a batch norm's class that notes which layer it follows."""
+
+    def call(self, x, use_running_average=None, *, mask=None):
+        noted = _noted.get()
+        assert noted is not None
+        noted.note(self, x)
+        return cls.__call__(self, x, True)  # no collectives
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+_noted: contextvars.ContextVar[Any] = contextvars.ContextVar("noted", default=None)
+
+
+def _follow(
+    model: nnx.Module, plan: _Plan, inputs: Any, arguments: Any
+) -> dict[str, _Seen]:
+    """By path, what each batch norm sees in an abstract call of the model."""
+    probe = nnx.clone(model)
+    for path, node in _nodes(probe).items():
+        if type(node) in plan.classes:
+            _become(node, _noting(type(node)), path)
+        elif isinstance(node, LINEAR):
+            _become(node, recording(type(node)), path)
+    leaves, structure = jax.tree.flatten((inputs, arguments))
+    arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
+
+    def run(model, arrays):
+        both = zip(leaves, arrays, strict=True)
+        values = [leaf if array is None else array for leaf, array in both]
+        inputs, arguments = jax.tree.unflatten(structure, values)
+        return model(*inputs, **arguments)
+
+    notes = _Notes(plan)
+    token = _noted.set(notes)
+    try:
+        nnx.eval_shape(run, probe, arrays)
+    finally:
+        _noted.reset(token)
+    return notes.seen
+
+
+class _Notes:
+    """What the batch norms of an abstract call see."""
+
+    def __init__(self, plan: _Plan):
+        self.plan = plan
+        self.seen: dict[str, _Seen] = {}
+
+    def note(self, norm: Any, x: jax.Array) -> None:
+        place = norm.module_path
+        call = _outputs.find(x)
+        reason = self._reason(norm, x, call)
+        layer = None if reason else call.layer.module_path
+        first = self.seen.setdefault(place, _Seen(layer, reason, len(self.seen)))
+        if first.layer != layer:
+            raise ValueError(
+                f"replace_batch_norm got the batch norm {place}, which is called behind "
+                f"{first.layer or 'no layer'} and behind {layer or 'no layer'}, expected "
+                f"one layer; write replace_batch_norm(..., without_layer=({place!r},))."
+            )
+
+    def _reason(self, norm: Any, x: jax.Array, call: _Call | None) -> str:
+        """Why a batch norm has no layer; empty if it has one."""
+        if norm.module_path in self.plan.without_layer:
+            return "named in without_layer"
+        if call is None:
+            return "its input is no layer's output"
+        if norm.axis not in (-1, x.ndim - 1):
+            return "its features are not the last axis"
+        if len(call.args) != 1:
+            return f"{call.layer.module_path} has several arguments"
+        try:
+            as_layer(call.layer, call.args[0], self.plan.kernel)
+        except LayerError as error:
+            return f"{call.layer.module_path} {error.reason}"
+        return ""
+
+
+def _chosen(path: str, seen: dict[str, _Seen], plan: _Plan) -> _Seen:
+    """What is known about a batch norm; a method that needs no layer has no reason."""
+    found = seen.get(path, _Seen(None, "not called with these inputs", len(seen)))
+    if "layered" in plan.estimator.traits or plan.kernel is not None:
+        return found
+    return found._replace(reason="")
+
+
+def _exchange(nodes: dict[str, Any], new: dict[int, Any]) -> None:
+    """Puts new modules where the old ones were."""
+    for node in nodes.values():
+        if isinstance(node, nnx.Module):
+            for name, child in list(vars(node).items()):
+                if id(child) in new:
+                    setattr(node, name, new[id(child)])
+
+
+def _check_norms(
+    nodes: dict[str, Any], norms: dict[str, Any], estimator: Estimator
+) -> None:
+    """There are batch norms, and all of them can be replaced."""
+    for path, node in nodes.items():
+        name = type(node).__name__
+        if isinstance(node, nnx.BatchNorm) and path not in norms:
+            raise ValueError(
+                f"replace_batch_norm got {name} at {path}, a subclass of nnx.BatchNorm, "
+                "expected to be told whether it may be replaced; write "
+                f"replace_batch_norm(..., also=({name},))."
+            )
+    if not norms:
+        raise ValueError(
+            "replace_batch_norm got a model without nnx.BatchNorm, expected at least one; "
+            "name classes of your own in also=(...)."
+        )
+    for path, norm in norms.items():
+        if getattr(norm, "axis_index_groups", None) is not None:
+            raise ValueError(
+                f"replace_batch_norm got axis_index_groups at {path}, expected None; use a "
+                "mesh with an axis for each group and give axis_name."
+            )
+        check_epsilons(path, norm.epsilon, estimator)
