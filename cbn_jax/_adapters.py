@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .core.checks import check_axis, check_mask
+from .core.checks import axes_of, check_axis, check_mask
 from .core.estimator import Estimator
 from .core.layers import (
     Layer,
@@ -91,8 +91,7 @@ def running_in(state: Any) -> RunningMoments:
 
 def feature_shape(x: jax.Array, axis: int | Sequence[int]) -> tuple[int, ...]:
     """The sizes of the feature axes."""
-    axes = [axis] if isinstance(axis, int) else list(axis)
-    return tuple(x.shape[each] for each in sorted(each % x.ndim for each in axes))
+    return tuple(x.shape[each] for each in axes_of(axis, x.ndim))
 
 
 def form_of(estimator: Estimator, features: int, layer: Any, params: Any) -> Any:
@@ -257,8 +256,7 @@ def to_last(
     """Moves the feature axes to the end and makes them one; also gives the way back."""
     check_axis(axis, x, None if layer is None else _short(layer))
     check_mask("Norm", x, mask)
-    axes = [axis] if isinstance(axis, int) else list(axis)
-    axes = sorted(each % x.ndim for each in axes)
+    axes = axes_of(axis, x.ndim)
     if axes == [x.ndim - 1]:
         return x, mask, lambda y: y
     places = tuple(range(-len(axes), 0))
@@ -305,7 +303,9 @@ def check_replacement(model: Any, kind: type, estimator: Any, fallback: Any) -> 
             "replace_batch_norm(model, estimator)."
         )
     for name, value in (("estimator", estimator), ("fallback", fallback)):
-        if not isinstance(value, Estimator | None) or (value is None and name != "fallback"):
+        if not isinstance(value, Estimator | None) or (
+            value is None and name != "fallback"
+        ):
             raise TypeError(
                 f"replace_batch_norm got {name}={_short(value)}, expected an estimator, "
                 "such as cbn_jax.small_batch_norm(2)."
@@ -331,3 +331,17 @@ def check_epsilons(place: str, epsilon: float, estimator: Estimator) -> None:
             f"epsilon={estimator.epsilon}, expected the same; write epsilon={epsilon} in "
             f"{estimator!r}."
         )
+
+
+def abstractly(call: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Traces a call without running it; what is no array stays a Python value."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
+
+    def run(arrays):
+        both = zip(leaves, arrays, strict=True)
+        values = [leaf if array is None else array for leaf, array in both]
+        args, kwargs = jax.tree.unflatten(structure, values)
+        return call(*args, **kwargs)
+
+    jax.eval_shape(run, arrays)

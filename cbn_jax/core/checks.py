@@ -80,7 +80,7 @@ def check_state_type(method: str, state: Any, expected: type) -> None:
     if isinstance(state, expected):
         return
     if hasattr(state, "get_value"):
-        write = "write norm.state.get_value()."
+        write = "write norm.state, which is the whole of it."
     else:
         write = (
             "make it with estimator.init(features, layer, params), and give that as the "
@@ -131,6 +131,11 @@ def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
             "expected a last axis of 1, the same mask for all features; write "
             "mask.all(axis=-1, keepdims=True)."
         )
+
+
+def axes_of(axis: int | Sequence[int], ndim: int) -> list[int]:
+    """One axis or several, counted from the front, in their order."""
+    return sorted(each % ndim for each in ([axis] if isinstance(axis, int) else axis))
 
 
 def check_axis(axis: int | Sequence[int], x: jax.Array, layer: str | None) -> None:

@@ -204,6 +204,11 @@ def patches_by_position(apply: LayerFn, groups: int) -> Patches:
     return patches
 
 
+def masked_kernel(kernel: jax.Array, mask: jax.Array) -> jax.Array:
+    """The kernel that a layer with a mask uses."""
+    return kernel * mask
+
+
 def one_per_group(params: Params, groups: int) -> Params:
     """The parameters of the first feature of every group."""
     return jax.tree.map(lambda p: p[..., :: p.shape[-1] // groups], params)

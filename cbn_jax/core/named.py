@@ -24,27 +24,35 @@ def to_dict(state: Any) -> Any:
     if isinstance(state, RunningMoments):
         return state._asdict()
     if isinstance(state, Mapping):
-        return {name: to_dict(value) for name, value in state.items()}
+        return {str(name): to_dict(value) for name, value in state.items()}
     if not hasattr(state, "_fields"):
         return state
     made = {}
     for name, value in state._asdict().items():
-        made |= to_dict(value) if name in _ON_TOP else {name: to_dict(value)}
+        fields = to_dict(value) if _is_on_top(name, value) else {name: to_dict(value)}
+        if not made.keys().isdisjoint(fields):
+            raise ValueError(
+                f"{type(state).__name__} got two fields {', '.join(made.keys() & fields)}, "
+                "one in the state inside, expected names of their own; rename the outer."
+            )
+        made |= fields
     return made
 
 
-_ON_TOP = "running", "state"
+def _is_on_top(name: str, value: Any) -> bool:
+    is_tree = isinstance(value, Mapping) or hasattr(value, "_fields")
+    return name in ("running", "state") and is_tree
 
 
 def from_dict(tree: Any, form: Any) -> Any:
     """The state in the form of another one, whose arrays are not looked at."""
     if isinstance(form, Mapping):
-        return {name: from_dict(tree[name], value) for name, value in form.items()}
+        return {name: from_dict(tree[str(name)], value) for name, value in form.items()}
     if not hasattr(form, "_fields"):
         return tree
     return type(form)(
         *(
-            from_dict(tree if name in _ON_TOP else tree[name], value)
+            from_dict(tree if _is_on_top(name, value) else tree[name], value)
             for name, value in form._asdict().items()
         )
     )
@@ -56,9 +64,10 @@ def named_leaves(tree: Any) -> dict[Name, Any]:
 
 
 def _name(path: Any) -> Name:
-    """The path without what the variables of nnx add to it."""
-    names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return names[:-1] if names[-1:] == ("value",) else names
+    """The path without what the variables of nnx and the boxes of linen add to it."""
+    if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def map_named(change: Callable[[Name, Any], Any], tree: Any) -> Any:

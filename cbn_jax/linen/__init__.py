@@ -10,6 +10,7 @@ from cbn_jax._adapters import fill_missing
 
 from .activations import TLU, EvoNormB0, EvoNormS0
 from .convert import from_batch_norm, optimizer_from_batch_norm, to_batch_norm
+from .fold import fold
 from .norm import Norm
 from .replace import replace_batch_norm, report
 
@@ -19,6 +20,7 @@ __all__ = [
     "EvoNormS0",
     "Norm",
     "fill_missing",
+    "fold",
     "from_batch_norm",
     "optimizer_from_batch_norm",
     "replace_batch_norm",

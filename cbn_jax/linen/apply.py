@@ -48,7 +48,7 @@ class Made(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """How to run: by running averages, over which values, and whether to learn from them."""
+    """By running averages or not, over which values, and whether to learn from them."""
 
     running: bool
     mask: jax.Array | None = None
@@ -191,8 +191,7 @@ def _read_state(
     """The state that the module stores, in the form of the estimator."""
     form = form_of(estimator, features, *_layer_of(made))
     stats = meta.unbox(dict(module.variables.get("batch_stats", {})))
-    if len(shape) > 1:
-        stats = jax.tree.map(lambda leaf: _joined(leaf, shape), stats)
+    stats = flat_stats(stats, shape)
     check_stats(place_of(module), estimator, stats, form, _WRITE)
     return from_dict(stats, form)
 
@@ -220,5 +219,8 @@ def _split(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return leaf.reshape(*leaf.shape[:-1], *shape)
 
 
-def _joined(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return leaf.reshape(*leaf.shape[: -len(shape)], -1)
+def flat_stats(stats: Any, shape: tuple[int, ...]) -> Any:
+    """Stored statistics with the feature axes, of which there may be several, as one."""
+    if len(shape) == 1:
+        return stats
+    return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[: -len(shape)], -1), stats)

@@ -9,8 +9,9 @@ import jax
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict
 
-from cbn_jax._adapters import running_in
-from cbn_jax.core.running import from_batch_stats
+from cbn_jax._adapters import running_in, with_running
+from cbn_jax.core.named import find_running
+from cbn_jax.core.running import RunningMoments, from_batch_stats
 
 Path = tuple[str, ...]
 
@@ -58,8 +59,9 @@ def from_batch_norm(
         raise ValueError(f"from_batch_norm {_no_batch_norm(variables)}")
     modules = None if into is None else _modules(into)
     names = _names("from_batch_norm", variables, found, _BATCH_NORM, "Norm_", modules)
-    made = _changed(variables, found, names, _norm_of)
-    return made if into is None else _put(made, into, "variables")
+    if into is None:
+        return _changed(variables, found, names, _norm_of)
+    return _put(_changed(variables, found, names, _moments_of), into, "variables")
 
 
 def optimizer_from_batch_norm(opt_state: Any, variables: Mapping[str, Any]) -> Any:
@@ -102,15 +104,12 @@ def _no_batch_norm(variables: Mapping[str, Any]) -> str:
 
 
 def _put(trained: Any, fresh: Any, name: str) -> Any:
-    """The trained variables, and from the fresh ones what they lack."""
+    """The trained variables, with fresh states around their running moments."""
+    if isinstance(trained, RunningMoments):
+        return _around(trained, fresh, name)
     if isinstance(trained, Mapping) and isinstance(fresh, Mapping):
-        if _is_state(trained):
-            _check_averages(trained, fresh, name)
-        if set(trained) <= set(fresh):
-            return {
-                key: _put(trained[key], value, key) if key in trained else value
-                for key, value in fresh.items()
-            }
+        if set(trained) == set(fresh):
+            return {key: _put(trained[key], value, key) for key, value in fresh.items()}
         came, expected = sorted(trained), sorted(fresh)
     else:
         came, expected = getattr(trained, "shape", None), getattr(fresh, "shape", None)
@@ -122,12 +121,17 @@ def _put(trained: Any, fresh: Any, name: str) -> Any:
     )
 
 
-def _check_averages(trained: Any, fresh: Any, name: str) -> None:
-    if not set(trained) <= set(fresh):
+def _around(moments: RunningMoments, fresh: Any, name: str) -> Any:
+    """A fresh state with the trained moments, at each place that has some."""
+    places = find_running(fresh)
+    if not places:
         raise ValueError(
             f"from_batch_norm got an estimator without running moments at {name}, expected "
             "batch_norm(...), small_batch_norm(...) or another that has them."
         )
+    for running in places.values():
+        _put(moments._asdict(), running._asdict(), name)
+    return with_running(fresh, moments)
 
 
 def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,14 +264,23 @@ def _is_batch_norm(stats: Mapping[str, Any]) -> bool:
 
 
 def _is_state(stats: Mapping[str, Any]) -> bool:
-    """Whether it is the state of an estimator: all of them count what they have seen."""
+    """Whether it is the state of an estimator.
+
+    All of them count what each feature has seen; ``diagnostics.watch`` has states inside.
+    """
     counts = stats.get("steps", stats.get("examples"))
-    return counts is not None and not isinstance(counts, Mapping)
+    per_feature = getattr(counts, "ndim", 0) > 0
+    return per_feature or {"estimated", "truth"} <= stats.keys()
+
+
+def _moments_of(stats: Any) -> RunningMoments:
+    """The running moments of an ``nn.BatchNorm``."""
+    return from_batch_stats(stats["mean"], stats["var"])
 
 
 def _norm_of(stats: Any) -> dict[str, Any]:
     """The state of ``batch_norm``, from the statistics of an ``nn.BatchNorm``."""
-    return from_batch_stats(stats["mean"], stats["var"])._asdict()
+    return _moments_of(stats)._asdict()
 
 
 def _batch_norm_of(stats: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cbn_jax._adapters import Kernel, check_modules, estimator_of, flag_of
+from cbn_jax.core.checks import check_axis
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.moments import AxisName
 from cbn_jax.core.statistics import normalize
@@ -111,6 +112,8 @@ class Norm(nn.Module):
             self.estimator, lambda: self.param("mix", self.mix_init, (), self.param_dtype)
         )
         x = self._run_layer(inputs)
+        if self.layer is not None:
+            check_axis(self.axis, x, repr(self.layer).splitlines()[0])
         made = None
         if self.layer is not None and "layered" in estimator.traits:
             made = made_by(self.layer, inputs, self.kernel)

@@ -3,11 +3,8 @@
 
 import contextlib
 import contextvars
-import functools
-import inspect
 import math
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -29,19 +26,24 @@ from cbn_jax.core.report import Replaced, Report
 from cbn_jax.core.statistics import normalize
 
 from .apply import Made, Mode, made_by, normalize_in, place_of
+from .extend import extend, original
 from .layers import LINEAR
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Plan(NamedTuple):
-    """What to put in place of a batch norm; the arguments of ``replace_batch_norm``."""
+    """The arguments of ``replace_batch_norm``."""
 
     estimator: Estimator
     fallback: Estimator
     kernel: Kernel | None
     classes: tuple[type, ...]
     without_layer: tuple[str, ...]
+
+    def interceptor(self) -> Any:
+        """Runs an estimator where the model calls a batch norm."""
+        return _Interceptor(self)
 
 
 def replace_batch_norm(
@@ -112,7 +114,7 @@ def replace_batch_norm(
         fallback = default_fallback(estimator)
     classes = (nn.BatchNorm, *also)
     plan = Plan(estimator, fallback, kernel, classes, tuple(without_layer))
-    return _remake(_original(type(model)), plan, _fields(model), model.name)
+    return extend(model, plan)
 
 
 def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
@@ -138,96 +140,28 @@ def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
       <BLANKLINE>
       batch_norm(momentum=0.99, epsilon=1e-05)
     """
-    with _recording() as rows:
+    with recording() as records:
         jax.eval_shape(lambda key: model.lazy_init(key, *args, **kwargs), jax.random.key(0))
-    return Report(tuple(rows.values()))
+    return Report(tuple(row for row, _ in records.values()))
 
 
-_rows: contextvars.ContextVar[dict[str, Replaced] | None] = contextvars.ContextVar(
-    "rows", default=None
+#: By path, the row of a batch norm and the change of its layer's kernel.
+Records = dict[str, tuple[Replaced, Kernel | None]]
+
+_records: contextvars.ContextVar[Records | None] = contextvars.ContextVar(
+    "records", default=None
 )
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[dict[str, Replaced]]:
-    """Collects a row for each batch norm that is initialized."""
-    rows: dict[str, Replaced] = {}
-    token = _rows.set(rows)
+def recording() -> Iterator[Records]:
+    """Collects a record of each batch norm that is called."""
+    records: Records = {}
+    token = _records.set(records)
     try:
-        yield rows
+        yield records
     finally:
-        _rows.reset(token)
-
-
-# The class of a model is extended, so that all of its methods, fields and properties stay.
-
-
-def _original(cls: type) -> type:
-    return getattr(cls, "_replaced_from", cls)
-
-
-def _fields(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: getattr(model, name)
-        for name, field in model.__dataclass_fields__.items()
-        if field.init and name not in ("parent", "name")
-    }
-
-
-def _remake(cls: type, plan: Plan, fields: dict[str, Any], name: str | None) -> Any:
-    return _extended(cls, plan)(**fields, name=name)
-
-
-@functools.lru_cache
-def _extended(cls: type, plan: Plan) -> type:
-    """A subclass whose methods run with the batch norms replaced."""
-    methods = {name: _within(plan, method) for name, method in _methods(cls).items()}
-    entries = {name: nn.nowrap(_within(plan, getattr(cls, name))) for name in _ENTRIES}
-
-    def reduce(self):
-        return _remake, (cls, plan, _fields(self), self.name)
-
-    def body(namespace):
-        namespace.update(methods, **entries, __reduce__=nn.nowrap(reduce))
-        namespace.update(_replaced_from=cls, __module__=cls.__module__, __doc__=cls.__doc__)
-
-    return types.new_class(cls.__name__, (cls,), {}, body)
-
-
-_ENTRIES = "apply", "init_with_output"
-
-
-def _methods(cls: type) -> dict[str, Callable[..., Any]]:
-    """The methods that the classes of a model add to ``nn.Module``."""
-    found: dict[str, Callable[..., Any]] = {}
-    for base in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)]):
-        found |= {
-            name: method
-            for name, method in vars(base).items()
-            if inspect.isfunction(method) and not getattr(method, "nowrap", False)
-        }
-    hidden = {name for name in found if name.startswith("__") and name != "__call__"}
-    return {name: found[name] for name in found.keys() - hidden - {"setup"}}
-
-
-def _within(plan: Plan, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, with an interceptor around the outermost call."""
-
-    @functools.wraps(method)
-    def run(self, *args, **kwargs):
-        if _plan.get() is plan:
-            return method(self, *args, **kwargs)
-        token = _plan.set(plan)
-        try:
-            with nn.intercept_methods(_Interceptor(plan)):
-                return method(self, *args, **kwargs)
-        finally:
-            _plan.reset(token)
-
-    return run
-
-
-_plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)
+        _records.reset(token)
 
 
 class _Call(NamedTuple):
@@ -249,7 +183,7 @@ class _Interceptor:
         module = context.module
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        if _original(type(module)) in self.plan.classes:
+        if original(type(module)) in self.plan.classes:
             return self._normalize(module, *args, **kwargs)
         _check_class(module)
         y = next_fun(*args, **kwargs)
@@ -263,11 +197,12 @@ class _Interceptor:
             "use_running_average", module.use_running_average, use_running_average
         )
         estimator, made, row = self._chosen(module, x)
-        if made is not None and self.plan.kernel is not None:
+        kernel = None if made is None else self.plan.kernel
+        if made is not None and kernel is not None:
             x = made.layer.apply(made.params, made.inputs)
         if "layered" not in estimator.traits:
             made = None
-        _record(row, estimator, x, made, module)
+        _record(row, estimator, x, made, module, kernel)
         mode = Mode(bool(running), mask)
         return normalize_in(module, estimator, x, made, mode, _output(module))
 
@@ -360,13 +295,14 @@ def _record(
     x: jax.Array,
     made: Made | None,
     module: Any,
+    kernel: Kernel | None,
 ) -> None:
-    """A row of the report, if somebody asks for one."""
-    rows = _rows.get()
-    if rows is None:
+    """A record, if somebody collects them."""
+    records = _records.get()
+    if records is None:
         return
     place, features = place_of(module), math.prod(feature_shape(x, module.axis))
     layer = (None, None) if made is None else (made.layer, made.params)
     form = form_of(estimator, features, *layer)
     size = sum(leaf.size for leaf in jax.tree.leaves(form))
-    rows.setdefault(place, Replaced(place, *row, estimator, size))
+    records.setdefault(place, (Replaced(place, *row, estimator, size), kernel))

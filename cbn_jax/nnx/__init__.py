@@ -8,6 +8,7 @@ with _require("Flax", "cbn_jax.nnx"):
 
 from .activations import TLU, EvoNormB0, EvoNormS0
 from .convert import from_batch_norm, to_batch_norm
+from .fold import fold
 from .norm import Norm
 from .replace import replace_batch_norm, report
 
@@ -16,6 +17,7 @@ __all__ = [
     "EvoNormB0",
     "EvoNormS0",
     "Norm",
+    "fold",
     "from_batch_norm",
     "replace_batch_norm",
     "report",

@@ -227,6 +227,7 @@ def _features(num_features: int | None, params: Any) -> int:
 
 
 def backward_of(estimator: Estimator, features: int) -> nnx.Param | None:
+    """The variable of a method with backward statistics."""
     if not isinstance(estimator, Bidirectional):
         return None
     return nnx.Param(estimator.init_backward(features))

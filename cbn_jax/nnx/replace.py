@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any nnx model with the methods of this library in place of its batch norms."""
 
-import contextvars
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,8 +9,6 @@ from flax import nnx
 
 from cbn_jax._adapters import (
     Kernel,
-    LayerError,
-    Outputs,
     check_epsilons,
     check_replacement,
     default_fallback,
@@ -24,7 +19,8 @@ from cbn_jax.core.report import Replaced, Report
 from cbn_jax.core.running import from_batch_stats
 from cbn_jax.core.statistics import normalize
 
-from .layers import LINEAR, as_layer, run_changed
+from .follow import OUTPUTS, Call, Seen, become, exchange, follow, nodes_of, recording
+from .layers import as_layer, run_changed
 from .norm import Norm, backward_of
 from .state import metadata_of, store
 
@@ -100,9 +96,9 @@ def replace_batch_norm(
     if fallback is None:
         fallback = default_fallback(estimator)
     plan = _Plan(estimator, fallback, kernel, (nnx.BatchNorm, *also), without_layer)
-    seen = _follow(model, plan, inputs, arguments)
+    seen = follow(model, plan.classes, inputs, arguments, kernel, without_layer)
     copy = nnx.clone(model)
-    nodes = _nodes(copy)
+    nodes = nodes_of(copy)
     norms = {path: node for path, node in nodes.items() if type(node) in plan.classes}
     _check_norms(nodes, norms, estimator)
     new = {}
@@ -111,8 +107,8 @@ def replace_batch_norm(
         layer = None if found.layer is None else nodes[found.layer]
         new[id(norm)] = ReplacedBatchNorm(norm, found, layer, plan)
         if layer is not None:
-            _become(layer, recording(type(layer)), found.layer)
-    _exchange(nodes, new)
+            become(layer, recording(type(layer)), found.layer)
+    exchange(nodes, new)
     return new.get(id(copy), copy)
 
 
@@ -138,7 +134,7 @@ def report(model: nnx.Module) -> Report:
     """
     norms = {
         path: node
-        for path, node in _nodes(model).items()
+        for path, node in nodes_of(model).items()
         if isinstance(node, ReplacedBatchNorm)
     }
     rows = [
@@ -158,30 +154,6 @@ class _Plan(NamedTuple):
     without_layer: tuple[str, ...]
 
 
-class _Seen(NamedTuple):
-    """A batch norm in the abstract call.
-
-    Attributes:
-      layer: the path of the layer whose output it receives.
-      reason: why that layer is of no use, or why there is none.
-      position: how many others were called before.
-    """
-
-    layer: str | None
-    reason: str
-    position: int
-
-
-class _Call(NamedTuple):
-    """A call of a layer."""
-
-    layer: Any
-    args: tuple[Any, ...]
-
-
-_outputs = Outputs()
-
-
 class ReplacedBatchNorm(Norm):
     """A ``Norm`` in the place of a batch norm, with its parameters and settings.
 
@@ -189,7 +161,7 @@ class ReplacedBatchNorm(Norm):
     identity of the output.
     """
 
-    def __init__(self, norm: Any, found: _Seen, layer: nnx.Module | None, plan: _Plan):
+    def __init__(self, norm: Any, found: Seen, layer: nnx.Module | None, plan: _Plan):
         layered = "layered" in plan.estimator.traits
         self.estimator = plan.fallback if layered and layer is None else plan.estimator
         self.layer = None
@@ -218,9 +190,9 @@ class ReplacedBatchNorm(Norm):
         call = self._call(inputs)
         return *as_layer(call.layer, call.args[0], self.kernel), call.args[0]
 
-    def _call(self, x: jax.Array) -> _Call:
+    def _call(self, x: jax.Array) -> Call:
         """The call of the layer that gave ``x``."""
-        call = _outputs.find(x)
+        call = OUTPUTS.find(x)
         if call is None or call.layer.module_path != self.found.layer:
             raise ValueError(
                 f"replace_batch_norm got inputs with which a batch norm follows "
@@ -259,137 +231,12 @@ def _size(norm: ReplacedBatchNorm) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(norm.state))
 
 
-# The abstract call. Its modules are instances of subclasses, which note what they see.
-
-
-def _nodes(model: nnx.Module) -> dict[str, Any]:
-    """All parts of a model by their paths."""
-    return {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
-
-
-def _become(module: Any, cls: type, path: str) -> None:
-    module.__class__ = cls
-    module.module_path = path
-
-
-@functools.cache
-def recording(cls: type) -> type:
-    """A subclass of a layer's class that notes the outputs; that of a subclass is itself."""
-    if hasattr(cls, "recorded_from"):
-        return cls
-
-    def call(self, *args, **kwargs):
-        y = cls.__call__(self, *args, **kwargs)
-        _outputs.note(y, _Call(self, (*args, *kwargs.values())))
-        return y
-
-    def reduce(self, protocol):
-        return _new, (recording, cls), object.__reduce_ex__(self, 2)[2]
-
-    body = {"__call__": call, "__reduce_ex__": reduce, "recorded_from": cls}
-    return type(cls.__name__, (cls,), body)
-
-
-def _new(make: Callable[[type], type], cls: type) -> Any:
-    return object.__new__(make(cls))
-
-
-@functools.cache
-def _noting(cls: type) -> type:
-    """A subclass of a batch norm's class that notes which layer it follows."""
-
-    def call(self, x, use_running_average=None, *, mask=None):
-        noted = _noted.get()
-        assert noted is not None
-        noted.note(self, x)
-        return cls.__call__(self, x, True)  # no collectives
-
-    return type(cls.__name__, (cls,), {"__call__": call})
-
-
-_noted: contextvars.ContextVar[Any] = contextvars.ContextVar("noted", default=None)
-
-
-def _follow(
-    model: nnx.Module, plan: _Plan, inputs: Any, arguments: Any
-) -> dict[str, _Seen]:
-    """By path, what each batch norm sees in an abstract call of the model."""
-    probe = nnx.clone(model)
-    for path, node in _nodes(probe).items():
-        if type(node) in plan.classes:
-            _become(node, _noting(type(node)), path)
-        elif isinstance(node, LINEAR):
-            _become(node, recording(type(node)), path)
-    leaves, structure = jax.tree.flatten((inputs, arguments))
-    arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
-
-    def run(model, arrays):
-        both = zip(leaves, arrays, strict=True)
-        values = [leaf if array is None else array for leaf, array in both]
-        inputs, arguments = jax.tree.unflatten(structure, values)
-        return model(*inputs, **arguments)
-
-    notes = _Notes(plan)
-    token = _noted.set(notes)
-    try:
-        nnx.eval_shape(run, probe, arrays)
-    finally:
-        _noted.reset(token)
-    return notes.seen
-
-
-class _Notes:
-    """What the batch norms of an abstract call see."""
-
-    def __init__(self, plan: _Plan):
-        self.plan = plan
-        self.seen: dict[str, _Seen] = {}
-
-    def note(self, norm: Any, x: jax.Array) -> None:
-        place = norm.module_path
-        call = _outputs.find(x)
-        reason = self._reason(norm, x, call)
-        layer = None if reason else call.layer.module_path
-        first = self.seen.setdefault(place, _Seen(layer, reason, len(self.seen)))
-        if first.layer != layer:
-            raise ValueError(
-                f"replace_batch_norm got the batch norm {place}, which is called behind "
-                f"{first.layer or 'no layer'} and behind {layer or 'no layer'}, expected "
-                f"one layer; write replace_batch_norm(..., without_layer=({place!r},))."
-            )
-
-    def _reason(self, norm: Any, x: jax.Array, call: _Call | None) -> str:
-        """Why a batch norm has no layer; empty if it has one."""
-        if norm.module_path in self.plan.without_layer:
-            return "named in without_layer"
-        if call is None:
-            return "its input is no layer's output"
-        if norm.axis not in (-1, x.ndim - 1):
-            return "its features are not the last axis"
-        if len(call.args) != 1:
-            return f"{call.layer.module_path} has several arguments"
-        try:
-            as_layer(call.layer, call.args[0], self.plan.kernel)
-        except LayerError as error:
-            return f"{call.layer.module_path} {error.reason}"
-        return ""
-
-
-def _chosen(path: str, seen: dict[str, _Seen], plan: _Plan) -> _Seen:
+def _chosen(path: str, seen: dict[str, Seen], plan: _Plan) -> Seen:
     """What is known about a batch norm; a method that needs no layer has no reason."""
-    found = seen.get(path, _Seen(None, "not called with these inputs", len(seen)))
+    found = seen.get(path, Seen(None, "not called with these inputs", len(seen)))
     if "layered" in plan.estimator.traits or plan.kernel is not None:
         return found
     return found._replace(reason="")
-
-
-def _exchange(nodes: dict[str, Any], new: dict[int, Any]) -> None:
-    """Puts new modules where the old ones were."""
-    for node in nodes.values():
-        if isinstance(node, nnx.Module):
-            for name, child in list(vars(node).items()):
-                if id(child) in new:
-                    setattr(node, name, new[id(child)])
 
 
 def _check_norms(

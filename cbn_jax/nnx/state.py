@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cbn_jax.core.named import Name, from_dict, named_leaves, to_dict
+from cbn_jax.core.named import Name, from_dict, to_dict
 
 
 def store(module: nnx.Module, state: Any, metadata: Mapping[Name, Any]) -> None:
@@ -26,6 +26,11 @@ def store(module: nnx.Module, state: Any, metadata: Mapping[Name, Any]) -> None:
         return nnx.BatchStat(node, **_sharding(node, name, metadata))
 
     for name, value in to_dict(state).items():
+        if hasattr(module, name):
+            raise ValueError(
+                f"Norm got a method whose state has a field {name}, as Norm itself has, "
+                "expected another name; rename the field."
+            )
         setattr(module, name, nnx.data(variables(value, (name,))))
 
 
@@ -44,11 +49,16 @@ def _values(node: Any) -> Any:
 
 def write(module: nnx.Module, state: Any) -> None:
     """Sets the variables."""
-    for name, value in named_leaves(to_dict(state)).items():
-        variable: Any = getattr(module, name[0])
-        for key in name[1:]:
-            variable = variable[key]
-        variable.set_value(value)
+    for name, value in to_dict(state).items():
+        _set(getattr(module, name), value)
+
+
+def _set(node: Any, value: Any) -> None:
+    if isinstance(node, nnx.Variable):
+        node.set_value(value)
+    else:
+        for name in node:
+            _set(node[name], value[name])
 
 
 def metadata_of(layer: nnx.Module) -> dict[Name, Any]:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cbn_jax.core.checks import accepted, check_choice
-from cbn_jax.core.estimator import Estimator, State
+from cbn_jax.core.estimator import Estimator, State, Trait
 from cbn_jax.core.moments import batch_moments
 from cbn_jax.core.named import Name, named_leaves
 from cbn_jax.core.running import usable_moments
@@ -132,7 +132,12 @@ def watch(estimators: Mapping[str, Estimator], use: str) -> Estimator:
         state, x = _accept(state, x, mask)
         return estimators[use].infer(state.states[use], x, mask=mask)
 
-    return Estimator(init, train, infer, estimators[use].epsilon)
+    layered = any("layered" in each.traits for each in estimators.values())
+    traits = _LAYERED if layered else frozenset()
+    return Estimator(init, train, infer, estimators[use].epsilon, traits)
+
+
+_LAYERED: frozenset[Trait] = frozenset({"layered"})
 
 
 @factory

@@ -109,3 +109,15 @@ def _values(tree: Any) -> Any:
         tree,
         is_leaf=is_variable,
     )
+
+
+def scale_and_shift(
+    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, dtype: Any = None
+) -> jax.Array:
+    """What is left of a folded norm: ``x · scale + bias``, in the dtype of ``x`` or another."""
+    y = x.astype(wide(x.dtype))
+    if scale is not None:
+        y = y * align(scale, y).astype(y.dtype)
+    if bias is not None:
+        y = y + align(bias, y).astype(y.dtype)
+    return y.astype(x.dtype if dtype is None else dtype)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by the adapters that fold whole models."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ._adapters import Kernel, outputs_last, used_params
+from .core.estimator import Estimator
+from .core.layers import dense
+from .tools.fold import fold
+from .wrappers.learned import Learned
+
+
+class Norm(NamedTuple):
+    """What folding must know about a norm.
+
+    Attributes:
+      estimator: its method.
+      features: the number of features.
+      read: ``(stored, params of the layer) -> state``.
+      layer: the module before it, of which the attributes are looked at; None for none.
+      kernel: the change of that module's kernel.
+    """
+
+    estimator: Estimator | Learned
+    features: int
+    read: Callable[[Any, Any], Any]
+    layer: Any = None
+    kernel: Kernel | None = None
+
+
+class Left(NamedTuple):
+    """Parameters after folding: new ones of the layer, and what is left of the norm."""
+
+    layer: dict[str, jax.Array]
+    norm: dict[str, jax.Array]
+
+
+def fold_norm(
+    norm: Norm, stored: Any, params: Mapping[str, Any] | None, own: Any, *, alone: bool
+) -> Left:
+    """Folds a norm into its layer, or makes it one multiplication and one addition.
+
+    Args:
+      norm: the norm.
+      stored: its state as stored; under ``scan`` all leaves have leading axes.
+      params: those of its layer, or None.
+      own: its parameters.
+      alone: whether the layer's output goes to this norm only.
+    """
+    estimator, features, read, layer, kernel = norm
+    if isinstance(estimator, Learned):
+        estimator = estimator.at(jnp.float32(0.5))  # whose inference looks at the example
+    into_layer = params is not None and alone and {"kernel"} <= set(params)
+    into_layer = into_layer and set(params or {}) <= {"kernel", "bias"}
+
+    def one(stored, params, scale, bias):
+        used = None if params is None else used_params(layer, params, kernel)
+        target = used if into_layer else {"kernel": jnp.ones((1, features), jnp.float32)}
+        return fold(estimator, read(stored, used), dense, target, scale, bias)
+
+    for _ in range(_stacked(stored)):
+        one = jax.vmap(one)
+    made = one(stored, params, own.get("scale"), own.get("bias"))
+    if not into_layer:
+        return Left({}, {"scale": made["kernel"][..., 0, :], "bias": made["bias"]})
+    made = outputs_last(layer, made)
+    if "bias" in (params or {}):
+        return Left(made, {})
+    return Left({"kernel": made["kernel"]}, {"bias": made["bias"]})
+
+
+def _stacked(stored: Any) -> int:
+    """The number of leading axes, of layers under ``scan``."""
+    names = "steps", "examples", "mean"
+    leaf = next(stored[name] for name in names if name in stored)
+    return jnp.ndim(leaf) - 1
+
+
+def check_same(
+    before: Callable[..., Any], after: Callable[..., Any], args: Any, kwargs: Any
+) -> None:
+    """Both models predict the same for random inputs."""
+    args, kwargs = _random((args, kwargs))
+    old, new = before(*args, **kwargs), after(*args, **kwargs)
+    for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        tolerance = 1e-3 if a.dtype in (jnp.float32, jnp.float64) else 0.05
+        scale = float(jnp.abs(a).max())
+        off = float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max())
+        if not off <= tolerance * scale + 1e-6:
+            raise ValueError(
+                f"fold got a model whose outputs of size {scale:.3g} would change by "
+                f"{off:.3g}, expected the same; the model uses the output of a layer also "
+                "without its norm: write fold(..., without_layer=(path of the norm,))."
+            )
+
+
+def _random(tree: Any) -> Any:
+    """Values for abstract arrays."""
+
+    def value(leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jax.random.normal(jax.random.key(0), leaf.shape, leaf.dtype)
+
+    return jax.tree.map(value, tree)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose methods run within an interceptor of module calls.
+
+The class of the model is extended, so that its methods, fields and properties stay.
+"""
+
+import contextvars
+import functools
+import inspect
+import types
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+from flax import linen as nn
+
+
+class Plan(Hashable, Protocol):
+    """What an extended model does, a value that pickles."""
+
+    def interceptor(self) -> Callable[..., Any]:
+        """A new interceptor for one call of the model."""
+        ...
+
+
+def extend(model: nn.Module, plan: Plan) -> Any:
+    """A model like ``model`` whose methods run within an interceptor of the plan."""
+    return _remake(original(type(model)), plan, _fields(model), model.name)
+
+
+def original(cls: type) -> type:
+    """The class that was extended, or the class itself."""
+    return getattr(cls, "_extended_from", cls)
+
+
+def _fields(model: nn.Module) -> dict[str, Any]:
+    return {
+        name: getattr(model, name)
+        for name, field in model.__dataclass_fields__.items()
+        if field.init and name not in ("parent", "name")
+    }
+
+
+def _remake(cls: type, plan: Plan, fields: dict[str, Any], name: str | None) -> Any:
+    return _extended(cls, plan)(**fields, name=name)
+
+
+@functools.cache
+def _extended(cls: type, plan: Plan) -> type:
+    """A subclass whose methods run within an interceptor."""
+    methods = {name: _within(plan, method) for name, method in _methods(cls).items()}
+    entries = {name: nn.nowrap(_within(plan, getattr(cls, name))) for name in _ENTRIES}
+
+    def reduce(self):
+        return _remake, (cls, plan, _fields(self), self.name)
+
+    def body(namespace):
+        namespace.update(methods, **entries, __reduce__=nn.nowrap(reduce))
+        namespace.update(_extended_from=cls, __module__=cls.__module__, __doc__=cls.__doc__)
+
+    return types.new_class(cls.__name__, (cls,), {}, body)
+
+
+_ENTRIES = "apply", "init_with_output"
+
+
+def _methods(cls: type) -> dict[str, Callable[..., Any]]:
+    """The methods that the classes of a model add to ``nn.Module``."""
+    found: dict[str, Callable[..., Any]] = {}
+    for base in reversed(cls.__mro__[: cls.__mro__.index(nn.Module)]):
+        found |= {
+            name: method
+            for name, method in vars(base).items()
+            if inspect.isfunction(method) and not getattr(method, "nowrap", False)
+        }
+    hidden = {name for name in found if name.startswith("__") and name != "__call__"}
+    return {name: found[name] for name in found.keys() - hidden - {"setup"}}
+
+
+def _within(plan: Plan, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, with an interceptor around the outermost call."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        if _plan.get() == plan:
+            return method(self, *args, **kwargs)
+        token = _plan.set(plan)
+        try:
+            with nn.intercept_methods(plan.interceptor()):
+                return method(self, *args, **kwargs)
+        finally:
+            _plan.reset(token)
+
+    return run
+
+
+_plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)

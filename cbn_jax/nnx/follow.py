@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layer a norm of an nnx model follows, from an abstract call of the model."""
+
+import contextvars
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from cbn_jax._adapters import Kernel, LayerError, Outputs, abstractly
+
+from .layers import LINEAR, as_layer
+
+
+class Seen(NamedTuple):
+    """A batch norm in the abstract call.
+
+    Attributes:
+      layer: the path of the layer whose output it receives.
+      reason: why that layer is of no use, or why there is none.
+      position: how many others were called before.
+    """
+
+    layer: str | None
+    reason: str
+    position: int
+
+
+class Call(NamedTuple):
+    """A call of a layer."""
+
+    layer: Any
+    args: tuple[Any, ...]
+
+
+OUTPUTS = Outputs()
+
+
+# The abstract call. Its modules are instances of subclasses, which note what they see.
+
+
+def nodes_of(model: nnx.Module) -> dict[str, Any]:
+    """All parts of a model by their paths."""
+    return {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+
+
+def become(module: Any, cls: type, path: str) -> None:
+    """Makes a module an instance of a subclass, in place."""
+    module.__class__ = cls
+    module.module_path = path
+
+
+@functools.cache
+def recording(cls: type) -> type:
+    """A subclass of a layer's class that notes the outputs, made once."""
+    if hasattr(cls, "recorded_from"):
+        return cls
+
+    def call(self, *args, **kwargs):
+        y = cls.__call__(self, *args, **kwargs)
+        OUTPUTS.note(y, Call(self, (*args, *kwargs.values())))
+        return y
+
+    def reduce(self, protocol):
+        return _new, (recording, cls), object.__reduce_ex__(self, 2)[2]
+
+    body = {"__call__": call, "__reduce_ex__": reduce, "recorded_from": cls}
+    return type(cls.__name__, (cls,), body)
+
+
+def _new(make: Callable[[type], type], cls: type) -> Any:
+    return object.__new__(make(cls))
+
+
+@functools.cache
+def _noting(cls: type) -> type:
+    """A subclass of a batch norm's class that notes which layer it follows."""
+
+    def call(self, x, use_running_average=None, *, mask=None):
+        noted = _noted.get()
+        assert noted is not None
+        noted.note(self, x)
+        return cls.__call__(self, x, True)  # no collectives
+
+    return type(cls.__name__, (cls,), {"__call__": call})
+
+
+_noted: contextvars.ContextVar[Any] = contextvars.ContextVar("noted", default=None)
+
+
+def follow(
+    model: nnx.Module,
+    classes: tuple[type, ...],
+    inputs: Any,
+    arguments: Any,
+    kernel: Kernel | None,
+    without_layer: tuple[str, ...],
+) -> dict[str, Seen]:
+    """By path, what each batch norm sees in an abstract call of the model."""
+    probe = nnx.clone(model)
+    for path, node in nodes_of(probe).items():
+        if type(node) in classes:
+            become(node, _noting(type(node)), path)
+        elif isinstance(node, LINEAR):
+            become(node, recording(type(node)), path)
+    notes = _Notes(kernel, without_layer)
+    token = _noted.set(notes)
+    try:
+        _abstractly(probe, inputs, arguments)
+    finally:
+        _noted.reset(token)
+    return notes.seen
+
+
+class _Notes:
+    """What the batch norms of an abstract call see."""
+
+    def __init__(self, kernel: Kernel | None, without_layer: tuple[str, ...]):
+        self.kernel = kernel
+        self.without_layer = without_layer
+        self.seen: dict[str, Seen] = {}
+
+    def note(self, norm: Any, x: jax.Array) -> None:
+        place = norm.module_path
+        call = OUTPUTS.find(x)
+        reason = self._reason(norm, x, call)
+        layer = None if reason else call.layer.module_path
+        first = self.seen.setdefault(place, Seen(layer, reason, len(self.seen)))
+        if first.layer != layer:
+            raise ValueError(
+                f"replace_batch_norm got the batch norm {place}, which is called behind "
+                f"{first.layer or 'no layer'} and behind {layer or 'no layer'}, expected "
+                f"one layer; write replace_batch_norm(..., without_layer=({place!r},))."
+            )
+
+    def _reason(self, norm: Any, x: jax.Array, call: Call | None) -> str:
+        """Why a batch norm has no layer; empty if it has one."""
+        if norm.module_path in self.without_layer:
+            return "named in without_layer"
+        if call is None:
+            return "its input is no layer's output"
+        if norm.axis not in (-1, x.ndim - 1):
+            return "its features are not the last axis"
+        if len(call.args) != 1:
+            return f"{call.layer.module_path} has several arguments"
+        try:
+            as_layer(call.layer, call.args[0], self.kernel)
+        except LayerError as error:
+            return f"{call.layer.module_path} {error.reason}"
+        return ""
+
+
+def _abstractly(model: Any, inputs: Any, arguments: Any) -> None:
+    """Traces a call; the model is traced too, so that its variables do not change."""
+    graph, state = nnx.split(model)
+
+    def call(state, inputs, arguments):
+        nnx.merge(graph, state)(*inputs, **arguments)
+
+    abstractly(call, (state, inputs, arguments), {})
+
+
+def exchange(nodes: dict[str, Any], new: dict[int, Any]) -> None:
+    """Puts new modules where the old ones were."""
+    for node in nodes.values():
+        if isinstance(node, nnx.Module):
+            for name, child in list(vars(node).items()):
+                if id(child) in new:
+                    setattr(node, name, new[id(child)])
