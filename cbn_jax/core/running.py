@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .checks import in_dtype
 from .moments import AxisName, Moments, device_count
 from .schedules import ScheduleFn, weights
 
@@ -95,6 +96,34 @@ def update_running(
         mean=blend(running.mean, moments.mean),
         var=blend(running.var, moments.var),
         steps=steps,
+    )
+
+
+def restarted(
+    running: RunningMoments, window: Moments, examples: jax.Array
+) -> RunningMoments:
+    """Running moments that begin anew for features that the window no longer confirms.
+
+    After a conversion, a large step or a change of the data an average of many windows
+    belongs to the past. Where mean or variance lies more than two standard errors from
+    those of the window, the average restarts with the window.
+
+    Args:
+      running: the averages.
+      window: the window's moments, ``[C]``.
+      examples: the number of examples in the window. From eight on it is asked; values of
+        one example do not count as independent.
+    """
+    running, window = lax.stop_gradient((running, window))
+    old = in_dtype(running, window.mean.dtype)
+    var = jnp.where(window.var > 0, window.var, 1.0)
+    off = jnp.square(window.mean - old.mean) / var * examples
+    ratio = jnp.where((window.var > 0) & (old.var > 0), old.var / var, 1.0)
+    off = jnp.maximum(off, jnp.square(jnp.log(ratio)) * examples / 2)
+    past = finite_moments(window) & (examples >= 8) & (off > 4)
+    mean, var = in_dtype((window.mean, window.var), jnp.float32)
+    return running._replace(
+        mean=jnp.where(past, mean, running.mean), var=jnp.where(past, var, running.var)
     )
 
 

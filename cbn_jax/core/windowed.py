@@ -15,8 +15,8 @@ from .checks import (
 )
 from .estimator import Estimator, State
 from .layers import Layer, check_layer
-from .moments import AxisName, Moments
-from .running import check_values, known_moments, update_running
+from .moments import AxisName, Moments, device_count
+from .running import check_values, known_moments, restarted, update_running
 from .schedules import ScheduleFn
 from .source import Source
 from .statistics import statistics_of
@@ -24,7 +24,7 @@ from .statistics import statistics_of
 #: ``(features, params, groups) -> state``.
 InitState = Callable[[int, Any, int], State]
 #: ``(state, x, source, axis_name, mask) -> (batch, pooled, state)``: moments of the batch
-#: alone, moments of the whole window, and the state whose running moments are still old.
+#: alone, moments of the whole window, and the state whose running moments lack both.
 Step = Callable[
     [State, jax.Array, Source, AxisName, jax.Array | None], tuple[Moments, Moments, State]
 ]
@@ -71,8 +71,12 @@ def windowed(
         state = lax.stop_gradient(state)
         batch, pooled, new = step(state, x, source, axis_name, mask)
         pooled = known_moments(pooled, state.running)
-        seen = batch if running == "batch" else _if_any(batch, pooled)
-        new = new._replace(running=update_running(state.running, seen, average))
+        averages, seen = new.running, batch
+        if running == "window":
+            examples = _examples(x, axis_name) * _batches(batch, pooled)
+            averages = restarted(averages, pooled, examples)
+            seen = _if_any(batch, pooled)
+        new = new._replace(running=update_running(averages, seen, average))
         return statistics_of(pooled, epsilon), lax.stop_gradient(new)
 
     def infer(state, x, *, mask=None):
@@ -85,6 +89,17 @@ def windowed(
 def _if_any(batch: Moments, pooled: Moments) -> Moments:
     """The window's moments; a step without a value leaves the averages as they are."""
     return pooled._replace(size=jnp.where(batch.size > 0, pooled.size, 0.0))
+
+
+def _examples(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The number of examples on all devices."""
+    return jnp.asarray(x.shape[0] * device_count(axis_name), jnp.float32)
+
+
+def _batches(batch: Moments, pooled: Moments) -> jax.Array:
+    """How many batches like this one the window holds, ``[C]``."""
+    count = pooled.size / jnp.where(batch.size > 0, batch.size, 1.0)
+    return lax.stop_gradient(jnp.where(batch.size > 0, count, 0.0))
 
 
 def _groups_of(name: str, layer: Any) -> int:

@@ -171,7 +171,9 @@ def named_streaming(
         pooled = pool_two(batch, past._replace(size=size))
         new = lax.stop_gradient(_absorb(old, batch, pooled, sample, moved, params))
         usable = finite_moments(pooled._replace(size=batch.size))
-        return batch, pooled, _replace_usable(usable, new, state)
+        new = _replace_usable(usable, new, state)
+        running = _carried(state.running, *lax.stop_gradient((old.window, past)))
+        return batch, pooled, new._replace(running=running)
 
     return windowed(
         name,
@@ -218,6 +220,18 @@ def _transport(old: StreamingState, delta: Params, spread: jax.Array) -> Moments
     (d_mean,) = product(jax.tree.map(lambda p: p[None], old.d_mean), delta)  # ⟨p, Δ⟩
     var = jnp.maximum(old.window.var + inner(old.d_var, delta) + spread, 0.0)
     return old.window._replace(mean=old.window.mean + d_mean, var=var)
+
+
+def _carried(running: RunningMoments, window: Moments, moved: Moments) -> RunningMoments:
+    """The averages for inference move with the weights, as the window does."""
+    known = (running.steps > 0) & (window.size > 0) & (window.var > 0) & (moved.var > 0)
+    known &= jnp.isfinite(moved.mean) & jnp.isfinite(moved.var)
+    mean = running.mean + (moved.mean - window.mean).astype(jnp.float32)
+    ratio = moved.var / jnp.where(window.var > 0, window.var, 1.0)
+    var = running.var * ratio.astype(jnp.float32)
+    return running._replace(
+        mean=jnp.where(known, mean, running.mean), var=jnp.where(known, var, running.var)
+    )
 
 
 def _past_size(
