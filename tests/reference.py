@@ -107,6 +107,31 @@ def layer_kernel(kernel, groups):
     )
 
 
+class Averages:
+    """The averages for inference of a method with a window: exponential, debiased.
+
+    They move with the window, and they become the window's moments where these contradict
+    them by more than two standard errors of the mean or of the variance's logarithm.
+    """
+
+    def __init__(self, momentum):
+        self.momentum, self.steps = momentum, 0
+        self.mean = self.var = 0.0
+
+    def step(self, mean, var, examples, shift=0.0, ratio=1.0):
+        self.steps += 1
+        if self.steps > 1:
+            self.mean, self.var = self.mean + shift, self.var * ratio
+            errors = (mean - self.mean) ** 2 / var, np.log(self.var / var) ** 2 / 2
+            far = (examples >= 8) & (np.maximum(*errors) * examples > 4)
+            self.mean = np.where(far, mean, self.mean)
+            self.var = np.where(far, var, self.var)
+        alpha = (1 - self.momentum) / (1 - self.momentum**self.steps)
+        self.mean = self.mean + alpha * (mean - self.mean)
+        self.var = self.var + alpha * (var - self.var)
+        return self.mean, self.var
+
+
 class Streaming:
     """``streaming_batch_norm`` in raw moments μ, ν = E[x²]: nothing central to get wrong.
 
@@ -135,6 +160,10 @@ class Streaming:
         mu = self.mu + self.p @ delta
         nu = self.nu + (self.H * delta).sum(0) + (delta * (Q @ delta)).sum(0)
         old = np.maximum(nu, mu**2), mu, self.p, self.H + 2 * Q @ delta
+        before, after = self.nu - self.mu**2, old[0] - mu**2
+        self.shift = mu - self.mu  # of the window, and the growth of its variance
+        both = (before > 1e-9) & (after > 1e-9)
+        self.ratio = np.where(both, after / np.where(both, before, 1), 1)
         new = (x**2).mean(0), x.mean(0), P.mean(0), 2 * P.T @ x / n
         spread = (delta * ((Q - np.outer(self.p, self.p)) @ delta)).sum(0)
         var = old[0] - mu**2

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,19 +62,18 @@ def test_equals_the_oracle(name, key):
     """Over seven steps of moving weights and two sizes, then the averages."""
     layer = LAYERS[name]
     step, state = start(name)
-    oracle, seen = reference.Replay(4), []
+    oracle, averages = reference.Replay(4), reference.Averages(0.9)
     for params, z in path(layer, key, 7, examples=(2, 3)):
         _, statistics, state = step(state, params, z)
         kernel = reference.layer_kernel(params["kernel"], layer.groups)
         bias = params.get("bias", np.zeros(layer.features))
         mean, var = oracle.step(reference.layer_patches(name, z), kernel, bias)
-        seen.append((mean, var))
+        positions = len(oracle.seen[-1]) / len(z)
+        averages.step(mean, var, sum(map(len, oracle.seen)) / positions)
         np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(variance(statistics), var, rtol=1e-4)
-    averages = reference.exponential_weights(7, 0.9) @ np.reshape(seen, (7, -1))
-    np.testing.assert_allclose(
-        np.concatenate(state.running[:2]), averages, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(state.running.mean, averages.mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.running.var, averages.var, rtol=1e-4, atol=1e-5)
 
 
 @layers
@@ -307,14 +307,29 @@ def test_a_state_of_another_memory(other, key):
         train(estimator, state, layer, params, layer.data(key))
 
 
-def test_a_source_with_patches_is_needed(key):
+def test_a_plain_function_does_as_a_layer(key):
+    """JAX differentiates it: two steps are those of the layer that knows its patches."""
+    layer = LAYERS["conv"]
+    estimator = cbn.replay_batch_norm(3, samples=ALL)
+    plain = expected = init(estimator, layer, layer.params(key))
+    for seed in range(2):
+        at = jax.random.fold_in(key, seed)
+        params, z = layer.params(at), layer.data(at)
+        x, source = cbn.run_layer(layer.fn, params, z)
+        statistics, plain = estimator.train(plain, x, source)
+        _, known, expected = train(estimator, expected, layer, params, z)
+        chex.assert_trees_all_close(
+            (statistics, plain), (known, expected), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_source_is_needed(key):
     layer = LAYERS["conv"]
     estimator = cbn.replay_batch_norm(samples=ALL)
-    params = layer.params(key)
-    state = init(estimator, layer, params)
-    x, source = cbn.run_layer(layer.fn, params, layer.data(key))
-    with pytest.raises(ValueError, match=r"without patches.*cbn_jax\.convolution\(\.\.\."):
-        estimator.train(state, x, source)
+    state = init(estimator, layer, layer.params(key))
+    x = layer.fn(layer.params(key), layer.data(key))
+    with pytest.raises(ValueError, match=r"source=None, .*run_layer\(layer, "):
+        estimator.train(state, x)
 
 
 def test_groups_must_be_those_of_the_state(key):

@@ -201,7 +201,22 @@ def _gradient(x, mask, statistics, correction):
     gradient = -(g + (x.astype(wide(x.dtype)) - mean) * inv_std * gz) * inv_std
     if mask is not None:
         gradient = jnp.where(mask, gradient, 0.0)
-    return gradient.astype(x.dtype)
+    return _differentiable_once(gradient.astype(x.dtype))
+
+
+@jax.custom_jvp
+def _differentiable_once(gradient: jax.Array) -> jax.Array:
+    return gradient
+
+
+@_differentiable_once.defjvp
+def _refuse(primals, tangents):
+    raise ValueError(
+        "a method with backward statistics got a second derivative (a gradient penalty, a "
+        "Hessian-vector product, MAML), expected a first one, because its averages of "
+        "gradients are no function of this batch; use batch_norm(...) or "
+        'cross_iteration_batch_norm(gradient="window") there.'
+    )
 
 
 def _next(backward: BackwardStatistics, values: jax.Array) -> BackwardStatistics:

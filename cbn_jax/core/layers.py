@@ -161,27 +161,12 @@ def conv_patches(
     return patches
 
 
-def patches_by_example(apply: LayerFn, groups: int) -> Patches:
-    """Patches by differentiation, for a layer that takes each example by itself.
-
-    Every position costs a weight gradient of one feature per group for its example.
-    """
-
-    def patches(params, inputs, index, grid):
-        def of_example(example, index):
-            return by_position(params, _batch_of(example), index[None], grid)
-
-        cuts = jax.vmap(of_example)(inputs, index)
-        return jax.tree.map(lambda cut: cut.reshape(-1, *cut.shape[2:]), cuts)
-
-    by_position = patches_by_position(apply, groups)
-    return patches
-
-
 def patches_by_position(apply: LayerFn, groups: int) -> Patches:
     """Patches by differentiation, for any layer.
 
     Every position costs a weight gradient of one feature per group for the whole batch.
+    Gradients of single examples would cost less, but XLA computes those of convolutions
+    wrongly where a batch is spread over devices under ``jit``.
     """
 
     def patches(params, inputs, index, grid):
@@ -193,9 +178,10 @@ def patches_by_position(apply: LayerFn, groups: int) -> Patches:
         positions = math.prod(x.shape[:-1])
         first = jnp.arange(index.shape[0])[:, None] * (positions // index.shape[0])
         place = (first + index).reshape(-1)
+        zeros = lax.full_like(x, 0).reshape(positions, groups)  # spread over devices as x
 
         def at(place):
-            hot = jnp.zeros((positions, groups), x.dtype).at[place].set(1.0)
+            hot = zeros.at[place].set(1.0)
             return back(hot.reshape(x.shape))[0]
 
         with jax.default_matmul_precision("highest"):
@@ -217,10 +203,6 @@ def one_per_group(params: Params, groups: int) -> Params:
 def finite(inputs: jax.Array) -> jax.Array:
     """The inputs with zeros for what is not finite."""
     return jnp.where(jnp.isfinite(inputs), inputs, jnp.zeros_like(inputs))
-
-
-def _batch_of(example: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[None], example)
 
 
 def _dense(params: Params, inputs: jax.Array) -> jax.Array:

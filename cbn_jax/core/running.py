@@ -111,8 +111,8 @@ def restarted(
     Args:
       running: the averages.
       window: the window's moments, ``[C]``.
-      examples: the number of examples in the window. From eight on it is asked; values of
-        one example do not count as independent.
+      examples: ``[C]``, the number of examples in the window. The window is asked from
+        eight on; the values of one example do not count as independent.
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)

@@ -92,7 +92,10 @@ def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source
         return _pull_both(layer, _varying(fixed, each), seen, each, shared)
 
     def patches(index: jax.Array) -> Params:
-        return cut(fixed, inputs, index, x.shape[1:-1])
+        if layer.patches is None:
+            narrow = one_per_group(fixed, layer.groups)
+            _check_narrow(layer, narrow, inputs, (*x.shape[:-1], layer.groups))
+        return cut(_varying(fixed, x), inputs, index, x.shape[1:-1])
 
     return Source(params, pullback, patches, layer.groups)
 

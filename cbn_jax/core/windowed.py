@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frame of the methods whose window moves with the weights of the layer before them."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from .checks import (
 )
 from .estimator import Estimator, State
 from .layers import Layer, check_layer
-from .moments import AxisName, Moments, device_count
+from .moments import AxisName, Moments
 from .running import check_values, known_moments, restarted, update_running
 from .schedules import ScheduleFn
 from .source import Source
@@ -73,8 +74,7 @@ def windowed(
         pooled = known_moments(pooled, state.running)
         averages, seen = new.running, batch
         if running == "window":
-            examples = _examples(x, axis_name) * _batches(batch, pooled)
-            averages = restarted(averages, pooled, examples)
+            averages = restarted(averages, pooled, _examples(x, pooled))
             seen = _if_any(batch, pooled)
         new = new._replace(running=update_running(averages, seen, average))
         return statistics_of(pooled, epsilon), lax.stop_gradient(new)
@@ -91,15 +91,10 @@ def _if_any(batch: Moments, pooled: Moments) -> Moments:
     return pooled._replace(size=jnp.where(batch.size > 0, pooled.size, 0.0))
 
 
-def _examples(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The number of examples on all devices."""
-    return jnp.asarray(x.shape[0] * device_count(axis_name), jnp.float32)
-
-
-def _batches(batch: Moments, pooled: Moments) -> jax.Array:
-    """How many batches like this one the window holds, ``[C]``."""
-    count = pooled.size / jnp.where(batch.size > 0, batch.size, 1.0)
-    return lax.stop_gradient(jnp.where(batch.size > 0, count, 0.0))
+def _examples(x: jax.Array, window: Moments) -> jax.Array:
+    """How many examples like these the window holds, ``[C]``."""
+    positions = jnp.asarray(math.prod(x.shape[1:-1]), window.size.dtype)
+    return window.size / positions[None]
 
 
 def _groups_of(name: str, layer: Any) -> int:

@@ -140,6 +140,7 @@ def replay_batch_norm(
         step,
         average=averaging(momentum),
         epsilon=epsilon,
+        running="batch" if window == 1 else "window",
         alone=window == 1,
     )
 

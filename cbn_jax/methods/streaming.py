@@ -149,6 +149,8 @@ def named_streaming(
         check_count("samples", samples, 1)
     check_epsilon(epsilon)
 
+    alone = window == micro_batches == 1  # batch norm
+
     def keep(steps):
         """A new step of the optimizer makes the window older, a micro-batch does not."""
         decay = 1.0 - 1.0 / window
@@ -171,9 +173,10 @@ def named_streaming(
         pooled = pool_two(batch, past._replace(size=size))
         new = lax.stop_gradient(_absorb(old, batch, pooled, sample, moved, params))
         usable = finite_moments(pooled._replace(size=batch.size))
-        new = _replace_usable(usable, new, state)
-        running = _carried(state.running, *lax.stop_gradient((old.window, past)))
-        return batch, pooled, new._replace(running=running)
+        if not alone:
+            moved = lax.stop_gradient(past)
+            new = new._replace(running=_carried(state.running, old.window, moved))
+        return batch, pooled, _replace_usable(usable, new, state)
 
     return windowed(
         name,
@@ -182,7 +185,8 @@ def named_streaming(
         step,
         average=averaging(momentum),
         epsilon=epsilon,
-        alone=window == micro_batches == 1,
+        running="batch" if alone else "window",
+        alone=alone,
     )
 
 
@@ -224,14 +228,14 @@ def _transport(old: StreamingState, delta: Params, spread: jax.Array) -> Moments
 
 def _carried(running: RunningMoments, window: Moments, moved: Moments) -> RunningMoments:
     """The averages for inference move with the weights, as the window does."""
-    known = (running.steps > 0) & (window.size > 0) & (window.var > 0) & (moved.var > 0)
+    known = (running.steps > 0) & (window.size > 0)
     known &= jnp.isfinite(moved.mean) & jnp.isfinite(moved.var)
-    mean = running.mean + (moved.mean - window.mean).astype(jnp.float32)
-    ratio = moved.var / jnp.where(window.var > 0, window.var, 1.0)
-    var = running.var * ratio.astype(jnp.float32)
-    return running._replace(
-        mean=jnp.where(known, mean, running.mean), var=jnp.where(known, var, running.var)
-    )
+    varies = (window.var > 0) & (moved.var > 0)
+    shift = jnp.where(known, moved.mean - window.mean, 0.0)
+    growth = moved.var / jnp.where(varies, window.var, 1.0)
+    growth = jnp.where(known & varies, growth, 1.0)
+    shift, growth = in_dtype((shift, growth), jnp.float32)
+    return running._replace(mean=running.mean + shift, var=running.var * growth)
 
 
 def _past_size(
