@@ -3,16 +3,16 @@
 
 The windows that move with the weights hold for ``x = ⟨P, θ⟩``, feature by feature. For a
 layer about which nothing is known, ``why_not_linear`` follows the parameters through the
-operations. Each value is constant, zero, or linear, and a linear one has an axis whose
-entry c depends on entry c of the parameters' last axis alone.
+operations. Each value is constant, zero, or linear, and a linear one has an axis along
+which entry c depends on entry c of the parameters' last axis alone.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 
 class _Kind:
@@ -23,10 +23,25 @@ class _Kind:
 
 
 CONSTANT, ZERO = _Kind("constant"), _Kind("zero")
-Value = _Kind | int  # a number is the axis of the features
 
 
-class _NotLinear(Exception):
+class _Axis(NamedTuple):
+    """Where the features of a linear value are.
+
+    Attributes:
+      place: the axis.
+      times: how often they come in it, one after the other; ``vmap`` of a convolution
+        joins another axis with them for a while.
+    """
+
+    place: int
+    times: int
+
+
+Value = _Kind | _Axis
+
+
+class _NotLinearError(Exception):
     pass
 
 
@@ -46,14 +61,13 @@ def why_not_linear(apply: Callable[..., jax.Array], params: Any, inputs: Any) ->
     leaves = jax.tree.leaves(params)
     if any(leaf.ndim == 0 for leaf in leaves):
         return "has a parameter without an axis of features"
-    axes = [leaf.ndim - 1 for leaf in leaves]
+    axes = [_Axis(leaf.ndim - 1, 1) for leaf in leaves]
     rest = [CONSTANT] * (len(closed.in_avals) - len(leaves))
     try:
         found = _follow(closed.jaxpr, [*axes, *rest])
-    except _NotLinear as reason:
+    except _NotLinearError as reason:
         return str(reason)
-    last = closed.out_avals[0].ndim - 1
-    if len(found) == 1 and found[0] == last:
+    if found == [_Axis(closed.out_avals[0].ndim - 1, 1)]:
         return None
     return "gives an output whose last axis is not that of its parameters' features"
 
@@ -84,14 +98,14 @@ def _apply(equation: Any, values: list[Value]) -> list[Value]:
     inner = _inner(equation)
     if inner is not None and len(inner.invars) == len(values):
         return _follow(inner, values)
-    if not any(isinstance(value, int) for value in values):
+    if not any(isinstance(value, _Axis) for value in values):
         keeps = name in ("broadcast_in_dim", "convert_element_type", "reshape")
         kind = ZERO if keeps and values[0] is ZERO else CONSTANT
         return [kind] * len(outs)
     rule = _RULES.get(name)
     axis = None if rule is None else rule(equation, values)
     if axis is None:
-        raise _NotLinear(f"applies {name} to its parameters")
+        raise _NotLinearError(f"applies {name} to its parameters")
     return [axis] * len(outs)
 
 
@@ -101,10 +115,9 @@ def _inner(equation: Any) -> Jaxpr | None:
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         body = equation.params.get(name)
-        if isinstance(body, ClosedJaxpr):
-            return body.jaxpr if not body.consts else None
-        if isinstance(body, Jaxpr):
-            return body
+        jaxpr = getattr(body, "jaxpr", body)  # a closed one or an open one
+        if isinstance(jaxpr, Jaxpr):
+            return None if getattr(body, "consts", ()) else jaxpr
     return None
 
 
@@ -115,23 +128,29 @@ def _same(equation, values):
     return values[0]
 
 
+def _convert(equation, values):
+    """Whole numbers are rounded."""
+    dtype = equation.outvars[0].aval.dtype
+    return values[0] if jax.numpy.issubdtype(dtype, jax.numpy.floating) else None
+
+
 def _sum(equation, values):
     """A sum of linear terms; a constant one would make it affine."""
     axes = {value for value in values if value is not ZERO}
     if CONSTANT in axes:
-        raise _NotLinear("adds something else to its parameters")
+        raise _NotLinearError("adds something else to its parameters")
     return axes.pop() if len(axes) == 1 else None
 
 
 def _mul(equation, values):
-    axes = [value for value in values if isinstance(value, int)]
+    axes = [value for value in values if isinstance(value, _Axis)]
     if len(axes) > 1:
-        raise _NotLinear("multiplies its parameters with each other")
+        raise _NotLinearError("multiplies its parameters with each other")
     return axes[0]
 
 
 def _div(equation, values):
-    return values[0] if isinstance(values[0], int) and values[1] is CONSTANT else None
+    return values[0] if isinstance(values[0], _Axis) and values[1] is CONSTANT else None
 
 
 def _select(equation, values):
@@ -139,28 +158,33 @@ def _select(equation, values):
 
 
 def _reshape(equation, values):
+    """The features keep their distance in memory; their axis may join others or leave."""
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    axis = values[0]
-    front = math.prod(before[:axis])
-    for place, size in enumerate(after):
-        if size == before[axis] and math.prod(after[:place]) == front:
-            return place
+    place, times = values[0]
+    features, distance = before[place] // times, math.prod(before[place + 1 :])
+    for new, size in enumerate(after):
+        if math.prod(after[new + 1 :]) == distance and size % features == 0 < size:
+            return _Axis(new, size // features)
     return None
 
 
 def _transpose(equation, values):
-    return equation.params["permutation"].index(values[0])
+    place, times = values[0]
+    return _Axis(equation.params["permutation"].index(place), times)
 
 
 def _broadcast(equation, values):
-    place = equation.params["broadcast_dimensions"][values[0]]
-    size = equation.invars[0].aval.shape[values[0]]
-    return place if equation.outvars[0].aval.shape[place] == size else None
+    place, times = values[0]
+    new = equation.params["broadcast_dimensions"][place]
+    size = equation.invars[0].aval.shape[place]
+    return _Axis(new, times) if equation.outvars[0].aval.shape[new] == size else None
 
 
-def _without(axes: Any, axis: int) -> int | None:
-    """The place of an axis after others are gone."""
-    return None if axis in axes else axis - sum(other < axis for other in axes)
+def _without(axes: Any, axis: _Axis) -> _Axis | None:
+    """The axis after others are gone."""
+    if axis.place in axes:
+        return None
+    return axis._replace(place=axis.place - sum(other < axis.place for other in axes))
 
 
 def _reduce(equation, values):
@@ -172,50 +196,69 @@ def _squeeze(equation, values):
 
 
 def _whole(equation, values):
-    """Slices and pads of other axes."""
-    if not isinstance(values[0], int) or any(isinstance(v, int) for v in values[1:]):
-        return None
-    if equation.primitive.name == "pad" and values[1] is not ZERO:
-        return None
-    if equation.primitive.name == "pad" and equation.params["padding_config"][
-        values[0]
-    ] != (0, 0, 0):
+    """Slices of other axes."""
+    axis, *others = values
+    if not isinstance(axis, _Axis) or any(isinstance(v, _Axis) for v in others):
         return None
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    return values[0] if before[values[0]] == after[values[0]] else None
+    return axis if before[axis.place] == after[axis.place] else None
+
+
+def _pad(equation, values):
+    """Zeros along other axes."""
+    axis = _whole(equation, values)
+    if axis is None or values[1] is not ZERO:
+        return None
+    return axis if equation.params["padding_config"][axis.place] == (0, 0, 0) else None
+
+
+def _gather(equation, values):
+    """Rows by index, as an embedding takes them; the features come whole."""
+    axis, numbers = values[0], equation.params["dimension_numbers"]
+    if not isinstance(axis, _Axis) or isinstance(values[1], _Axis):
+        return None
+    size = equation.invars[0].aval.shape[axis.place]
+    gone = *numbers.collapsed_slice_dims, *numbers.operand_batching_dims
+    left = _without(gone, axis)
+    if left is None or equation.params["slice_sizes"][axis.place] != size:
+        return None
+    return left._replace(place=numbers.offset_dims[left.place])
 
 
 def _concatenate(equation, values):
     axis = _sum(equation, values)
-    return None if equation.params["dimension"] == axis else axis
+    if axis is None or equation.params["dimension"] == axis.place:
+        return None
+    return axis
 
 
 def _rev(equation, values):
-    return None if values[0] in equation.params["dimensions"] else values[0]
+    return None if values[0].place in equation.params["dimensions"] else values[0]
 
 
 def _dot(equation, values):
     contract, batch = equation.params["dimension_numbers"]
-    _mul(equation, values)
-    side = 0 if isinstance(values[0], int) else 1
-    axis = values[side]
-    if axis in contract[side]:
-        return None
-    if axis in batch[side]:
-        return batch[side].index(axis)
+    axis = _mul(equation, values)
+    side = 0 if values[0] is axis else 1
+    if axis.place in batch[side]:
+        return axis._replace(place=batch[side].index(axis.place))
     free = _without((*contract[side], *batch[side]), axis)
+    if free is None:
+        return None
     before = len(batch[side])
     if side == 1:
-        taken = len(contract[0]) + len(batch[0])
-        before += equation.invars[0].aval.ndim - taken
-    return before + free
+        before = equation.invars[0].aval.ndim - len(contract[0])
+    return free._replace(place=before + free.place)
 
 
 def _conv(equation, values):
-    _mul(equation, values)
+    axis = _mul(equation, values)
     numbers = equation.params["dimension_numbers"]
-    fits = values[1] == numbers.rhs_spec[0] and equation.params["batch_group_count"] == 1
-    return numbers.out_spec[1] if fits else None
+    if values[1] is not axis or equation.params["batch_group_count"] != 1:
+        return None
+    if axis.place != numbers.rhs_spec[0]:
+        return None
+    return axis._replace(place=numbers.out_spec[1])
 
 
 _RULES = {
@@ -223,7 +266,6 @@ _RULES = {
         (
             "neg",
             "copy",
-            "convert_element_type",
             "reduce_precision",
             "sharding_constraint",
             "pvary",
@@ -233,7 +275,9 @@ _RULES = {
         _same,
     ),
     **dict.fromkeys(("add", "sub", "add_any"), _sum),
-    **dict.fromkeys(("slice", "dynamic_slice", "pad"), _whole),
+    **dict.fromkeys(("slice", "dynamic_slice"), _whole),
+    "pad": _pad,
+    "convert_element_type": _convert,
     "mul": _mul,
     "div": _div,
     "select_n": _select,
@@ -244,6 +288,7 @@ _RULES = {
     "squeeze": _squeeze,
     "concatenate": _concatenate,
     "rev": _rev,
+    "gather": _gather,
     "dot_general": _dot,
     "conv_general_dilated": _conv,
 }
