@@ -8,7 +8,8 @@ import reference
 from flax import linen as nn
 
 import cbn_jax as cbn
-from cbn_jax.core.running import init_running, update_running
+from cbn_jax.core.moments import Moments
+from cbn_jax.core.running import init_running, restarted, update_running
 
 
 def batches(steps):
@@ -161,3 +162,48 @@ def test_a_schedule_is_called(rule):
 def test_a_number_is_a_plain_number():
     with pytest.raises(TypeError, match=r"momentum is an array, .*float\(momentum\)"):
         cbn.batch_norm(momentum=jnp.float32(0.9))
+
+
+# Averages of a window, which restart where it contradicts them.
+
+
+def test_an_average_that_the_window_contradicts_restarts_with_it():
+    window = Moments(*np.float32([[0.0, 0.0, 0.0, 0.0], [1.0] * 4, [32.0] * 4]))
+    running = cbn.RunningMoments(
+        mean=jnp.float32([0.3, 0.4, 0.0, 0.0]),
+        var=jnp.float32([1.0, 1.0, 1.5, 3.0]),
+        steps=jnp.full(4, 50.0, jnp.float32),
+    )
+    new = restarted(running, window, jnp.full(4, 32.0, jnp.float32))
+    # Two standard errors of 32 examples: 0.35 for the mean, a factor of 1.65 in variance.
+    np.testing.assert_allclose(new.mean, [0.3, 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(new.var, [1.0, 1.0, 1.5, 1.0])
+    np.testing.assert_array_equal(new.steps, running.steps)
+    few = restarted(running, window, jnp.full(4, 7.0, jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, few, running)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [cbn.streaming_batch_norm(16, samples=None), cbn.replay_batch_norm(16, samples=2)],
+    ids=repr,
+)
+def test_trained_averages_follow_the_weights_and_the_data(estimator, key):
+    """Soon after a conversion inference is as good as with the moments of the window."""
+    kernel = jax.random.normal(key, (6, 4)) / 2.0
+    state = estimator.init(4, cbn.dense, kernel)
+    old = cbn.from_batch_stats(jnp.full(4, 7.0), jnp.full(4, 0.1))
+    state = state._replace(running=old)
+
+    @jax.jit
+    def step(state, kernel, z):
+        x, source = cbn.run_layer(cbn.dense, kernel, z)
+        return estimator.train(state, x, source)[1]
+
+    for i in range(40):
+        z = jax.random.normal(jax.random.fold_in(key, i), (2, 6)) + 1.0
+        kernel = kernel * 1.01
+        state = step(state, kernel, z)
+    mean, var = kernel.sum(axis=0), jnp.square(kernel).sum(axis=0)
+    assert (jnp.abs(state.running.mean - mean) / jnp.sqrt(var)).max() < 0.5
+    assert jnp.abs(jnp.log(state.running.var / var)).max() < 0.8
