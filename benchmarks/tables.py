@@ -32,6 +32,7 @@ from benchmarks.studies import (
     cost,
     data_parallel,
     diminishing,
+    fine_tuning,
     frameworks,
     ideas,
     landscape,
@@ -67,6 +68,7 @@ STUDIES: dict[str, ModuleType] = {
     "landscape": landscape,
     "without_layer": without_layer,
     "without_layer_mlp": without_layer,
+    "fine_tuning": fine_tuning,
     "group_batch": robustness,
     "centralize": robustness,
 }

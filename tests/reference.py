@@ -118,12 +118,12 @@ class Averages:
         self.momentum, self.steps = momentum, 0
         self.mean = self.var = 0.0
 
-    def step(self, mean, var, examples, shift=0.0, ratio=1.0):
+    def step(self, mean, var, values, shift=0.0, ratio=1.0):
         self.steps += 1
         if self.steps > 1:
             self.mean, self.var = self.mean + shift, self.var * ratio
             errors = (mean - self.mean) ** 2 / var, np.log(self.var / var) ** 2 / 2
-            far = (examples >= 8) & (np.maximum(*errors) * examples > 4)
+            far = (values >= 8) & (np.maximum(*errors) * values > 4)
             self.mean = np.where(far, mean, self.mean)
             self.var = np.where(far, var, self.var)
         alpha = (1 - self.momentum) / (1 - self.momentum**self.steps)

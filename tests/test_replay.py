@@ -69,7 +69,7 @@ def test_equals_the_oracle(name, key):
         bias = params.get("bias", np.zeros(layer.features))
         mean, var = oracle.step(reference.layer_patches(name, z), kernel, bias)
         positions = len(oracle.seen[-1]) / len(z)
-        averages.step(mean, var, sum(map(len, oracle.seen)) / positions)
+        averages.step(mean, var, sum(map(len, oracle.seen)) / positions**0.5)
         np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(variance(statistics), var, rtol=1e-4)
     np.testing.assert_allclose(state.running.mean, averages.mean, rtol=1e-4, atol=1e-5)

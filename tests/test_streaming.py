@@ -73,7 +73,7 @@ def test_equals_the_oracle(name, examples, key):
         else:
             size = np.repeat(oracle.size, layer.features // groups)
             positions = len(reference.layer_patches(name, z)) / len(z)
-            averages.step(mean, var, size / positions, oracle.shift, oracle.ratio)
+            averages.step(mean, var, size / positions**0.5, oracle.shift, oracle.ratio)
         np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(variance(statistics), var, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.running.mean, averages.mean, rtol=1e-4, atol=1e-5)

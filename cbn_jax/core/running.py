@@ -6,7 +6,7 @@ With α₁ = 1 there is nothing to debias: after one step the average is that st
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +99,17 @@ def update_running(
     )
 
 
+def independent(x: jax.Array, window: Moments) -> jax.Array:
+    """About how many independent values a window of batches like ``x`` holds, ``[C]``.
+
+    Neighbors in an image are alike: n positions of an example count as √n values.
+    """
+    positions = jnp.asarray(math.prod(x.shape[1:-1]), window.size.dtype)
+    return window.size / jnp.sqrt(positions)[None]
+
+
 def restarted(
-    running: RunningMoments, window: Moments, examples: jax.Array
+    running: RunningMoments, window: Moments, values: jax.Array
 ) -> RunningMoments:
     """Running moments that begin anew for features that the window no longer confirms.
 
@@ -111,16 +120,16 @@ def restarted(
     Args:
       running: the averages.
       window: the window's moments, ``[C]``.
-      examples: ``[C]``, the number of examples in the window. The window is asked from
-        eight on; the values of one example do not count as independent.
+      values: ``[C]``, the number of independent values in the window, which is asked from
+        eight on.
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)
     var = jnp.where(window.var > 0, window.var, 1.0)
-    off = jnp.square(window.mean - old.mean) / var * examples
+    off = jnp.square(window.mean - old.mean) / var * values
     ratio = jnp.where((window.var > 0) & (old.var > 0), old.var / var, 1.0)
-    off = jnp.maximum(off, jnp.square(jnp.log(ratio)) * examples / 2)
-    past = finite_moments(window) & (examples >= 8) & (off > 4)
+    off = jnp.maximum(off, jnp.square(jnp.log(ratio)) * values / 2)
+    past = finite_moments(window) & (values >= 8) & (off > 4)
     mean, var = in_dtype((window.mean, window.var), jnp.float32)
     return running._replace(
         mean=jnp.where(past, mean, running.mean), var=jnp.where(past, var, running.var)

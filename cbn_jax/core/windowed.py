@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frame of the methods whose window moves with the weights of the layer before them."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,13 @@ from .checks import (
 from .estimator import Estimator, State
 from .layers import Layer, check_layer
 from .moments import AxisName, Moments
-from .running import check_values, known_moments, restarted, update_running
+from .running import (
+    check_values,
+    independent,
+    known_moments,
+    restarted,
+    update_running,
+)
 from .schedules import ScheduleFn
 from .source import Source
 from .statistics import statistics_of
@@ -74,7 +79,7 @@ def windowed(
         pooled = known_moments(pooled, state.running)
         averages, seen = new.running, batch
         if running == "window":
-            averages = restarted(averages, pooled, _examples(x, pooled))
+            averages = restarted(averages, pooled, independent(x, pooled))
             seen = _if_any(batch, pooled)
         new = new._replace(running=update_running(averages, seen, average))
         return statistics_of(pooled, epsilon), lax.stop_gradient(new)
@@ -89,12 +94,6 @@ def windowed(
 def _if_any(batch: Moments, pooled: Moments) -> Moments:
     """The window's moments; a step without a value leaves the averages as they are."""
     return pooled._replace(size=jnp.where(batch.size > 0, pooled.size, 0.0))
-
-
-def _examples(x: jax.Array, window: Moments) -> jax.Array:
-    """How many examples like these the window holds, ``[C]``."""
-    positions = jnp.asarray(math.prod(x.shape[1:-1]), window.size.dtype)
-    return window.size / positions[None]
 
 
 def _groups_of(name: str, layer: Any) -> int:

@@ -20,8 +20,10 @@ from cbn_jax.core.running import (
     RunningMoments,
     check_values,
     finite_moments,
+    independent,
     init_running,
     known_moments,
+    restarted,
     update_running,
 )
 from cbn_jax.core.schedules import ScheduleFn, averaging, exponential
@@ -130,6 +132,8 @@ def bidirectional_batch_norm(
 
         size = count_values(x, mask)
         statistics = attach(rule, x, mask, statistics_of(used, epsilon), size, backward)
+        running = restarted(state.running, pooled, independent(x, pooled))
+        state = state._replace(running=running)
         return statistics, _remembered(state, batch, pooled, average)
 
     def infer(state, x, *, mask=None):

@@ -73,15 +73,15 @@ def replay_batch_norm(
 
     Returns:
       An Estimator whose state is a ``ReplayState``. ``init`` needs the layer and its
-      parameters, ``train`` a ``source`` with patches: ``run_layer`` with ``dense`` or
-      ``convolution``, or a Flax Dense or Conv. Under an axis name the devices share out
-      ``samples`` among them, every device keeps all rows, and the state is replicated.
+      parameters, ``train`` its ``source``. Any layer that is linear in its parameters
+      does; JAX differentiates those that are neither dense nor convolutions. Under an axis
+      name the devices share out ``samples`` among them, every device keeps all rows, and
+      the state is replicated.
 
     Raises:
       ValueError: an argument out of range; more examples than ``samples``; parameters
-        without features last; ``train`` without a source, with one without patches, or
-        with a state made for another layer, window or number of samples; a mask that
-        differs per feature.
+        without features last; ``train`` without a source, or with a state made for another
+        layer, window or number of samples; a mask that differs per feature.
       TypeError: ``x`` is not floating point; the state is another method's.
 
     Example:

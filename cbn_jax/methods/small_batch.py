@@ -42,7 +42,7 @@ def small_batch_norm(
     Returns:
       An Estimator. Its state is a ``StreamingState``, two arrays of the size of the layer's
       parameters; from batch size 32 on it is a ``RunningMoments``. ``init`` needs the layer
-      and its parameters, ``train`` a ``source`` with patches.
+      and its parameters, ``train`` its ``source``.
 
     Raises:
       ValueError: ``batch_size`` is not a whole number from 1 on; and what

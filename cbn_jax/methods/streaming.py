@@ -92,13 +92,14 @@ def streaming_batch_norm(
 
     Returns:
       An Estimator whose state is a ``StreamingState``. ``init`` needs the layer and its
-      parameters, ``train`` a ``source`` with patches: ``run_layer`` with ``dense`` or
-      ``convolution``, or a Flax Dense or Conv.
+      parameters, ``train`` its ``source``. Any layer that is linear in its parameters
+      does. ``dense``, ``convolution`` and their like in Flax know what they saw at a
+      position; JAX differentiates another layer at the sampled positions.
 
     Raises:
       ValueError: an argument out of range; parameters without features last; ``train``
-        without a source, with one without patches, or with a state made for another layer;
-        a mask that differs per feature.
+        without a source, or with a state made for another layer; a mask that differs per
+        feature.
       TypeError: ``x`` is not floating point; the state is another method's.
 
     Example:

@@ -80,8 +80,8 @@ def watch(estimators: Mapping[str, Estimator], use: str) -> Estimator:
 
     Returns:
       An Estimator whose state is a ``WatchState``, with the ε of ``use``. Arguments must
-      satisfy the requirements of every method: a layer and its parameters, a source with
-      patches, two values per feature.
+      satisfy the requirements of every method: a layer and its parameters, a source, two
+      values per feature.
 
     Raises:
       ValueError: ``use`` is not among the names; what the methods raise.
