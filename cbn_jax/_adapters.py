@@ -18,7 +18,6 @@ from .core.layers import (
     conv_patches,
     dense_patches,
     masked_kernel,
-    patches_by_example,
 )
 from .core.linear import why_not_linear
 from .core.named import find_running, named_leaves, put_running, to_dict
@@ -159,7 +158,7 @@ class LayerError(ValueError):
         self.reason = reason
 
 
-def known_layer(layer: Any, apply: LayerFn, params: Any, inputs: Any) -> Layer:
+def known_layer(layer: Any, apply: LayerFn) -> Layer:
     """Flax's Dense, Linear, Conv or ConvTranspose: all features see the same patches."""
     if not hasattr(layer, "kernel_size"):
         return Layer(apply, dense_patches)
@@ -173,8 +172,7 @@ def known_layer(layer: Any, apply: LayerFn, params: Any, inputs: Any) -> Layer:
             layer.input_dilation or 1,
         )
         return Layer(apply, patches, groups)
-    batched = jnp.ndim(inputs) >= params["kernel"].ndim
-    return Layer(apply, patches_by_example(apply, 1) if batched else None)
+    return Layer(apply)
 
 
 def unknown_layer(name: str, apply: LayerFn, params: Any, inputs: Any) -> Layer:

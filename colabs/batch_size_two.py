@@ -207,10 +207,10 @@ for number, rows in enumerate(tqdm(batches(2, seed=0)[:600])):
     before = state[0]
     state = step(state, rows)
     measured = measure(before, state[1])["batch_stats"]
-    layer = measured[LAYER]["state"]
+    layer = measured[LAYER]
     seen.append(
-        [1 / layer.truth.inv_std[FEATURE]]
-        + [1 / layer.estimated[name].inv_std[FEATURE] for name in methods]
+        [1 / layer["truth"]["inv_std"][FEATURE]]
+        + [1 / layer["estimated"][name]["inv_std"][FEATURE] for name in methods]
     )
     if number % 10 == 9:
         records.append((number + 1, diagnostics.errors(measured)))

@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 import cbn_jax as cbn
 import cbn_jax.linen
 import cbn_jax.nnx
+from cbn_jax.core.named import from_dict, to_dict
 from cbn_jax.optax import with_backward_statistics
 
 pytestmark = pytest.mark.usefixtures("loose")
@@ -105,7 +106,8 @@ def test_linen_equals_the_functions(name, key):
         state, batch_stats = step(state, batch_stats, z)
     params, after = by_functions(METHODS[name], variables["params"])
     chex.assert_trees_all_close(state.params, params, rtol=1e-3, atol=1e-4)
-    chex.assert_trees_all_close(batch_stats["Norm_0"]["state"], after, rtol=1e-3, atol=1e-4)
+    stats = batch_stats["Norm_0"]
+    chex.assert_trees_all_close(stats, to_dict(after), rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(state.params["Norm_0"]["backward"].steps, 5.0)
 
 
@@ -145,7 +147,7 @@ def test_nnx_equals_the_functions(name):
     expected, state = by_functions(METHODS[name], params)
     got = model.norm.backward.get_value()
     chex.assert_trees_all_close(got, expected["Norm_0"]["backward"], rtol=1e-3, atol=1e-4)
-    chex.assert_trees_all_close(model.norm.state.get_value(), state, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(model.norm.state, state, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(
         model.out.kernel.get_value(), expected["Dense_1"]["kernel"], rtol=1e-3, atol=1e-4
     )
@@ -275,7 +277,7 @@ def test_corrected_inference_around_one(key):
     backward = variables["params"]["Norm_0"]["backward"]
     bound = model.estimator.at(backward)
     x = batches()[1] @ np.ones((3, 4), np.float32)
-    state = variables["batch_stats"]["Norm_0"]["state"]
+    state = from_dict(variables["batch_stats"]["Norm_0"], inner.init(4))
     chex.assert_trees_all_equal(bound.infer(state, x), model.estimator.infer(state, x))
 
 
@@ -300,7 +302,7 @@ def test_centered_kernels_fold(key):
     z = batches()[1]
     y = nn.relu(cbn.dense.apply(folded, z)) @ params["Dense_1"]["kernel"]
     y = y + params["Dense_1"]["bias"][None]
-    stats = {"Norm_0": {"state": state}}
+    stats = {"Norm_0": to_dict(state)}
     expected = model.apply({"params": params, "batch_stats": stats}, z, False)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 

@@ -26,6 +26,7 @@ from benchmarks.studies import (
     corrected_inference,
     cost,
     diminishing,
+    fine_tuning,
     frameworks,
     landscape,
     robustness,
@@ -666,6 +667,24 @@ def test_norms_without_a_layer(tmp_path, data_dir):
     assert "of 2 settings" in table
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert without_layer.main(config, Console())["cells"] == results["cells"]
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+
+
+def test_fine_tuning(tmp_path, data_dir):
+    """Both ways to predict at each mark, and what is kept is not run again."""
+    config = dataclasses.replace(fine_tuning.QUICK, output=tmp_path, data_dir=data_dir)
+    results = fine_tuning.main(config, Console())
+    assert len(results["cells"]) == 2 + 4  # references; two pairings, two methods
+    assert all(np.shape(cell["running"]) == (2, 2) for cell in results["cells"])
+    windows = [cell for cell in results["cells"] if "window" in cell]
+    assert [cell["label"] for cell in windows] == ["small_batch_norm"] * 2
+    assert all(cell["window"] != cell["running"] for cell in windows)
+    table = (tmp_path / "table.md").read_text()
+    assert table.count(" | small_batch_norm | 0.1 | ") == 2
+    assert "of 4 cells" in table
+    assert "of 2 settings" in table
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert fine_tuning.main(config, Console())["cells"] == results["cells"]
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
 
 

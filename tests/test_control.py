@@ -12,6 +12,7 @@ from flax import nnx
 import cbn_jax as cbn
 from cbn_jax import linen as cbn_linen
 from cbn_jax import nnx as cbn_nnx
+from cbn_jax.core.named import find_running
 from cbn_jax.population import pool_replicas, recompute
 
 WITHOUT = {*STATELESS, "moving_average_batch_norm", "online_norm"} | {
@@ -21,8 +22,7 @@ with_running = pytest.mark.parametrize("name", sorted(set(KINDS) - WITHOUT))
 
 
 def running_of(state):
-    is_running = lambda node: isinstance(node, cbn.RunningMoments)  # noqa: E731
-    (running,) = filter(is_running, jax.tree.leaves(state, is_leaf=is_running))
+    (running,) = find_running(state).values()
     return running
 
 
@@ -195,7 +195,7 @@ def test_recompute_an_nnx_model(key):
         return nnx.state(norm, nnx.BatchStat)
 
     nnx.update(norm, recompute(update, stats, z.reshape(8, 3, 3)))
-    assert_close(norm.state.get_value().var, norm.layer(z).var(axis=0))
+    assert_close(norm.var.get_value(), norm.layer(z).var(axis=0))
 
 
 def test_replicas_are_pooled_by_total_variance(key):
@@ -255,9 +255,9 @@ def test_held_statistics_in_nnx(key):
     norm = cbn_nnx.Norm(cbn.batch_norm(), num_features=3, rngs=rngs)
     x = jax.random.normal(key, (4, 3))
     held = norm(x, update_stats=False)
-    assert_close(norm.state.get_value(), cbn.batch_norm().init(3), atol=0)
+    assert_close(norm.state, cbn.batch_norm().init(3), atol=0)
     assert_close(norm(x), held)
-    assert norm.state.get_value().steps.max() == 1.0
+    assert norm.state.steps.max() == 1.0
 
 
 def test_a_frozen_part_keeps_its_statistics_and_thaws(key):

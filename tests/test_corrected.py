@@ -475,7 +475,7 @@ def test_momentum_says_how_batches_are_averaged(rng):
         for leaf, *fits in zip(state.fit, *each, strict=True):
             expected = np.average(fits, 0, weights)
             np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(state.steps, 3.0)
+        np.testing.assert_array_equal(state.batches, 3.0)
 
 
 def test_masked_positions_do_not_count(rng):
@@ -489,7 +489,7 @@ def test_masked_positions_do_not_count(rng):
     x = np.where(mask, x, np.nan)
     after = take_in(estimator, state, jnp.asarray(x), jnp.asarray(mask))
     sliced = take_in(estimator, state, jnp.asarray(batches[1], jnp.float32))
-    np.testing.assert_array_equal(after.steps, [1.0, *[2.0] * (FEATURES - 1)])
+    np.testing.assert_array_equal(after.batches, [1.0, *[2.0] * (FEATURES - 1)])
     for leaf, new, old in zip(after.fit, sliced.fit, state.fit, strict=True):
         np.testing.assert_array_equal(leaf[..., 0], old[..., 0])
         np.testing.assert_allclose(leaf[..., 1:], new[..., 1:], rtol=1e-4, atol=1e-6)
@@ -505,7 +505,7 @@ def test_what_is_not_finite_leaves_its_own_feature_as_it_was(poison, rng):
     for leaf, new, old in zip(after.fit, clean.fit, state.fit, strict=True):
         np.testing.assert_array_equal(leaf[..., 0], old[..., 0])
         np.testing.assert_allclose(leaf[..., 1:], new[..., 1:], rtol=1e-6)
-    np.testing.assert_array_equal(after.steps, [1.0, *[2.0] * (FEATURES - 1)])
+    np.testing.assert_array_equal(after.batches, [1.0, *[2.0] * (FEATURES - 1)])
 
 
 def test_a_statistic_that_is_not_finite_leaves_its_feature_as_it_was(rng):
@@ -518,7 +518,7 @@ def test_a_statistic_that_is_not_finite_leaves_its_feature_as_it_was(rng):
     batches, mean, var = draws(rng, 1, 4)
     estimator = cbn.fitted_inference(dataclasses.replace(FROZEN, train=overflown))
     _, state = fitted_on(batches, mean, var, estimator)
-    np.testing.assert_array_equal(state.steps, [0.0, *[1.0] * (FEATURES - 1)])
+    np.testing.assert_array_equal(state.batches, [0.0, *[1.0] * (FEATURES - 1)])
     for leaf in state.fit:
         np.testing.assert_array_equal(leaf[..., 0], 0.0)
 
@@ -583,12 +583,7 @@ def test_a_trained_model_is_fitted_in_one_pass(key):
             return model.apply(variables, batches.reshape(400, 4, 3), train=False)
 
         stats = one_pass(trained, untrained)[0]
-        start = jax.tree.map(
-            lambda new, old: new._replace(state=old),
-            fresh,
-            stats,
-            is_leaf=lambda node: isinstance(node, cbn.FittedState),
-        )
+        start = {name: fresh[name] | stats[name] for name in fresh}
         stats_fitted, training = one_pass(fitted, start)
         return (
             training.reshape(400, 4),
@@ -610,7 +605,7 @@ def test_a_feature_with_one_value_leaves_the_fit_as_it_is(key):
     _, after = estimator.train(state, 3.0 * x, mask=mask)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(new[..., 0], old[..., 0])
-    np.testing.assert_array_equal(after.steps, [1, 2, 2])
+    np.testing.assert_array_equal(after.batches, [1, 2, 2])
 
 
 @pytest.mark.parametrize(
@@ -636,6 +631,6 @@ def test_a_fitted_variance_is_at_least_epsilon(epsilon):
     estimator = cbn.fitted_inference(cbn.batch_norm(epsilon=epsilon))
     state = estimator.init(2)
     gram = 1e6 * jnp.broadcast_to(jnp.eye(3)[..., None], (3, 3, 2))
-    state = state._replace(fit=state.fit._replace(gram=gram), steps=jnp.ones(2))
+    state = state._replace(fit=state.fit._replace(gram=gram), batches=jnp.ones(2))
     inv_std = estimator.infer(state, jnp.ones((1, 2))).inv_std
     np.testing.assert_allclose(inv_std, epsilon**-0.5, rtol=1e-5)

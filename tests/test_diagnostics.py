@@ -256,7 +256,7 @@ def test_wrong_use():
         with pytest.raises(TypeError, match="type RunningMoments, expected WatchState"):
             call(state, jnp.ones((4, 2)))
     with pytest.raises(ValueError, match="a tree without a WatchState"):
-        errors({"Norm_0": {"state": state}})
+        errors({"Norm_0": state._asdict()})
 
 
 def test_without_matplotlib_nothing_is_drawn(monkeypatch):

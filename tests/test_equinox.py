@@ -88,6 +88,17 @@ LAYERS = {
         cbn.convolution(1, ((1, 0), (2, 1)), (1, 2), groups=2),
         (4, 5, 6),
     ),
+    # Their patches are differentiated here, and cut in the functions.
+    "conv-circular": (
+        lambda: eqx.nn.Conv2d(2, 4, 3, padding=1, padding_mode="CIRCULAR", key=KEY),
+        cbn.convolution(padding="CIRCULAR"),
+        (2, 4, 5),
+    ),
+    "conv-reflect": (
+        lambda: eqx.nn.Conv1d(4, 4, 3, 2, 1, groups=2, padding_mode="REFLECT", key=KEY),
+        cbn.convolution(2, "REFLECT", groups=2),
+        (4, 6),
+    ),
 }
 
 
@@ -418,13 +429,13 @@ def test_other_layers(layer, came):
         Norm(cbn.batch_norm(), layer, axis_name="batch")
 
 
-def test_another_padding():
-    """Methods that need the layer's patches refuse it, others do not."""
-    layer = eqx.nn.Conv2d(2, 4, 3, padding=1, padding_mode="CIRCULAR", key=KEY)
+@pytest.mark.parametrize("method", [CBN, cbn.small_batch_norm(2)], ids=["cbn", "small"])
+@pytest.mark.parametrize("mode", ["CIRCULAR", "REFLECT", "REPLICATE"])
+def test_another_padding(mode, method):
+    """The first step is that of batch norm, whatever the padding."""
+    layer = eqx.nn.Conv2d(2, 4, 3, padding=2, padding_mode=mode, key=KEY)
     z = numbers(6, 2, 4, 4)
-    with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
-        run(*made(cbn.small_batch_norm(2), layer), z)
-    y, _ = run(*made(CBN, layer), z)
+    y, _ = run(*made(method, layer), z)
     x = jax.vmap(layer)(z)
     assert_close(y, run(*made(cbn.batch_norm(), num_features=4), x)[0])
 

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 import cbn_jax as cbn
+from cbn_jax.core.named import from_dict
 from examples import off_policy
 from examples.off_policy import Setup, estimator_of, init_agent, joint_values, train_values
 
@@ -79,7 +80,8 @@ def by_hand(critic, halves):
     for i in range(2):
         dense, norm = params[f"Dense_{i}"], params[f"Norm_{i}"]
         halves = [z @ dense["kernel"] + dense["bias"][None] for z in halves]
-        state = critic["batch_stats"][f"Norm_{i}"]["state"]
+        stats = critic["batch_stats"][f"Norm_{i}"]
+        state = from_dict(stats, estimator.init(SETUP.features))
         statistics, _ = estimator.train(state, jnp.concatenate(halves))
         halves = [
             jax.nn.relu(cbn.normalize(z, statistics, norm["scale"], norm["bias"]))
@@ -106,10 +108,11 @@ def test_two_calls_give_other_values(critics, halves):
 def test_critics_have_statistics_of_their_own(critics, halves):
     _, _, updates = joint_values(critics, None, *halves, SETUP)
     states = updates["batch_stats"]
-    for state in (states[f"Norm_{i}"]["state"] for i in range(2)):
-        assert state.mean.shape == (2, SETUP.features)
-        assert (jnp.abs(state.mean[0] - state.mean[1]) > 1e-3).all()
-        np.testing.assert_array_equal(state.steps, 1)
+    for state in (states[f"Norm_{i}"] for i in range(2)):
+        mean = state["mean"]
+        assert mean.shape == (2, SETUP.features)
+        assert (jnp.abs(mean[0] - mean[1]) > 1e-3).all()
+        np.testing.assert_array_equal(state["steps"], 1)
 
 
 # Which statistics.
@@ -124,7 +127,7 @@ def batch(halves):
 def test_the_batch_of_the_actor_enters_no_statistics(batch, key, loose):
     agent, _ = off_policy.update(init_agent(key, SETUP), batch, key, SETUP)
     for norm in agent.critics["batch_stats"].values():
-        np.testing.assert_array_equal(norm["state"].steps, 1)
+        np.testing.assert_array_equal(norm["steps"], 1)
 
 
 def test_the_target_averages_weights_and_statistics(batch, key, loose):

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 import cbn_jax as cbn
+from cbn_jax.core.named import from_dict
 from cbn_jax.linen import Norm as LinenNorm
 from cbn_jax.nnx import Norm
 
@@ -134,7 +135,8 @@ def test_a_linen_model(key):
         variables = model.init(key, z)
         _, updates = model.apply(variables, z, train=True, mutable=["batch_stats"])
         variables = {**variables, **updates}
-        params, state = variables["params"], variables["batch_stats"]["norm"]["state"]
+        params, stats = variables["params"], variables["batch_stats"]["norm"]
+        state = from_dict(stats, estimator.init(4))
         conv = cbn.fold(
             estimator, state, cbn.convolution(), params["conv"], **params["norm"]
         )
@@ -157,7 +159,7 @@ def test_an_nnx_model(key):
     params = nnx.to_pure_dict(nnx.state(norm, nnx.Param))
     folded = cbn.fold(
         estimator,
-        norm.state.get_value(),
+        norm.state,
         norm.layer,
         params["layer"],
         params["scale"],
@@ -179,7 +181,7 @@ def test_an_nnx_layer_with_a_transposed_kernel(variables, key):
     norm.eval()
     parts = (norm.state, nnx.state(conv), norm.scale, norm.bias)
     if not variables:
-        parts = (norm.state.get_value(), nnx.to_pure_dict(parts[1]), *parts[2:])
+        parts = (norm.state, nnx.to_pure_dict(parts[1]), *parts[2:])
     folded = cbn.fold(norm.estimator, parts[0], conv, *parts[1:])
     bare = nnx.ConvTranspose(4, 4, (3, 3), transpose_kernel=True, rngs=rngs)
     nnx.update(bare, folded)

@@ -28,7 +28,7 @@ def test_the_method_until_then_and_inference_after(inside):
         fixed = inside.infer(plain, x)
         np.testing.assert_allclose(statistics.mean.reshape(-1, C)[0], fixed.mean, 1e-5)
         jax.tree.map(np.testing.assert_array_equal, after, state)
-    np.testing.assert_array_equal(state.steps, 2.0)
+    np.testing.assert_array_equal(state.trained, 2.0)
 
 
 def test_no_gradient_flows_through_frozen_statistics():

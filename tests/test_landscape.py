@@ -74,7 +74,7 @@ def test_the_state_inside_is_as_if_alone(name, key):
     for m in range(3):
         _, state, inside = call(state, jax.random.fold_in(key, m))
         assert_same(state.state, inside)
-    assert state.steps == 3
+    assert state.draws == 3
 
 
 @names
@@ -156,7 +156,7 @@ def test_devices_differ(key):
         )
     )(x)
     assert len(np.unique(np.round(split(noise)[:, 0, :, 0], 5))) == 16 * GROUPS
-    assert state.steps == 1
+    assert state.draws == 1
 
 
 def test_noise_has_no_gradient(key):

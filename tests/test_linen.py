@@ -11,14 +11,18 @@ import pytest
 from cases import FACTORIES, KINDS, PARTS, PER_EXAMPLE, infer, normalize
 from flax import linen as nn
 from flax import serialization
+from flax.traverse_util import flatten_dict
 
 import cbn_jax as cbn
+from cbn_jax.core.named import find_running, from_dict, to_dict
+from cbn_jax.core.patches import product
 from cbn_jax.linen import (
     Norm,
     from_batch_norm,
     optimizer_from_batch_norm,
     to_batch_norm,
 )
+from cbn_jax.linen.layers import as_layer
 
 CBN = cbn.cross_iteration_batch_norm(window=3, momentum=0.9)
 WITHOUT_AVERAGES = ["diminishing_batch_norm", "group_norm", "group_norm_plus"]
@@ -83,7 +87,7 @@ def form(model, z, flag=None):
     return jax.eval_shape(lambda key: model.init(key, z, flag), jax.random.key(0))
 
 
-@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("axis", [-1, 1, (1, -1), (3, 1), (2,)])
 @pytest.mark.parametrize("where", ["constructor", "call"])
 def test_drop_in_for_batch_norm(where, axis, key):
     """Outputs, gradients and predictions; running averages but for Flax's own bias."""
@@ -110,9 +114,9 @@ def test_drop_in_for_batch_norm(where, axis, key):
     *mine, my_state = run(ours, key, x)
     *others, their_state = run(theirs, key, x)
     assert_close(mine, others, 2e-5)
-    running, flax_stats = my_state["batch_stats"]["state"], their_state["batch_stats"]
-    np.testing.assert_allclose(flax_stats["mean"], 0.1 * running.mean, rtol=1e-5)
-    np.testing.assert_allclose(flax_stats["var"], 0.9 + 0.1 * running.var, rtol=1e-5)
+    running, flax_stats = my_state["batch_stats"], their_state["batch_stats"]
+    np.testing.assert_allclose(flax_stats["mean"], 0.1 * running["mean"], rtol=1e-5)
+    np.testing.assert_allclose(flax_stats["var"], 0.9 + 0.1 * running["var"], rtol=1e-5)
 
 
 def test_inference_equals_flax_with_the_same_statistics(key):
@@ -121,7 +125,7 @@ def test_inference_equals_flax_with_the_same_statistics(key):
     ours, theirs = Norm(cbn.batch_norm()), nn.BatchNorm()
     state = cbn.RunningMoments(mean, var, jnp.ones(5))
     params = {"scale": jnp.linspace(1, 2, 5), "bias": jnp.linspace(0, 1, 5)}
-    mine = {"params": params, "batch_stats": {"state": state}}
+    mine = {"params": params, "batch_stats": state._asdict()}
     flax_variables = {"params": params, "batch_stats": {"mean": mean, "var": var}}
     assert_close(predict(ours, mine, x, True), predict(theirs, flax_variables, x, True))
 
@@ -196,7 +200,23 @@ def test_initializing_updates_nothing_and_needs_no_axis(name, key):
     module = Norm(estimator, layer=nn.Dense(4), axis_name="nowhere")
     variables = start(module, key, z, False)
     fresh = estimator.init(4, cbn.dense, variables["params"]["layer"])
-    assert_same(variables["batch_stats"]["state"], fresh)
+    assert_same(variables["batch_stats"], to_dict(fresh))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_state_is_plain_dicts_of_arrays(name, key):
+    """As checkpoints know them, the running averages on top; and back."""
+    estimator = FACTORIES[name]()
+    variables = start(Norm(estimator, nn.Dense(4)), key, rows(), True)
+    stats = variables["batch_stats"]
+    flat = flatten_dict(stats)
+    assert all(type(key) is str for path in flat for key in path)
+    assert all(isinstance(leaf, jax.Array) for leaf in flat.values())
+    form = estimator.init(4, cbn.dense, variables["params"]["layer"])
+    assert from_dict(stats, form)._fields == form._fields
+    assert_same(from_dict(stats, form), form)
+    averages = find_running(form).values()
+    assert_same(list(find_running(stats).items()), [((), each) for each in averages])
 
 
 def test_evaluation_leaves_the_state(key):
@@ -300,29 +320,158 @@ def test_convolutions_know_their_patches(options, key):
         y, updates = module.apply(variables, z, False, mutable=["batch_stats"])
         x, source = cbn.run_layer(layer, params, z)
         statistics, state = estimator.train(estimator.init(4, layer, params), x, source)
-        actual = y, updates["batch_stats"]["state"]
-        return actual, (cbn.normalize(x, statistics), state)
+        return (y, updates["batch_stats"]), (cbn.normalize(x, statistics), to_dict(state))
 
     assert_close(*compare(key, images()))
 
 
+def mask_of(*shape):
+    return (np.arange(np.prod(shape)).reshape(shape) % 3 > 0).astype(np.float32)
+
+
+class Scaled(nn.Module):
+    """A layer that nobody knows: its outputs are scaled, its kernel has another name."""
+
+    @nn.compact
+    def __call__(self, z):
+        weight = self.param("weight", nn.initializers.lecun_normal(), (3, 2, 4))
+        bias = self.param("bias", nn.initializers.normal(), (4,))
+        scale = self.variable("scales", "own", lambda: jnp.float32(2.0)).value
+        patches = jnp.stack([z, jnp.roll(z, 1, 1), jnp.roll(z, 1, 2)], -2)
+        x = jnp.einsum("...ij,ijk->...k", patches, weight) + bias.reshape(1, 1, 1, -1)
+        return scale * x
+
+
+#: Layers whose patches a formula gives, or differentiation.
+LAYERS = {
+    "circular": nn.Conv(4, (3, 3), padding="CIRCULAR"),
+    "reflect": nn.Conv(4, (3, 3), padding="REFLECT", strides=2),
+    "causal": nn.Conv(4, (3,), padding="CAUSAL"),
+    "input dilation": nn.Conv(4, (3, 3), input_dilation=(2, 1), padding=1),
+    "mask": nn.Conv(4, (3, 3), mask=mask_of(3, 3, 2, 4)),
+    "transposed": nn.ConvTranspose(4, (3, 3)),
+    "transposed, strided": nn.ConvTranspose(4, (3, 2), (2, 1), padding="VALID"),
+    "transposed, kernel": nn.ConvTranspose(4, (3, 3), transpose_kernel=True),
+    "transposed, mask": nn.ConvTranspose(4, (3, 3), mask=mask_of(3, 3, 2, 4)),
+    "local": nn.ConvLocal(4, (3, 3)),
+    "own": Scaled(),
+}
+
+
+def inputs_of(layer, seed=0, shift=0.0):
+    """Sequences for a window of one dimension."""
+    values = images(seed=seed, shift=shift)
+    return values[:, 0] if getattr(layer, "kernel_size", ()) == (3,) else values
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_of_other_layers_make_their_output(name, key):
+    """x = ⟨P, θ⟩ at all positions, in any order."""
+    layer = LAYERS[name]
+    z = inputs_of(layer)
+    variables = jax.jit(layer.init)(key, z)
+    x = layer.apply(variables, z)
+    positions = x.size // (len(x) * 4)
+    order = np.random.default_rng(0).permutation(positions).astype(np.int32)
+    index = jnp.asarray(np.tile(order, (len(x), 1)))
+
+    @jax.jit
+    def compute(variables, z):
+        spec, params = as_layer(layer.bind(variables), z)
+        made, source = cbn.run_layer(spec, params, z)
+        return made, product(source.patches(index), params)
+
+    made, there = compute(variables, z)
+    assert_close(made, x)
+    expected = x.reshape(len(x), positions, 4)[:, order]
+    assert_close(there, expected.reshape(-1, 4))
+
+
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize(
-    "layer",
+    "estimator",
     [
-        nn.Conv(4, (3, 3), padding="CIRCULAR"),
-        nn.Conv(4, (3, 3), input_dilation=(2, 1), padding=1),
-        nn.ConvTranspose(4, (3, 3)),
+        cbn.batch_norm(),
+        cbn.streaming_batch_norm(3, samples=None),
+        cbn.replay_batch_norm(3, samples=400),
+        CBN,
+    ],
+    ids=["batch_norm", "streaming", "replay", "cross_iteration"],
+)
+def test_every_layer_serves_every_method(estimator, name, key):
+    """Under fixed weights a window of two batches has the moments of both."""
+    layer = LAYERS[name]
+    module = Norm(estimator, layer, use_running_average=False)
+    batches = [inputs_of(layer), inputs_of(layer, seed=1, shift=1.0)]
+    step = jax.jit(lambda v, z: module.apply(v, z, mutable=["batch_stats"]))
+    variables = jax.jit(module.init)(key, batches[0])
+    for z in batches:
+        y, updates = step(variables, z)
+        variables = {**variables, **updates}
+    own = {"params": variables["params"]["layer"]}
+    own |= {"scales": variables["scales"]["layer"]} if name == "own" else {}
+    seen = batches[1:] if estimator == cbn.batch_norm() else batches
+    x = np.concatenate([np.float64(layer.apply(own, z)) for z in seen])
+    axes = tuple(range(x.ndim - 1))
+    # Older batches have less weight in streaming.
+    weights = [2.0, 3.0] if "streaming" in repr(estimator) else [1.0] * len(seen)
+    weights = np.repeat(weights, len(x) // len(seen))
+    mean = np.average(x.mean(axes[1:]), axis=0, weights=weights)
+    var = np.average(np.square(x - mean).mean(axes[1:]), axis=0, weights=weights)
+    assert_close(y, (x[-len(y) :] - mean) / np.sqrt(var + 1e-5), 1e-3)
+
+
+class Rectified(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        return nn.relu(nn.Dense(4)(z))
+
+
+class Standardized(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 4))
+        centered = kernel - kernel.mean(0, keepdims=True)
+        return z @ (centered / jnp.sqrt(jnp.square(centered).mean(0, keepdims=True)))
+
+
+class Shifted(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        return nn.Dense(4)(z) + 1.0
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, z):
+        return nn.Dense(4)(nn.Dropout(0.5, deterministic=False)(z))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Rectified(), "applies max to its parameters"),
+        (Standardized(), "applies square to its parameters"),
+        (Shifted(), "adds something else to its parameters"),
+        (nn.Sequential([nn.Dense(4), nn.Dense(4)]), "multiplies .* with each other"),
     ],
 )
-def test_other_layers_say_what_to_write(layer, key):
-    """And are good enough for the method that needs no patches."""
-    module, z = Norm(cbn.small_batch_norm(2), layer), images()
-    variables = form(module, z, True)
-    with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
-        jax.eval_shape(lambda v: run(module, v, z, False), variables)
-    module = Norm(CBN, layer)
-    y, _ = run(module, start(module, key, z, True), z, False)
-    assert np.isfinite(y).all()
+def test_what_is_not_linear_is_refused(layer, reason, key):
+    """At once, and by methods that look at the layer alone."""
+    name = type(layer).__name__
+    message = rf"^Norm got the layer {name} at layer, which {reason}, expected one that is "
+    with pytest.raises(ValueError, match=message + "linear in its parameters; declare a"):
+        form(Norm(cbn.small_batch_norm(2), layer), images(), False)
+    form(Norm(cbn.batch_norm(), layer), images(), False)
+
+
+def test_a_layer_that_draws_is_refused(key):
+    module = Norm(cbn.small_batch_norm(2), Dropped(), use_running_average=False)
+    keys = {"params": key, "dropout": key}
+    with pytest.raises(ValueError, match="Dropped at layer, which draws random numbers"):
+        module.init(keys, images())
+    module = Norm(cbn.batch_norm(), Dropped(), use_running_average=False)
+    module.init(keys, images())
 
 
 # A learned weight.
@@ -375,7 +524,7 @@ def test_the_weight_is_the_sigmoid_of_a_parameter(key):
     assert params["mix"] == 0.0
     params = {**params, "mix": np.float32(-0.4)}
     state = cbn.from_batch_stats(jnp.array([1.0, -1.0]), jnp.array([0.5, 2.0]))
-    variables = {"params": params, "batch_stats": {"state": state}}
+    variables = {"params": params, "batch_stats": state._asdict()}
     estimator = MIXED.at(1.0 / (1.0 + np.exp(0.4)))
     trained = jax.jit(lambda state, x: estimator.train(state, x)[0])(state, x)
     for statistics, running in ((infer(estimator, state, x), True), (trained, False)):
@@ -555,7 +704,7 @@ def test_any_method_goes_on_from_batch_norm(estimator, key):
 @pytest.mark.parametrize(
     ("features", "named", "came"),
     [
-        (5, None, r"\(4,\) in bias .*expected \(5,\) as"),
+        (5, None, r"\(4,\) in mean .*expected \(5,\) as"),
         (4, "last", r"got \['Conv_0', .*'last'\]"),
     ],
 )
@@ -574,7 +723,7 @@ def test_what_goes_on_has_the_same_modules(features, named, came):
 
 def test_a_method_without_running_moments_does_not_go_on():
     fresh = form(Layers(around(cbn.diminishing_batch_norm())), images(), False)
-    with pytest.raises(ValueError, match="without running moments, expected batch_norm"):
+    with pytest.raises(ValueError, match="moments at Norm_0, expected batch_norm"):
         from_batch_norm(trained_layers(), into=fresh)
 
 
@@ -585,10 +734,32 @@ def test_batch_norms_own_state_is_not_taken_for_ours(train):
     norm = nn.BatchNorm(use_running_average=True)
     variables = jax.eval_shape(nn.Sequential([norm]).init, jax.random.key(0), z)
     ours = nn.Sequential([Norm(cbn.batch_norm(), use_running_average=not train)])
-    with pytest.raises(
-        ValueError, match=r"mean and var of an nn.BatchNorm .*from_batch_norm"
-    ):
+    message = (
+        r"^Norm got the state of another method or layer at layers_0, mean, var, expected "
+        r"mean, steps, var for batch_norm\(.*; write variables = .*from_batch_norm\("
+    )
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda v: ours.apply(v, z, mutable=["batch_stats"]), variables)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("other", "came"),
+    [
+        (Norm(cbn.group_norm(2)), r"at the root, steps, expected mean, steps, var for"),
+        (Norm(CBN, nn.Dense(2)), r"at the root, history, .*, expected mean, steps, var"),
+        (Norm(cbn.batch_norm(), axis=1), r"mean of shape \(6,\), expected shape \(2,\)"),
+        (nn.Dense(2), "at the root, nothing, expected mean, steps, var for batch_norm"),
+    ],
+)
+def test_a_state_of_another_method_is_refused(other, came, train, key):
+    z = images()
+    flag = () if isinstance(other, nn.Dense) else (True,)
+    stats = dict(jax.jit(lambda z: other.init(key, z, *flag))(z)).get("batch_stats", {})
+    ours = Norm(cbn.batch_norm(), use_running_average=not train)
+    variables = {**start(ours, key, z), "batch_stats": stats}
+    with pytest.raises(ValueError, match=f"of another method or layer .*{came}"):
+        ours.apply(variables, z, mutable=["batch_stats"])
 
 
 @pytest.mark.parametrize(
@@ -643,7 +814,8 @@ def test_nothing_to_convert(key):
 )
 def test_two_modules_cannot_have_one_name(convert, came):
     moments = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
-    stats = {"BatchNorm_0": moments, "Norm_0": {"state": cbn.from_batch_stats(**moments)}}
+    norm = cbn.from_batch_stats(**moments)._asdict()
+    stats = {"BatchNorm_0": moments, "Norm_0": norm}
     with pytest.raises(ValueError, match=f"^{came} would have one name; .*of their own"):
         convert({"batch_stats": {"in": stats}})
 
@@ -722,23 +894,76 @@ def test_flax_predicts_what_norm_did(name):
 
 @pytest.mark.parametrize("name", WITHOUT_AVERAGES)
 def test_a_state_without_running_moments_cannot_go_back(name):
-    stats = {"Norm_0": {"state": FACTORIES[name]().init(4)}}
-    with pytest.raises(ValueError, match=r"with 0 RunningMoments inside, expected one"):
+    stats = {"Norm_0": to_dict(FACTORIES[name]().init(4))}
+    message = "to_batch_norm got a state with .*steps and 0 running averages, expected one"
+    with pytest.raises(ValueError, match=message):
         to_batch_norm({"batch_stats": stats})
 
 
 def test_a_state_of_another_module_stays():
-    averages = FACTORIES["batch_norm"]().init(3)
-    stats = {"Norm_0": {"state": averages}, "own": {"state": jnp.zeros(3)}}
+    averages = to_dict(FACTORIES["batch_norm"]().init(3))
+    own = {"state": jnp.zeros(3), "steps": jnp.zeros(()), "mean": jnp.zeros(3)}
+    within = {"Norm_0": averages, "steps": jnp.zeros(())}
+    stats = {"Norm_0": averages, "own": own, "within": within}
     back = to_batch_norm({"batch_stats": stats})["batch_stats"]
-    assert set(back) == {"BatchNorm_0", "own"}
-    assert_same(back["own"], stats["own"])
+    flax_stats = {name: averages[name] for name in ("mean", "var")}
+    within = {"BatchNorm_0": flax_stats, "steps": within["steps"]}
+    assert_same(back, {"BatchNorm_0": flax_stats, "own": own, "within": within})
+
+
+def test_a_state_of_another_module_stays_also_on_the_way_to_ours():
+    flax_stats = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+    own = {"steps": jnp.zeros(3), "mean": jnp.zeros(3), "state": {"u": jnp.zeros(2)}}
+    fresh = to_dict(cbn.batch_norm().init(3))
+    variables = {"batch_stats": {"BatchNorm_0": flax_stats, "own": own}}
+    expected = {"batch_stats": {"Norm_0": fresh | flax_stats, "own": own}}
+    for into in (
+        None,
+        {"batch_stats": {"Norm_0": fresh, "own": jax.tree.map(jnp.ones_like, own)}},
+    ):
+        made = from_batch_norm(variables, into=into)
+        made["batch_stats"]["Norm_0"] |= {"steps": fresh["steps"]}
+        assert_same(made, expected)
+
+
+def test_watched_methods_go_on_and_cannot_go_back():
+    """Each has running averages of its own."""
+    methods = {"one": cbn.batch_norm(), "other": cbn.cross_iteration_batch_norm(2)}
+    estimator = cbn.diagnostics.watch(methods, use="one")
+    fresh = form(Layers(around(estimator)), images(), False)
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh)
+    variables = from_batch_norm(trained_layers(), into=fresh)
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, fresh)
+    for name in methods:
+        state = variables["batch_stats"]["Norm_0"]["states"][name]
+        expected = trained_layers()["batch_stats"]["BatchNorm_0"]
+        assert_same({key: state[key] for key in expected}, expected)
+    with pytest.raises(ValueError, match="estimated, states, truth and 2 running averages"):
+        to_batch_norm(variables)
 
 
 def test_nothing_to_convert_back(key):
     variables = jax.eval_shape(nn.Dense(4).init, key, rows())
     with pytest.raises(ValueError, match=r"^to_batch_norm got .*\['params'\] without"):
         to_batch_norm(variables)
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 1), (6, 1, 5), (6, 3, 5), (1, 3, 1)])
+def test_a_mask_with_features_on_two_axes(shape, key):
+    """As for one axis of as many features; the state has both."""
+    x = jax.random.normal(key, (6, 3, 5))
+    mask = jax.random.bernoulli(key, 0.7, shape)
+    two = Norm(cbn.batch_norm(), axis=(1, 2), use_running_average=False)
+    one = Norm(cbn.batch_norm(), use_running_average=False)
+    joined = mask[:, 0, :1] if shape[1:] == (1, 1) else jnp.broadcast_to(mask, x.shape)
+    options = {"mutable": ["batch_stats"]}
+    flat = x.reshape(6, 15)
+    y, stats = two.apply(two.init(key, x), x, mask=mask, **options)
+    joined = joined.reshape(6, -1)
+    expected, same = one.apply(one.init(key, flat), flat, mask=joined, **options)
+    assert_close(y.reshape(6, 15), expected)
+    assert_close(jax.tree.map(lambda leaf: leaf.reshape(-1), stats), same)
+    assert stats["batch_stats"]["mean"].shape == (3, 5)
 
 
 def test_a_mask_with_features_in_front(key):
@@ -774,8 +999,20 @@ def test_a_layer_of_ones_own(key):
     own = Norm(CBN, layer=Own())
     dense = Norm(CBN, layer=nn.Dense(4, use_bias=False))
     z = jax.random.normal(key, (6, 3))
-    variables = start(own, key, z, True)
-    assert_close(run(own, variables, z, False), run(dense, variables, z, False))
+    variables = {layer: start(layer, key, z, True) for layer in (own, dense)}
+    for step in range(3):
+        kernel = jax.random.normal(jax.random.fold_in(key, step), (3, 4))
+        made = {}
+        for layer in (own, dense):
+            params = {**variables[layer]["params"], "layer": {"kernel": kernel}}
+            y, stats = run(layer, {**variables[layer], "params": params}, z, False)
+            variables[layer] = {**variables[layer], **stats}
+            made[layer] = y, stats
+        # All features of a dense layer see the same inputs; of ours, nobody knows.
+        shapes = jax.tree.map(jnp.shape, made[own][1])
+        y, stats = made[dense]
+        stats = jax.tree.map(jnp.broadcast_to, stats, shapes)
+        assert_close(made[own], (y, stats))
 
 
 # Arguments that do not fit together.

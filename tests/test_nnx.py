@@ -1,6 +1,7 @@
 import functools
 import inspect
 import pickle
+from typing import NamedTuple
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import FACTORIES
+from cases import FACTORIES, KINDS
 from flax import linen as nn
 from flax import nnx
 from jax import lax
@@ -16,8 +17,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
+from cbn_jax.core.named import from_dict, to_dict
+from cbn_jax.core.patches import product
 from cbn_jax.linen import Norm as LinenNorm
 from cbn_jax.nnx import Norm, from_batch_norm, to_batch_norm
+from cbn_jax.nnx.layers import as_layer
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +81,20 @@ def test_drop_in_for_batch_norm(axis, key):
     assert_close(mine, other, 2e-5)
     for name in ("scale", "bias"):
         assert_close(my_grad[name].get_value(), their_grad[name].get_value(), 2e-5)
-    state = ours.state.get_value()
-    np.testing.assert_allclose(theirs.mean.get_value(), 0.1 * state.mean, rtol=1e-5)
-    np.testing.assert_allclose(theirs.var.get_value(), 0.9 + 0.1 * state.var, rtol=1e-5)
+    mean, var = (value.get_value() for value in (ours.mean, ours.var))
+    np.testing.assert_allclose(theirs.mean.get_value(), 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(theirs.var.get_value(), 0.9 + 0.1 * var, rtol=1e-5)
+
+
+def test_features_on_two_axes(key):
+    """As in linen, where the state has both axes."""
+    x = jax.random.normal(key, (8, 3, 5, 4))
+    options = {"axis": (1, -1), "use_running_average": False}
+    linen = LinenNorm(cbn.batch_norm(), **options)
+    expected, stats = linen.apply(linen.init(key, x), x, mutable=["batch_stats"])
+    norm = Norm(cbn.batch_norm(), num_features=12, rngs=nnx.Rngs(0), **options)
+    assert_close(norm(x), expected)
+    assert_close(norm.mean.get_value().reshape(3, 4), stats["batch_stats"]["mean"])
 
 
 def transposed(params, z):
@@ -126,14 +141,14 @@ def test_linen_nnx_and_functions_are_one(way):
     def by_nnx(params, state, z, running):
         module = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, variables))  # a copy
         nnx.update(module, params)
-        module.state.set_value(state)
+        module.state = state
         y = module(z, use_running_average=running)
-        return y, module.state.get_value()
+        return y, module.state
 
     def by_linen(params, state, z, running):
-        given = {"params": params, "batch_stats": {"state": state}}
+        given = {"params": params, "batch_stats": to_dict(state)}
         y, updates = linen.apply(given, z, running, mutable=["batch_stats"])
-        return y, updates["batch_stats"]["state"]
+        return y, from_dict(updates["batch_stats"], state)
 
     def by_functions(params, state, z, running):
         estimator = method.at(jax.nn.sigmoid(params["mix"])) if learns else method
@@ -167,7 +182,7 @@ def test_linen_nnx_and_functions_are_one(way):
     )
     estimator = method.at(0.5) if learns else method
     state = estimator.init(features, layer, params.get("layer"))
-    chex.assert_trees_all_equal(module.state.get_value(), state)
+    chex.assert_trees_all_equal(module.state, state)
     batches = np.stack([images(), images(seed=1, shift=1.0)])
     expected = steps(by_functions, params, state, batches)
     assert_close(steps(by_linen, params, state, batches), expected)
@@ -243,13 +258,37 @@ def test_signature():
     assert parameters["rngs"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def test_state_is_one_batch_stat_and_layers_keep_their_names():
+def test_state_is_batch_stats_and_layers_keep_their_names():
+    """Each array is a variable, named as in linen; they are the state and its place."""
     model = net("cross_iteration_batch_norm")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     assert set(params["first"]) == {"layer", "scale", "bias"}
     assert set(params["second"]["layer"]) == {"kernel", "bias"}
-    stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-    assert isinstance(stats["first"]["state"], cbn.CrossIterationState)
+    run(model, rows())
+    norm, state = model.second, model.second.state
+    assert isinstance(state, cbn.CrossIterationState)
+    stats = nnx.to_pure_dict(nnx.state(norm, nnx.BatchStat))
+    chex.assert_trees_all_equal(stats, to_dict(state))
+    assert norm.mean.get_value() is state.running.mean
+    kernel = norm.history["d_mean"]["kernel"]
+    assert isinstance(kernel, nnx.BatchStat)
+    assert kernel.get_value() is state.history.d_mean["kernel"]
+    norm.state = jax.tree.map(jnp.zeros_like, state)
+    assert not kernel.get_value().any()
+    chex.assert_trees_all_equal(norm.state, jax.tree.map(jnp.zeros_like, state))
+    norm.var.set_value(jnp.full(8, 2.0))
+    assert (norm.state.running.var == 2.0).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_state_goes_in_and_out(name):
+    norm = Norm(FACTORIES[name](), nnx.Linear(5, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    rng, before = np.random.default_rng(0), norm.state
+    state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), before)
+    norm.state = state
+    assert type(norm.state) is type(before)
+    chex.assert_trees_all_equal(norm.state, state)
+    chex.assert_trees_all_equal(nnx.merge(*nnx.split(norm)).state, state)
 
 
 def test_a_view_with_the_other_mode():
@@ -257,11 +296,11 @@ def test_a_view_with_the_other_mode():
     x = images()
     run(module, x)
     module.set_view(use_running_average=True)
-    before = module.state.get_value()
+    before = module.state
     run(module, x)
-    chex.assert_trees_all_equal(module.state.get_value(), before)
+    chex.assert_trees_all_equal(module.state, before)
     run_as(module, x, False)
-    assert (module.state.get_value().steps == 2).all()
+    assert (module.steps.get_value() == 2).all()
     assert module.bias is None
 
 
@@ -275,11 +314,184 @@ def test_number_of_features_must_be_known():
         norm(jnp.ones((4, 2)))
 
 
-def test_other_layers_say_what_to_write():
-    conv = nnx.Conv(2, 4, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))
-    module = Norm(cbn.small_batch_norm(2), conv, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"without patches, .*cross_iteration_batch_norm"):
-        nnx.eval_shape(module, images())
+def mask_of(*shape):
+    return (np.arange(np.prod(shape)).reshape(shape) % 3 > 0).astype(np.float32)
+
+
+class Scaled(nnx.Module):
+    """A layer that nobody knows: parts in a list, a scale that is no parameter."""
+
+    def __init__(self, features, outputs, *, rngs):
+        conv = nnx.Conv(features, outputs, (3, 3), rngs=rngs)
+        self.parts = nnx.List([conv, nnx.Linear(features, outputs, rngs=rngs)])
+        self.scale = nnx.Variable(jnp.float32(2.0))
+
+    def __call__(self, z):
+        return self.scale.get_value() * (self.parts[0](z) + self.parts[1](z))
+
+
+#: Layers whose patches a formula gives, or differentiation.
+LAYERS = {
+    "circular": functools.partial(nnx.Conv, kernel_size=(3, 3), padding="CIRCULAR"),
+    "input dilation": functools.partial(
+        nnx.Conv, kernel_size=(3, 3), input_dilation=(2, 1), padding=1
+    ),
+    "mask": functools.partial(nnx.Conv, kernel_size=(3, 3), mask=mask_of(3, 3, 2, 4)),
+    "transposed": functools.partial(nnx.ConvTranspose, kernel_size=(3, 3)),
+    "transposed, mask": functools.partial(
+        nnx.ConvTranspose, kernel_size=(3, 3), mask=mask_of(3, 3, 2, 4)
+    ),
+    "own": Scaled,
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_of_other_layers_make_their_output(name):
+    """x = ⟨P, θ⟩ at all positions, in any order."""
+    layer, z = LAYERS[name](2, 4, rngs=nnx.Rngs(0)), images()
+    x = run(layer, z)
+    positions = x[0, ..., 0].size
+    order = np.random.default_rng(0).permutation(positions).astype(np.int32)
+    spec, params = as_layer(layer, z)
+
+    @jax.jit
+    def compute(params, z):
+        made, source = cbn.run_layer(spec, params, z)
+        index = jnp.asarray(np.tile(order, (len(z), 1)))
+        return made, product(source.patches(index), params)
+
+    made, there = compute(params, z)
+    assert_close(made, x)
+    expected = x.reshape(len(x), positions, 4)[:, order]
+    assert_close(there, expected.reshape(-1, 4))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_serves_a_method_with_a_window(name):
+    """Under fixed weights a window of two batches has the moments of both."""
+    layer = LAYERS[name](2, 4, rngs=nnx.Rngs(0))
+    module = Norm(cbn.replay_batch_norm(3, samples=400), layer, rngs=nnx.Rngs(0))
+    batches = [images(), images(seed=1, shift=1.0)]
+    for z in batches:
+        y = run(module, z)
+    x = np.concatenate([np.float64(layer(z)) for z in batches])
+    axes = (0, 1, 2)
+    expected = (x[len(x) // 2 :] - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-5)
+    assert_close(y, expected, 1e-3)
+
+
+class Rectified(nnx.Linear):
+    def __call__(self, z):
+        return nnx.relu(super().__call__(z))
+
+
+class Dropped(nnx.Module):
+    def __init__(self, features, outputs, *, rngs):
+        self.linear = nnx.Linear(features, outputs, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, z):
+        return self.linear(self.dropout(z))
+
+
+class WithoutParameters(nnx.Module):
+    def __init__(self, features, outputs, *, rngs):
+        pass
+
+    def __call__(self, z):
+        return jnp.concatenate([z, z], -1)
+
+
+class Unshaped(nnx.Module):
+    def __init__(self, features, outputs, *, rngs):
+        self.factor = nnx.Param(jnp.float32(2.0))
+        self.linear = nnx.Linear(features, outputs, rngs=rngs)
+
+    def __call__(self, z):
+        return self.factor.get_value() * self.linear(z)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Rectified, "Rectified, which applies max to its parameters, expected one that is"),
+        (Dropped, "Dropped, which draws random numbers, expected one that is linear in"),
+        (Unshaped, "factor.*'|parameter .*factor"),
+        (WithoutParameters, r"params=\{\}, expected the parameters of the layer"),
+    ],
+)
+def test_what_is_not_linear_is_refused(layer, reason):
+    """By methods that look at the layer alone, at the latest in the first step."""
+    options = {"num_features": 4, "rngs": nnx.Rngs(0)}
+    layer, z = layer(2, 4, rngs=nnx.Rngs(0)), images()
+    with pytest.raises(ValueError, match=reason):
+        Norm(cbn.small_batch_norm(2), layer, **options)(z)
+    assert Norm(cbn.batch_norm(), layer, **options)(z).shape == (4, 6, 6, 4)
+
+
+class Counted(nnx.Linear):
+    """A layer that writes a variable of its own, on which its output depends."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.calls = nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, z):
+        self.calls.set_value(self.calls.get_value() + 1.0)
+        return self.calls.get_value() * super().__call__(z)
+
+
+@pytest.mark.parametrize("kernel", [None, cbn.center])
+@pytest.mark.parametrize("method", [cbn.batch_norm(), cbn.replay_batch_norm(2, samples=9)])
+def test_a_layer_runs_once_and_keeps_what_it_writes(method, kernel):
+    """Under jit and grad, and after a merge; with a changed kernel too."""
+    layer = Counted(5, 4, use_bias=False, rngs=nnx.Rngs(0))
+    norm, z = Norm(method, layer, kernel=kernel, rngs=nnx.Rngs(0)), rows()
+    weight = layer.kernel.get_value()
+    used = weight if kernel is None else kernel(weight)
+
+    def loss(norm, z):
+        y = norm(z)
+        return jnp.square(y - 1.0).mean(), y
+
+    step = nnx.jit(nnx.value_and_grad(loss, has_aux=True))
+    norm = nnx.merge(*nnx.split(norm))
+    for count in (1.0, 2.0):
+        (_, y), gradient = step(norm, z)
+        assert norm.layer.calls.get_value() == count
+        assert gradient["layer"]["kernel"].get_value().any()
+        np.testing.assert_array_equal(norm.layer.kernel.get_value(), weight)
+        x = count * np.float64(z) @ np.float64(used)
+        if method == cbn.batch_norm():
+            assert_close(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), 1e-4)
+    assert_close(norm.mean.get_value().shape, (4,))
+
+
+@pytest.mark.parametrize("kernel", [None, cbn.standardize])
+def test_a_module_of_another_trace_predicts(kernel):
+    """Closed over, as a constant."""
+    conv = nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0))
+    norm = Norm(cbn.small_batch_norm(2), conv, kernel=kernel, rngs=nnx.Rngs(0))
+    run(norm, images())
+    norm.eval()
+    expected = norm(images())
+    assert_close(jax.jit(lambda z: norm(z))(images()), expected)
+    assert_close(jax.vmap(lambda z: norm(z[None])[0])(images()), expected)
+
+
+class Scale(NamedTuple):
+    scale: jax.Array
+
+
+def test_a_field_of_a_state_with_a_name_of_the_modules():
+    method = cbn.Estimator(
+        lambda features, layer=None, params=None: Scale(jnp.ones(features)),
+        cbn.batch_norm().train,
+        cbn.batch_norm().infer,
+        1e-5,
+    )
+    with pytest.raises(ValueError, match=r"a field scale, as Norm itself has, .*rename"):
+        Norm(method, num_features=3, rngs=nnx.Rngs(0))
 
 
 # A learned weight.
@@ -397,7 +609,7 @@ def test_any_method_goes_on_from_batch_norm():
     expected = run_as(trained.norms[0], run(trained.conv, z), True)
     assert_close(run_as(norm, z, True), expected)
     run_as(norm, z, False)
-    assert norm.state.get_value().window.size[0] == z[..., 0].size
+    assert norm.window["size"].get_value()[0] == z[..., 0].size
 
 
 @pytest.mark.parametrize("wrapper", [lambda e: e, cbn.fitted_inference, large_batches])
@@ -490,7 +702,8 @@ def test_flax_predicts_what_norm_did(key):
 )
 def test_a_method_without_running_moments_cannot_go_back(estimator):
     norm = Norm(estimator, num_features=4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"with 0 RunningMoments inside, expected one"):
+    message = "to_batch_norm got a state with .*steps and 0 running averages, expected one"
+    with pytest.raises(ValueError, match=message):
         to_batch_norm(norm)
 
 
@@ -580,8 +793,9 @@ def test_a_layer_with_a_transposed_kernel(key):
 
 def test_a_variable_in_the_place_of_a_state():
     norm = Norm(cbn.batch_norm(), num_features=3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match=r"type BatchStat, .*write norm\.state\.get_value"):
-        norm.estimator.infer(norm.state, jnp.ones((2, 3)))
+    with pytest.raises(TypeError, match=r"type BatchStat, .*write norm\.state, which"):
+        norm.estimator.infer(norm.mean, jnp.ones((2, 3)))
+    norm.estimator.infer(norm.state, jnp.ones((2, 3)))
 
 
 def test_running_moments_of_two_methods_are_buffers_of_their_own():
@@ -589,6 +803,4 @@ def test_running_moments_of_two_methods_are_buffers_of_their_own():
     norm = from_batch_norm(
         nnx.BatchNorm(3, rngs=nnx.Rngs(0)), cbn.diagnostics.watch(methods, use="one")
     )
-    jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(
-        norm.state.get_value()
-    )
+    jax.jit(lambda state: jax.tree.map(jnp.negative, state), donate_argnums=0)(norm.state)

@@ -65,6 +65,13 @@ def make_step(estimator, layer, axis_name=None, global_gradient=False):
     return step, optimizer
 
 
+# Layers of which nothing is known.
+DIFFERENTIATED = {
+    name: LAYERS[name]._replace(layer=LAYERS[name].layer._replace(patches=None))
+    for name in ("dense", "conv")
+}
+
+
 def one_device(estimator, layer):
     return jax.jit(make_step(estimator, layer)[0])
 
@@ -167,8 +174,19 @@ def test_many_devices_are_one_in_other_contexts(context, layer, name, key):
     check_many_devices(context, layer, name, key)
 
 
+@pytest.mark.parametrize("layer", DIFFERENTIATED)
+@pytest.mark.parametrize("context", ["sharded jit", "shard_map", "pmap", "vmap"])
+def test_differentiated_patches_on_many_devices(context, layer, key):
+    """Each device differentiates its own examples, and no others."""
+    check_layer(context, DIFFERENTIATED[layer], "streaming_batch_norm", key)
+
+
 def check_many_devices(context, layer, name, key):
-    layer, estimator = LAYERS[layer], make(name)
+    check_layer(context, LAYERS[layer], name, key)
+
+
+def check_layer(context, layer, name, key):
+    estimator = make(name)
     expected = expected_of(name, layer)
     actual = run(CONTEXTS[context](estimator, layer), estimator, layer, key)
     chex.assert_trees_all_close(actual, expected, rtol=2e-4, atol=2e-5)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax import export
 
 import cbn_jax as cbn
+from cbn_jax.core.named import find_running
 from cbn_jax.linen import Norm
 from cbn_jax.population import recompute
 
@@ -119,11 +120,11 @@ def test_statistics_are_recomputed_with_donated_states(name, key):
         return train(estimator, state, layer, params, z)[2]
 
     state = recompute(update, init(estimator, layer, params), batches)
-    running = jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, cbn.RunningMoments))
+    running = next(iter(find_running(state).values()))
     if name != "small_batch_norm":
         x = np.float64(layer.fn(params, jnp.concatenate(batches)))
-        np.testing.assert_allclose(running[0].mean, x.mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(running[0].var, x.var(0), rtol=1e-4)
+        np.testing.assert_allclose(running.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(running.var, x.var(0), rtol=1e-4)
     update(state, batches[0])  # every leaf is a buffer of its own
 
 

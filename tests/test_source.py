@@ -122,22 +122,54 @@ def test_a_grouped_layer_must_say_so(key):
     """Else its derivative would be taken with another group's inputs."""
     layer = LAYERS["conv-grouped"]
     x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
-    with pytest.raises(
-        ValueError, match=r"groups=1 .*one feature per group.*groups=\.\.\."
+    for look in (
+        lambda: source.pullback(x, x[..., :1]),
+        lambda: source.patches(jnp.zeros((len(x), 1), jnp.int32)),
     ):
-        source.pullback(x, x[..., :1])
+        with pytest.raises(
+            ValueError, match=r"groups=1 .*one feature per group.*groups=\.\.\."
+        ):
+            look()
 
 
-def test_an_unbatched_image_has_no_patches(key):
+def test_an_unbatched_image_has_patches_by_differentiation(key):
     layer = LAYERS["conv-strided"]
-    x, source = cbn.run_layer(
-        lambda p, z: layer.fn(p, z[None])[0], layer.params(key), layer.data(key)[0]
-    )
-    assert source.patches is None
+    params, z = layer.params(key), layer.data(key)[0]
+    x, source = cbn.run_layer(lambda p, z: layer.fn(p, z[None])[0], params, z)
+    index = jnp.array([[2], [0], [1]], jnp.int32)
+    there = product(source.patches(index), params)
+    np.testing.assert_allclose(there, x[jnp.arange(3), index[:, 0]], rtol=1e-5, atol=1e-5)
     spec = layer.layer._replace(apply=lambda p, z: layer.fn(p, z[None])[0])
-    x, source = cbn.run_layer(spec, layer.params(key), layer.data(key)[0])
+    x, source = cbn.run_layer(spec, params, z)
     with pytest.raises(ValueError, match=r"shape \(7, 7, 2\), .*inputs\[None\]"):
-        source.patches(jnp.zeros((len(x), 1), jnp.int32))
+        source.patches(index)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_plain_function_has_the_patches_of_its_layer(name, key):
+    """JAX differentiates where no formula is given."""
+    layer = LAYERS[name]
+    params, z = layer.params(key), layer.data(key)
+    plain = layer.layer._replace(patches=None)
+    x, source = cbn.run_layer(layer.layer, params, z)
+    index = jnp.asarray(
+        np.random.default_rng(0).integers(0, x[0, ..., 0].size, (len(x), 3))
+    )
+    _, same = cbn.run_layer(plain, params, z)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        jax.jit(same.patches)(index),
+        source.patches(index),
+    )
+
+
+def test_one_position_that_is_not_finite_stays_out_of_the_others(key):
+    layer = LAYERS["conv"]
+    params, z = layer.params(key), layer.data(key).at[0, 0, 0, 0].set(jnp.nan)
+    _, source = cbn.run_layer(layer.fn, params, z)
+    index = jnp.full((len(z), 1), 24, jnp.int32)  # far from it
+    patches = source.patches(index)
+    assert np.isfinite(patches["kernel"]).all()
 
 
 def test_a_draw_that_rounds_up_stays_inside(monkeypatch):

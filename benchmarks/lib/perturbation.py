@@ -37,13 +37,13 @@ class PerturbState(NamedTuple):
 
     Attributes:
       state: that of the estimator inside.
-      steps: scalar, the number of batches seen.
+      draws: scalar, the number of batches seen.
       mark: scalar, by which layers tell themselves apart: a sum over the statistics of the
         last batch.
     """
 
     state: State
-    steps: jax.Array
+    draws: jax.Array
     mark: jax.Array
 
 
@@ -130,7 +130,7 @@ def perturb(
         statistics, inside = estimator.train(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
-        key = _key(seed, state.steps, state.mark, axis_name)
+        key = _key(seed, state.draws, state.mark, axis_name)
         noise = mean + std * jax.random.normal(key, (len(x), num_groups))
         noise = jnp.repeat(noise, x.shape[-1] // num_groups, axis=-1)
         noise = jnp.expand_dims(noise, range(1, x.ndim - 1)).astype(statistics.mean.dtype)
@@ -143,7 +143,7 @@ def perturb(
         location = location - noise / jnp.where(inv_std > 0, inv_std, 1.0)
         return (
             Statistics(location, jnp.broadcast_to(inv_std, location.shape)),
-            PerturbState(inside, state.steps + 1.0, lax.stop_gradient(mark)),
+            PerturbState(inside, state.draws + 1.0, lax.stop_gradient(mark)),
         )
 
     def infer(state, x, *, mask=None):

@@ -23,6 +23,7 @@ import numpy as np
 
 import cbn_jax
 from benchmarks.lib.optional import needed_for
+from cbn_jax.core.named import find_running, put_running
 
 with needed_for("benchmarks"):
     import matplotlib.figure
@@ -204,12 +205,7 @@ class _Trained:
             "batch_stats"
         ]
         if inside is not None:
-            stats = jax.tree.map(
-                lambda new, old: new._replace(state=old),
-                stats,
-                inside,
-                is_leaf=lambda node: isinstance(node, cbn_jax.FittedState),
-            )
+            stats = put_running(stats, find_running(inside))
         for rows in self.rows(seed + 1000, 1):
             stats = look(variables["params"], stats, rows)
         return stats

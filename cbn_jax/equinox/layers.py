@@ -53,7 +53,7 @@ def as_layer(layer: eqx.nn.Linear | eqx.nn.Conv) -> tuple[Layer, dict[str, jax.A
 
 
 def _patches(layer: eqx.nn.Linear | eqx.nn.Conv) -> Patches | None:
-    """None where they are not known."""
+    """None where JAX is to differentiate."""
     if isinstance(layer, eqx.nn.Linear):
         return dense_patches
     if layer.padding_mode != "ZEROS":

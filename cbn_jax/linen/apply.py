@@ -198,7 +198,8 @@ def _read_state(
 
 _WRITE = (
     "write variables = cbn_jax.linen.from_batch_norm(variables, into=model.init(...)) for "
-    "a model with nn.BatchNorm; else use its method, or batch_stats of model.init(...)."
+    "a model with nn.BatchNorm; else use its method, or batch_stats of model.init(...) "
+    "with the arguments of training."
 )
 
 

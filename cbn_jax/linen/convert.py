@@ -108,8 +108,11 @@ def _put(trained: Any, fresh: Any, name: str) -> Any:
     if isinstance(trained, RunningMoments):
         return _around(trained, fresh, name)
     if isinstance(trained, Mapping) and isinstance(fresh, Mapping):
-        if set(trained) == set(fresh):
-            return {key: _put(trained[key], value, key) for key, value in fresh.items()}
+        if set(trained) <= set(fresh) <= {*trained, *_ADDED}:
+            return {
+                key: _put(trained[key], value, key) if key in trained else value
+                for key, value in fresh.items()
+            }
         came, expected = sorted(trained), sorted(fresh)
     else:
         came, expected = getattr(trained, "shape", None), getattr(fresh, "shape", None)
@@ -119,6 +122,9 @@ def _put(trained: Any, fresh: Any, name: str) -> Any:
         f"from_batch_norm got {came} in {name} of the trained model, expected {expected} "
         "as in the new one; give both models the same modules and names."
     )
+
+
+_ADDED = "backward", "mix"  # parameters that some methods have besides
 
 
 def _around(moments: RunningMoments, fresh: Any, name: str) -> Any:

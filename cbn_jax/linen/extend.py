@@ -12,13 +12,17 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from flax import linen as nn
+from flax.core import freeze
 
 
 class Plan(Hashable, Protocol):
     """What an extended model does, a value that pickles."""
 
     def interceptor(self) -> Callable[..., Any]:
-        """A new interceptor for one call of the model."""
+        """A new interceptor for one call of the model.
+
+        If it has a method ``check_init``, this gets the initialization that has run.
+        """
         ...
 
 
@@ -53,11 +57,26 @@ def _extended(cls: type, plan: Plan) -> type:
     def reduce(self):
         return _remake, (cls, plan, _fields(self), self.name)
 
+    def post_init(self):
+        cls.__post_init__(self)
+        if self.scope is not None:
+            _mark(self, id(plan))  # of a plan that lives as long as the class
+
     def body(namespace):
         namespace.update(methods, **entries, __reduce__=nn.nowrap(reduce))
+        namespace.update(__post_init__=post_init)
         namespace.update(_extended_from=cls, __module__=cls.__module__, __doc__=cls.__doc__)
 
     return types.new_class(cls.__name__, (cls,), {}, body)
+
+
+def _mark(module: nn.Module, plan: int) -> None:
+    """Marks all scopes, so that ``nn.jit`` does not reuse the traces of another model."""
+    assert module.scope is not None
+    module.scope.flags = freeze({**module.scope.flags, "plan": plan})
+    for child in module._state.children.values():
+        if isinstance(child, nn.Module):
+            _mark(child, plan)
 
 
 _ENTRIES = "apply", "init_with_output"
@@ -78,6 +97,7 @@ def _methods(cls: type) -> dict[str, Callable[..., Any]]:
 
 def _within(plan: Plan, method: Callable[..., Any]) -> Callable[..., Any]:
     """The method, with an interceptor around the outermost call."""
+    initializes = method.__name__ == "init_with_output"
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -85,12 +105,22 @@ def _within(plan: Plan, method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         token = _plan.set(plan)
         try:
-            with nn.intercept_methods(plan.interceptor()):
-                return method(self, *args, **kwargs)
+            interceptor = plan.interceptor()
+            with nn.intercept_methods(interceptor):
+                found = method(self, *args, **kwargs)
+            check: Any = getattr(interceptor, "check_init", None)
+            if initializes and check is not None:
+                check(lambda: method(self, *args, **kwargs))
+            return found
         finally:
             _plan.reset(token)
 
     return run
+
+
+def running() -> Plan | None:
+    """The plan of the innermost extended model that runs."""
+    return _plan.get()
 
 
 _plan: contextvars.ContextVar[Plan | None] = contextvars.ContextVar("plan", default=None)

@@ -18,7 +18,7 @@ from cbn_jax._adapters import (
 from cbn_jax.core.layers import Layer
 
 KNOWN = nn.Dense, nn.Conv, nn.ConvTranspose
-LINEAR = *KNOWN, nn.ConvLocal, nn.DenseGeneral, nn.Einsum
+LINEAR = *KNOWN, nn.ConvLocal, nn.DenseGeneral, nn.Einsum, nn.Embed
 
 
 def as_layer(
@@ -45,7 +45,7 @@ def as_layer(
             x: Any = plain.apply({"params": outputs_last(module, params)}, inputs)
             return x
 
-        return known_layer(layer, known, params, inputs), params
+        return known_layer(layer, known), params
 
     params = used_params(layer, params, kernel)
 

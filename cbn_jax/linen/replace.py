@@ -4,7 +4,7 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -26,7 +26,7 @@ from cbn_jax.core.report import Replaced, Report
 from cbn_jax.core.statistics import normalize
 
 from .apply import Made, Mode, made_by, normalize_in, place_of
-from .extend import extend, original
+from .extend import extend, original, running
 from .layers import LINEAR
 
 M = TypeVar("M", bound=nn.Module)
@@ -159,9 +159,13 @@ def recording() -> Iterator[Records]:
     records: Records = {}
     token = _records.set(records)
     try:
-        yield records
+        with _fresh(object()):
+            yield records
     finally:
         _records.reset(token)
+
+
+_fresh = jax.make_user_context()  # a new value keeps ``nn.jit`` from reusing traces
 
 
 class _Call(NamedTuple):
@@ -177,21 +181,37 @@ class _Interceptor:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.outputs = Outputs()
-        self.layers: dict[tuple[str, ...], str | None] = {}
+        self.layers: dict[str, str | None] = {}
+        self.met = False
+
+    def check_init(self, init: Callable[[], Any]) -> None:
+        """A model has batch norms; those that ``nn.jit`` took from its cache count, too."""
+        if self.met:
+            return
+        with recording() as records, nn.intercept_methods(self):
+            jax.eval_shape(lambda: (init(), None)[1])
+        if not records:
+            raise ValueError(
+                "replace_batch_norm got a model without nn.BatchNorm, expected at least "
+                "one; name classes of your own in also=(...)."
+            )
 
     def __call__(self, next_fun, args, kwargs, context):
         module = context.module
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        if original(type(module)) in self.plan.classes:
+        inner = running() != self.plan  # a part that has a method already
+        if original(type(module)) in self.plan.classes and not inner:
             return self._normalize(module, *args, **kwargs)
-        _check_class(module)
+        if not inner:
+            _check_class(module)
         y = next_fun(*args, **kwargs)
         if isinstance(module, LINEAR):
             self.outputs.note(y, _Call(module, (*args, *kwargs.values())))
         return y
 
     def _normalize(self, module, x, use_running_average=None, *, mask=None):
+        self.met = True
         _check_batch_norm(module, self.plan.estimator)
         running = nn.merge_param(
             "use_running_average", module.use_running_average, use_running_average

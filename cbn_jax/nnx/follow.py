@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layer a norm of an nnx model follows, from an abstract call of the model."""
 
-import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,15 +78,10 @@ def _noting(cls: type) -> type:
     """A subclass of a batch norm's class that notes which layer it follows."""
 
     def call(self, x, use_running_average=None, *, mask=None):
-        noted = _noted.get()
-        assert noted is not None
-        noted.note(self, x)
+        self.notes.note(self, x)
         return cls.__call__(self, x, True)  # no collectives
 
     return type(cls.__name__, (cls,), {"__call__": call})
-
-
-_noted: contextvars.ContextVar[Any] = contextvars.ContextVar("noted", default=None)
 
 
 def follow(
@@ -97,29 +91,29 @@ def follow(
     arguments: Any,
     kernel: Kernel | None,
     without_layer: tuple[str, ...],
+    one_layer: bool = True,
 ) -> dict[str, Seen]:
     """By path, what each batch norm sees in an abstract call of the model."""
-    probe = nnx.clone(model)
+    probe, notes = nnx.clone(model), _Notes(kernel, without_layer, one_layer)
     for path, node in nodes_of(probe).items():
         if type(node) in classes:
             become(node, _noting(type(node)), path)
+            node.notes = notes  # a new value, so that ``nnx.jit`` traces anew
         elif isinstance(node, LINEAR):
             become(node, recording(type(node)), path)
-    notes = _Notes(kernel, without_layer)
-    token = _noted.set(notes)
-    try:
-        _abstractly(probe, inputs, arguments)
-    finally:
-        _noted.reset(token)
+    _abstractly(probe, inputs, arguments)
     return notes.seen
 
 
 class _Notes:
     """What the batch norms of an abstract call see."""
 
-    def __init__(self, kernel: Kernel | None, without_layer: tuple[str, ...]):
+    def __init__(
+        self, kernel: Kernel | None, without_layer: tuple[str, ...], one_layer: bool
+    ):
         self.kernel = kernel
         self.without_layer = without_layer
+        self.one_layer = one_layer
         self.seen: dict[str, Seen] = {}
 
     def note(self, norm: Any, x: jax.Array) -> None:
@@ -128,7 +122,7 @@ class _Notes:
         reason = self._reason(norm, x, call)
         layer = None if reason else call.layer.module_path
         first = self.seen.setdefault(place, Seen(layer, reason, len(self.seen)))
-        if first.layer != layer:
+        if first.layer != layer and self.one_layer:
             raise ValueError(
                 f"replace_batch_norm got the batch norm {place}, which is called behind "
                 f"{first.layer or 'no layer'} and behind {layer or 'no layer'}, expected "
@@ -163,9 +157,17 @@ def _abstractly(model: Any, inputs: Any, arguments: Any) -> None:
 
 
 def exchange(nodes: dict[str, Any], new: dict[int, Any]) -> None:
-    """Puts new modules where the old ones were."""
-    for node in nodes.values():
-        if isinstance(node, nnx.Module):
-            for name, child in list(vars(node).items()):
-                if id(child) in new:
-                    setattr(node, name, new[id(child)])
+    """Puts new modules where the old ones were, also in lists, tuples and dicts."""
+
+    def is_module(value):
+        return isinstance(value, nnx.Module)
+
+    def changed(value):
+        return new.get(id(value), value)
+
+    for node in filter(is_module, nodes.values()):
+        for name, child in list(vars(node).items()):
+            held = jax.tree.leaves(child, is_leaf=is_module)
+            if any(id(value) in new for value in held):
+                child = jax.tree.map(changed, child, is_leaf=is_module)
+                setattr(node, name, nnx.data(child))

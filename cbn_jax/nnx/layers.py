@@ -19,7 +19,7 @@ from cbn_jax._adapters import (
 from cbn_jax.core.layers import Layer
 
 KNOWN = nnx.Linear, nnx.Conv, nnx.ConvTranspose
-LINEAR = *KNOWN, nnx.LinearGeneral, nnx.Einsum
+LINEAR = *KNOWN, nnx.LinearGeneral, nnx.Einsum, nnx.Embed
 
 
 def as_layer(
@@ -56,7 +56,7 @@ def as_layer(
     if inputs is None:
         return Layer(apply, groups=_groups(layer, params)), params
     if known:
-        return known_layer(layer, apply, params, inputs), params
+        return known_layer(layer, apply), params
     return unknown_layer(type(layer).__name__, apply, params, inputs), params
 
 

@@ -168,6 +168,12 @@ class Norm(nnx.Module):
     def state(self, state: Any) -> None:
         write(self, state)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "state":  # Flax 0.12.8 takes a property for an attribute
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def set_view(self, use_running_average: bool | None = None) -> None:
         """Switches the mode, for ``nnx.view(model, use_running_average=...)``."""
         if use_running_average is not None:

@@ -96,7 +96,7 @@ def replace_batch_norm(
     if fallback is None:
         fallback = default_fallback(estimator)
     plan = _Plan(estimator, fallback, kernel, (nnx.BatchNorm, *also), without_layer)
-    seen = follow(model, plan.classes, inputs, arguments, kernel, without_layer)
+    seen = follow(model, plan.classes, inputs, arguments, kernel, without_layer, plan.looks)
     copy = nnx.clone(model)
     nodes = nodes_of(copy)
     norms = {path: node for path, node in nodes.items() if type(node) in plan.classes}
@@ -106,7 +106,7 @@ def replace_batch_norm(
         found = _chosen(path, seen, plan)
         layer = None if found.layer is None else nodes[found.layer]
         new[id(norm)] = ReplacedBatchNorm(norm, found, layer, plan)
-        if layer is not None:
+        if found.layer is not None:
             become(layer, recording(type(layer)), found.layer)
     exchange(nodes, new)
     return new.get(id(copy), copy)
@@ -152,6 +152,11 @@ class _Plan(NamedTuple):
     kernel: Kernel | None
     classes: tuple[type, ...]
     without_layer: tuple[str, ...]
+
+    @property
+    def looks(self) -> bool:
+        """Whether something looks at the layer before a batch norm."""
+        return "layered" in self.estimator.traits or self.kernel is not None
 
 
 class ReplacedBatchNorm(Norm):
@@ -234,9 +239,7 @@ def _size(norm: ReplacedBatchNorm) -> int:
 def _chosen(path: str, seen: dict[str, Seen], plan: _Plan) -> Seen:
     """What is known about a batch norm; a method that needs no layer has no reason."""
     found = seen.get(path, Seen(None, "not called with these inputs", len(seen)))
-    if "layered" in plan.estimator.traits or plan.kernel is not None:
-        return found
-    return found._replace(reason="")
+    return found if plan.looks else found._replace(reason="")
 
 
 def _check_norms(

@@ -114,7 +114,7 @@ def _values(tree: Any) -> Any:
 def scale_and_shift(
     x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, dtype: Any = None
 ) -> jax.Array:
-    """What is left of a folded norm, ``x · scale + bias``, in the dtype of ``x`` if None."""
+    """What is left of a folded norm; None keeps the dtype of ``x``."""
     y = x.astype(wide(x.dtype))
     if scale is not None:
         y = y * align(scale, y).astype(y.dtype)
