@@ -59,7 +59,8 @@ def fold_norm(
 
     def one(stored, params, scale, bias):
         used = None if params is None else used_params(layer, params, kernel)
-        target = used if into_layer else {"kernel": jnp.ones((1, features), jnp.float32)}
+        ones = {"kernel": jnp.ones((1, features), jnp.float32)}
+        target: Any = used if into_layer else ones
         return fold(estimator, read(stored, used), dense, target, scale, bias)
 
     for _ in range(_stacked(stored)):

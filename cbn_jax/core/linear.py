@@ -67,7 +67,8 @@ def why_not_linear(apply: Callable[..., jax.Array], params: Any, inputs: Any) ->
         found = _follow(closed.jaxpr, [*axes, *rest])
     except _NotLinearError as reason:
         return str(reason)
-    if found == [_Axis(closed.out_avals[0].ndim - 1, 1)]:
+    out: Any = closed.out_avals[0]
+    if found == [_Axis(out.ndim - 1, 1)]:
         return None
     return "gives an output whose last axis is not that of its parameters' features"
 

@@ -88,7 +88,7 @@ def find_running(tree: Any) -> dict[Name, RunningMoments]:
 
 def put_running(tree: Any, moments: Mapping[Name, RunningMoments]) -> Any:
     """The tree with running moments exchanged."""
-    new = {
+    new: dict[Name, jax.Array] = {
         (*place, name): leaf
         for place, running in moments.items()
         for name, leaf in running._asdict().items()

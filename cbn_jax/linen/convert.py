@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax.core import unfreeze
@@ -203,7 +203,7 @@ def _found(variables: Mapping[str, Any], accept: Callable[[Any], bool]) -> set[P
 
 def _modules(variables: Mapping[str, Any]) -> set[Path]:
     """The paths of all modules with variables."""
-    leaves = flatten_dict(unfreeze(variables), keep_empty_nodes=True)
+    leaves = flatten_dict(unfreeze(cast(Any, variables)), keep_empty_nodes=True)
     return {path[1:end] for path in leaves for end in range(2, len(path) + 1)}
 
 

@@ -4,7 +4,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from flax import linen as nn
@@ -85,7 +85,7 @@ def fold(
       >>> list(variables), folded.apply(variables, jnp.ones((5, 3))).shape
       (['params'], (5, 4))
     """
-    variables = meta.unbox(unfreeze(variables))
+    variables = meta.unbox(unfreeze(cast(Any, variables)))
     found = _search(model, variables, args, kwargs, without_layer)
     if not found:
         raise ValueError(

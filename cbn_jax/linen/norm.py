@@ -133,8 +133,8 @@ class Norm(nn.Module):
                     "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
                 )
             return inputs
-        if self.kernel is None or self.is_initializing():
-            x = self.layer(inputs)
-        if self.kernel is not None:
-            x = run_changed(self.layer, self.kernel, inputs)
-        return x
+        if self.kernel is None:
+            return self.layer(inputs)
+        if self.is_initializing():  # makes the parameters that are changed
+            self.layer(inputs)
+        return run_changed(self.layer, self.kernel, inputs)

@@ -113,11 +113,13 @@ def to_batch_norm(module: Norm, *, momentum: float = 0.99) -> nnx.BatchNorm:
       (2, 4)
     """
     moments = running_in(module.state)
-    axis_name: Any = module.axis_name  # Flax hands on several names too
+    # Flax hands on several names and axes too.
+    axis_name: Any = module.axis_name
+    axis: Any = module.axis
     batch_norm = nnx.BatchNorm(
         moments.mean.shape[-1],
         use_running_average=bool(module.use_running_average),
-        axis=module.axis,
+        axis=axis,
         momentum=momentum,
         epsilon=module.estimator.epsilon,
         dtype=module.dtype,

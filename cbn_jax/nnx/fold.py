@@ -33,8 +33,8 @@ class FoldedNorm(nnx.Module):
         self.dtype = norm.dtype
         # As in Flax, half precision becomes float32 unless the module has a dtype.
         self.widens = not isinstance(norm, Norm) or isinstance(norm, ReplacedBatchNorm)
-        for name in ("scale", "bias"):
-            setattr(self, name, nnx.data(nnx.Param(left[name]) if name in left else None))
+        self.scale = nnx.data(_param(left.get("scale")))
+        self.bias = nnx.data(_param(left.get("bias")))
 
     def __call__(
         self,
@@ -54,6 +54,10 @@ class FoldedNorm(nnx.Module):
             None if each is None else each.get_value() for each in (self.scale, self.bias)
         )
         return back(scale_and_shift(x, scale, bias, dtype))
+
+
+def _param(value: jax.Array | None) -> nnx.Param | None:
+    return None if value is None else nnx.Param(value)
 
 
 def fold(
@@ -103,7 +107,7 @@ def fold(
     new = {}
     for path, norm in norms.items():
         found = seen.get(path, Seen(None, "", 0))
-        layer = nodes.get(found.layer)
+        layer = None if found.layer is None else nodes[found.layer]
         new[id(norm)] = _fold_one(norm, layer, alone=uses[found.layer] == 1)
     exchange(nodes, new)
     for node in nodes.values():

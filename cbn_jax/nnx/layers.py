@@ -46,7 +46,7 @@ def as_layer(
     def apply(params, inputs):
         params = jax.tree.leaves(outputs_last(layer, params))
         given = jax.tree.unflatten(structure, params)
-        module = nnx.merge(graph, given, others, copy=True)
+        module: Any = nnx.merge(graph, given, others, copy=True)
         if known and mask is not None:
             module.mask = None  # the kernel is masked already
         x = module(inputs)

@@ -85,7 +85,8 @@ def recompute(
         total = _added(total, find_running(states), jnp.float32(weight))
     if batch is None:
         raise ValueError("recompute got no batches, expected at least one.")
-    return put_running(states, {place: _running(*seen) for place, seen in total.items()})
+    pooled = {place: _running(seen.moments, seen.steps) for place, seen in total.items()}
+    return put_running(states, pooled)
 
 
 def pool_replicas(states: States) -> States:
