@@ -4,7 +4,7 @@
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -293,8 +293,19 @@ class Outputs:
         return call if x is not None and reference() is x else None
 
 
-def check_replacement(model: Any, kind: type, estimator: Any, fallback: Any) -> None:
-    """A module, an estimator, and a fallback that needs no layer."""
+def check_replacement(
+    model: Any, kind: type, estimator: Any, fallback: Any, also: Any, without_layer: Any
+) -> None:
+    """A module, an estimator, a fallback that needs no layer, and two tuples."""
+    for name, value, each in (
+        ("also", also, type),
+        ("without_layer", without_layer, str),
+    ):
+        if not isinstance(value, tuple) or not all(isinstance(v, each) for v in value):
+            raise TypeError(
+                f"replace_batch_norm got {name}={_short(value)}, expected a tuple; write "
+                f"{name}=({_short(value)},)."
+            )
     if not isinstance(model, kind):
         raise TypeError(
             f"replace_batch_norm got model={_short(model)}, expected a Flax module; write "
@@ -343,3 +354,13 @@ def abstractly(call: Callable[..., Any], args: Any, kwargs: Any) -> None:
         return call(*args, **kwargs)
 
     jax.eval_shape(run, arrays)
+
+
+def check_places(without_layer: tuple[str, ...], places: Iterable[str]) -> None:
+    """Every path that was named is that of a batch norm."""
+    unknown = sorted(set(without_layer).difference(places))
+    if unknown:
+        raise ValueError(
+            f"replace_batch_norm got {unknown[0]!r} in without_layer, expected paths of "
+            f"batch norms: {', '.join(sorted(places))}."
+        )

@@ -247,6 +247,14 @@ def test_draw(tmp_path):
         draw_errors([])
 
 
+@pytest.mark.parametrize("use", ["batch", "naive"])
+def test_modules_show_the_layer_to_the_methods_that_look_at_it(use):
+    """To both twins, whichever method normalizes."""
+    assert "layered" in watch(METHODS, use=use).traits & reference(METHODS, use=use).traits
+    alone = {"batch": cbn.batch_norm(), "group": cbn.ghost_batch_norm(2)}
+    assert not watch(alone, use="batch").traits
+
+
 def test_wrong_use():
     for make in (watch, reference):
         with pytest.raises(ValueError, match="use is 'group', expected 'batch' or 'naive'"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import cbn_jax as cbn
+from cbn_jax.linen import Norm
 
 C = 3
 
@@ -48,6 +49,17 @@ def test_one_value_is_enough_for_inference():
     estimator = cbn.frozen(cbn.batch_norm(), after=0)
     statistics, _ = estimator.train(estimator.init(C), jnp.ones((1, C)))
     np.testing.assert_array_equal(statistics.mean, 0.0)
+
+
+def test_two_fields_of_one_name_are_refused():
+    """Where a module stores them; as functions they are two counts."""
+    inside = cbn.frozen(cbn.batch_norm(), after=1)
+    twice = cbn.frozen(inside, after=2)
+    (x,) = batches(1)
+    _, state = twice.train(twice.init(C), x)
+    np.testing.assert_array_equal(state.state.trained, 1.0)
+    with pytest.raises(ValueError, match="FrozenState got two fields trained, one in the"):
+        Norm(twice, use_running_average=False).init(jax.random.key(0), x)
 
 
 def test_arguments():

@@ -330,6 +330,17 @@ class Scaled(nnx.Module):
         return self.scale.get_value() * (self.parts[0](z) + self.parts[1](z))
 
 
+class Valued(nnx.Module):
+    """Its parameter is called as what a variable holds."""
+
+    def __init__(self, features, outputs, *, rngs):
+        init = nnx.initializers.lecun_normal()
+        self.value = nnx.Param(init(rngs.params(), (features, outputs)))
+
+    def __call__(self, z):
+        return z @ self.value.get_value()
+
+
 #: Layers whose patches a formula gives, or differentiation.
 LAYERS = {
     "circular": functools.partial(nnx.Conv, kernel_size=(3, 3), padding="CIRCULAR"),
@@ -342,6 +353,7 @@ LAYERS = {
         nnx.ConvTranspose, kernel_size=(3, 3), mask=mask_of(3, 3, 2, 4)
     ),
     "own": Scaled,
+    "value": Valued,
 }
 
 

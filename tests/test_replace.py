@@ -989,3 +989,43 @@ def test_a_state_of_another_method_is_refused():
     variables = begin(replace_batch_norm(net(), cbn.group_norm(2)), rows())
     with refused("got the state of another method or layer at norm"):
         run(replace_batch_norm(net(), SMALL), variables, rows())
+
+
+def test_paths_and_classes_come_in_tuples_and_are_met(key):
+    with pytest.raises(
+        TypeError, match=r"got also=<class .*expected a tuple; write also=\("
+    ):
+        replace_batch_norm(Dimensions(), SMALL, also=nn.BatchNorm)
+    with pytest.raises(TypeError, match=r"write without_layer=\('norm',\)"):
+        replace_batch_norm(Dimensions(), SMALL, without_layer="norm")
+    net = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+    model = replace_batch_norm(net, SMALL, without_layer=("layer_1",))
+    with pytest.raises(ValueError, match=r"got 'layer_1' in without_layer.*: layers_1\."):
+        model.init(key, jnp.ones((2, 3)))
+
+
+def test_a_trained_model_goes_on_with_a_method_that_adds_parameters(key):
+    net = nn.Sequential([nn.Dense(4), nn.relu, nn.BatchNorm(use_running_average=True)])
+    model = replace_batch_norm(net, SMALL, fallback=cbn.bidirectional_batch_norm())
+    x = jax.random.normal(key, (2, 3))
+    trained, fresh = net.init(key, x), model.init(jax.random.key(1), x)
+    variables = from_batch_norm(trained, into=fresh)
+    assert set(variables["params"]["layers_2"]) == {"backward", "bias", "scale"}
+    assert_close(model.apply(variables, x), net.apply(trained, x))
+
+
+class Holds(nn.Module):
+    """A module with an estimator as a field."""
+
+    estimator: cbn.Estimator
+
+    @nn.compact
+    def __call__(self, x):
+        return Norm(self.estimator, nn.Dense(3), use_running_average=False)(x)
+
+
+def test_an_estimator_may_be_a_field_of_a_jitted_module(key):
+    model = nn.jit(Holds)(SMALL)
+    variables = model.init(key, jnp.ones((2, 3)))
+    y, _ = model.apply(variables, jnp.ones((2, 3)), mutable=["batch_stats"])
+    assert y.shape == (2, 3)

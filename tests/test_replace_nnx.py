@@ -733,3 +733,10 @@ def test_a_fallback_of_ones_own():
     fallback, model = cbn.group_norm(2), Net(layer=nnx.Dropout(0.0))
     new = replace_batch_norm(model, SMALL, rows()[:, :4], fallback=fallback)
     assert [row.estimator for row in report(new).rows] == [fallback]
+
+
+def test_paths_that_are_none():
+    rngs = nnx.Rngs(0)
+    net = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+    with pytest.raises(ValueError, match=r"got 'bn' in without_layer.*: layers/1\."):
+        replace_batch_norm(net, cbn.batch_norm(), jnp.ones((2, 3)), without_layer=("bn",))

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -33,7 +33,8 @@ class Value:
       call: the call of a factory that made it; ``factory`` writes it.
     """
 
-    call: Call | None = dataclasses.field(default=None, init=False, kw_only=True)
+    # No field of the dataclass: Flax looks into those for something to hash.
+    call: ClassVar[Call | None] = None
 
     @functools.cached_property
     def _key(self) -> Any:

@@ -16,6 +16,7 @@ from cbn_jax._adapters import (
     LayerError,
     Outputs,
     check_epsilons,
+    check_places,
     check_replacement,
     default_fallback,
     feature_shape,
@@ -104,7 +105,7 @@ def replace_batch_norm(
       >>> sorted(variables["params"]["layers_1"])
       ['bias', 'scale']
     """
-    check_replacement(model, nn.Module, estimator, fallback)
+    check_replacement(model, nn.Module, estimator, fallback, also, without_layer)
     if model.scope is not None:
         raise ValueError(
             f"replace_batch_norm got a bound {type(model).__name__}, expected one without "
@@ -113,7 +114,7 @@ def replace_batch_norm(
     if fallback is None:
         fallback = default_fallback(estimator)
     classes = (nn.BatchNorm, *also)
-    plan = Plan(estimator, fallback, kernel, classes, tuple(without_layer))
+    plan = Plan(estimator, fallback, kernel, classes, without_layer)
     return extend(model, plan)
 
 
@@ -182,11 +183,12 @@ class _Interceptor:
         self.plan = plan
         self.outputs = Outputs()
         self.layers: dict[str, str | None] = {}
-        self.met = False
+        self.places: set[str] = set()
 
     def check_init(self, init: Callable[[], Any]) -> None:
         """A model has batch norms; those that ``nn.jit`` took from its cache count, too."""
-        if self.met:
+        if self.places:
+            check_places(self.plan.without_layer, self.places)
             return
         with recording() as records, nn.intercept_methods(self):
             jax.eval_shape(lambda: (init(), None)[1])
@@ -211,7 +213,7 @@ class _Interceptor:
         return y
 
     def _normalize(self, module, x, use_running_average=None, *, mask=None):
-        self.met = True
+        self.places.add(place_of(module))
         _check_batch_norm(module, self.plan.estimator)
         running = nn.merge_param(
             "use_running_average", module.use_running_average, use_running_average

@@ -10,6 +10,7 @@ from flax import nnx
 from cbn_jax._adapters import (
     Kernel,
     check_epsilons,
+    check_places,
     check_replacement,
     default_fallback,
 )
@@ -92,7 +93,7 @@ def replace_batch_norm(
       >>> [(row.path, row.layer) for row in report(model).rows]
       [('layers/1', 'layers/0')]
     """
-    check_replacement(model, nnx.Module, estimator, fallback)
+    check_replacement(model, nnx.Module, estimator, fallback, also, without_layer)
     if fallback is None:
         fallback = default_fallback(estimator)
     plan = _Plan(estimator, fallback, kernel, (nnx.BatchNorm, *also), without_layer)
@@ -101,6 +102,7 @@ def replace_batch_norm(
     nodes = nodes_of(copy)
     norms = {path: node for path, node in nodes.items() if type(node) in plan.classes}
     _check_norms(nodes, norms, estimator)
+    check_places(without_layer, norms)
     new = {}
     for path, norm in norms.items():
         found = _chosen(path, seen, plan)
