@@ -111,7 +111,7 @@ class Averages:
     """The averages for inference of a method with a window: exponential, debiased.
 
     They move with the window, and they become the window's moments where these contradict
-    them by more than two standard errors of the mean or of the variance's logarithm.
+    them by more than three standard errors of the mean or of the variance's logarithm.
     """
 
     def __init__(self, momentum):
@@ -123,7 +123,7 @@ class Averages:
         if self.steps > 1:
             self.mean, self.var = self.mean + shift, self.var * ratio
             errors = (mean - self.mean) ** 2 / var, np.log(self.var / var) ** 2 / 2
-            far = (values >= 8) & (np.maximum(*errors) * values > 4)
+            far = (values >= 8) & (np.maximum(*errors) * values > 9)
             self.mean = np.where(far, mean, self.mean)
             self.var = np.where(far, var, self.var)
         alpha = (1 - self.momentum) / (1 - self.momentum**self.steps)

@@ -60,6 +60,16 @@ class Running:
         self.mean = self.mean + np.where(taken, alpha * (seen.mean - self.mean), 0.0)
         self.var = self.var + np.where(taken, alpha * (seen.var - self.var), 0.0)
 
+    def restart(self, window, positions):
+        """Where the window contradicts the averages, they become its moments."""
+        values, known = window.size / positions**0.5, (window.var > 0) & (self.var > 0)
+        spread = np.where(window.var > 0, window.var, 1.0)
+        growth = np.where(known, self.var / spread, 1.0)
+        off = np.maximum((window.mean - self.mean) ** 2 / spread, np.log(growth) ** 2 / 2)
+        far = (values >= 8) & (off * values > 9)
+        self.mean = np.where(far, window.mean, self.mean)
+        self.var = np.where(far, window.var, self.var)
+
 
 class Batch:
     """``batch_norm``, and with a ``window`` its relatives: the weights of past batches."""
@@ -74,6 +84,8 @@ class Batch:
         self.seen.append(batch)
         pooled = union(self.seen, self.window(np.arange(len(self.seen))[::-1]))
         seen = batch if self.of == "batch" else pooled
+        if self.of == "window":
+            self.running.restart(pooled, x.shape[1])
         self.running.add(seen, (seen.size > 1) & (batch.size > 0))
         return pooled
 
@@ -107,6 +119,7 @@ class Streaming(Batch):
         if batch.size.any():
             self.state = pooled
         taken = (pooled.size > 1) & (batch.size > 0)
+        self.running.restart(pooled, x.shape[1])
         self.running.add(pooled, taken)
         return pooled
 

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KINDS, LAYERS, eager_train, init, make
+from flax import linen as nn
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import cbn_jax as cbn
+import cbn_jax.linen
+import cbn_jax.nnx
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 DEVICES = 8
@@ -267,3 +271,69 @@ def test_every_device_remembers_all(way, key):
         for leaf in jax.tree.leaves((state.patches, state.size))
     )
     assert held == 4 * rows * (kernel + bias + 1)
+
+
+# Parameters that are spread over devices.
+
+
+METHODS = {
+    "streaming": (cbn.streaming_batch_norm(3), P(None, "model"), P("model")),
+    "cross_iteration": (
+        cbn.cross_iteration_batch_norm(3),
+        P(None, None, "model"),
+        P(None, "model"),
+    ),
+}
+
+
+def expected_specs(specs, kernel, bias):
+    """The arrays like a parameter, with slots or without, are spread like it."""
+
+    def check(path, spec):
+        names = [key.key for key in path]
+        if names[-2:-1] in (["d_var"], ["params"]):
+            assert spec == (kernel if names[-1] == "kernel" else bias), names
+        else:
+            assert spec == P(), names
+
+    jax.tree.map_with_path(check, specs, is_leaf=lambda node: isinstance(node, P))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_linen_state_is_sharded_like_the_parameters(name, key):
+    estimator, kernel, bias = METHODS[name]
+    dense = nn.Dense(
+        4,
+        kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model")),
+        bias_init=nn.with_partitioning(nn.initializers.zeros, ("model",)),
+    )
+    norm = cbn_jax.linen.Norm(estimator, dense, use_running_average=False)
+    plain = cbn_jax.linen.Norm(estimator, nn.Dense(4), use_running_average=False)
+    z = jax.random.normal(key, (8, 3))
+    variables = norm.init(key, z)
+    expected_specs(nn.get_partition_spec(variables)["batch_stats"], kernel, bias)
+    y, updates = norm.apply(variables, z, mutable=["batch_stats"])
+    expected_specs(nn.get_partition_spec(updates)["batch_stats"], kernel, bias)
+    same = plain.apply(nn.meta.unbox(variables), z, mutable=["batch_stats"])
+    chex.assert_trees_all_close((y, nn.meta.unbox(updates)), same, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_nnx_state_is_sharded_like_the_parameters(name, key):
+    estimator, kernel, bias = METHODS[name]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+    bias_init = nnx.with_partitioning(nnx.initializers.zeros, ("model",))
+    options = {"kernel_init": kernel_init, "bias_init": bias_init}
+    z = jax.random.normal(key, (8, 3))
+    with jax.set_mesh(mesh):
+        rngs = nnx.Rngs(0)
+        dense = nnx.Linear(3, 4, rngs=rngs, **options)
+        norm = cbn_jax.nnx.Norm(estimator, dense, rngs=rngs)
+        y = norm(z)
+        stats = nnx.state(norm, nnx.BatchStat)
+        expected_specs(nnx.to_pure_dict(nnx.get_partition_spec(stats)), kernel, bias)
+    plain = cbn_jax.nnx.Norm(
+        estimator, nnx.Linear(3, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_allclose(y, plain(z), rtol=1e-5, atol=1e-6)

@@ -170,14 +170,14 @@ def test_a_number_is_a_plain_number():
 def test_an_average_that_the_window_contradicts_restarts_with_it():
     window = Moments(*np.float32([[0.0, 0.0, 0.0, 0.0], [1.0] * 4, [32.0] * 4]))
     running = cbn.RunningMoments(
-        mean=jnp.float32([0.3, 0.4, 0.0, 0.0]),
-        var=jnp.float32([1.0, 1.0, 1.5, 3.0]),
+        mean=jnp.float32([0.5, 0.6, 0.0, 0.0]),
+        var=jnp.float32([1.0, 1.0, 2.0, 3.0]),
         steps=jnp.full(4, 50.0, jnp.float32),
     )
     new = restarted(running, window, jnp.full(4, 32.0, jnp.float32))
-    # Two standard errors of 32 examples: 0.35 for the mean, a factor of 1.65 in variance.
-    np.testing.assert_allclose(new.mean, [0.3, 0.0, 0.0, 0.0])
-    np.testing.assert_allclose(new.var, [1.0, 1.0, 1.5, 1.0])
+    # Three standard errors of 32 values: 0.53 for the mean, a factor of 2.1 in variance.
+    np.testing.assert_allclose(new.mean, [0.5, 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(new.var, [1.0, 1.0, 2.0, 1.0])
     np.testing.assert_array_equal(new.steps, running.steps)
     few = restarted(running, window, jnp.full(4, 7.0, jnp.float32))
     jax.tree.map(np.testing.assert_array_equal, few, running)

@@ -114,7 +114,7 @@ def restarted(
     """Running moments that begin anew for features that the window no longer confirms.
 
     After a conversion, a large step or a change of the data an average of many windows
-    belongs to the past. Where mean or variance lies more than two standard errors from
+    belongs to the past. Where mean or variance lies more than three standard errors from
     those of the window, the average restarts with the window.
 
     Args:
@@ -129,7 +129,7 @@ def restarted(
     off = jnp.square(window.mean - old.mean) / var * values
     ratio = jnp.where((window.var > 0) & (old.var > 0), old.var / var, 1.0)
     off = jnp.maximum(off, jnp.square(jnp.log(ratio)) * values / 2)
-    past = finite_moments(window) & (values >= 8) & (off > 4)
+    past = finite_moments(window) & (values >= 8) & (off > 9)
     mean, var = in_dtype((window.mean, window.var), jnp.float32)
     return running._replace(
         mean=jnp.where(past, mean, running.mean), var=jnp.where(past, var, running.var)

@@ -83,7 +83,6 @@ def run_layer(
 def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source:
     """The source of activations that a layer has already computed."""
     fixed, inputs = lax.stop_gradient((params, inputs))
-    cut = layer.patches or patches_by_position(layer.apply, layer.groups)
 
     def pullback(
         each: jax.Array, shared: jax.Array, *, masked: bool = False
@@ -92,10 +91,12 @@ def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source
         return _pull_both(layer, _varying(fixed, each), seen, each, shared)
 
     def patches(index: jax.Array) -> Params:
-        if layer.patches is None:
-            narrow = one_per_group(fixed, layer.groups)
-            _check_narrow(layer, narrow, inputs, (*x.shape[:-1], layer.groups))
-        return cut(_varying(fixed, x), inputs, index, x.shape[1:-1])
+        if layer.patches is not None:
+            return layer.patches(fixed, inputs, index, x.shape[1:-1])
+        narrow = one_per_group(fixed, layer.groups)
+        _check_narrow(layer, narrow, inputs, (*x.shape[:-1], layer.groups))
+        differentiate = patches_by_position(layer.apply, layer.groups)
+        return differentiate(_varying(fixed, x), inputs, index, x.shape[1:-1])
 
     return Source(params, pullback, patches, layer.groups)
 

@@ -23,7 +23,7 @@ from .running import (
     restarted,
     update_running,
 )
-from .schedules import ScheduleFn
+from .schedules import ScheduleFn, averaging
 from .source import Source
 from .statistics import statistics_of
 
@@ -42,7 +42,7 @@ def windowed(
     init_state: InitState,
     step: Step,
     *,
-    average: ScheduleFn,
+    momentum: float | ScheduleFn,
     epsilon: float,
     running: str = "window",
     alone: bool = False,
@@ -54,12 +54,14 @@ def windowed(
       state_type: its first field is ``running``, a ``RunningMoments``.
       init_state: makes the state.
       step: one step of the window.
-      average: schedule of the running average.
+      momentum: decay of the running average, which then restarts where the window
+        contradicts it; or a schedule, which is followed to the letter.
       epsilon: ε.
       running: which moments are averaged for inference, "batch" or "window".
       alone: whether a batch may have to supply statistics without the window, and so must
         hold two values per feature.
     """
+    average = averaging(momentum)
 
     def accept(state, x, mask):
         return accepted(name, state, state_type, lambda s: s.running.mean, x, mask)
@@ -79,8 +81,9 @@ def windowed(
         pooled = known_moments(pooled, state.running)
         averages, seen = new.running, batch
         if running == "window":
-            averages = restarted(averages, pooled, independent(x, pooled))
             seen = _if_any(batch, pooled)
+            if not callable(momentum):
+                averages = restarted(averages, pooled, independent(x, pooled))
         new = new._replace(running=update_running(averages, seen, average))
         return statistics_of(pooled, epsilon), lax.stop_gradient(new)
 

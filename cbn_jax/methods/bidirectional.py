@@ -132,8 +132,9 @@ def bidirectional_batch_norm(
 
         size = count_values(x, mask)
         statistics = attach(rule, x, mask, statistics_of(used, epsilon), size, backward)
-        running = restarted(state.running, pooled, independent(x, pooled))
-        state = state._replace(running=running)
+        if not callable(momentum):  # a schedule is followed to the letter
+            running = restarted(state.running, pooled, independent(x, pooled))
+            state = state._replace(running=running)
         return statistics, _remembered(state, batch, pooled, average)
 
     def infer(state, x, *, mask=None):

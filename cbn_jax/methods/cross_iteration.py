@@ -19,7 +19,7 @@ from cbn_jax.core.history import (
 )
 from cbn_jax.core.moments import Moments, pool_moments
 from cbn_jax.core.running import RunningMoments, init_running
-from cbn_jax.core.schedules import ScheduleFn, averaging, check_schedule
+from cbn_jax.core.schedules import ScheduleFn, check_schedule
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
 
@@ -163,7 +163,7 @@ def cross_iteration_batch_norm(
         CrossIterationState,
         init_state,
         step,
-        average=averaging(momentum),
+        momentum=momentum,
         epsilon=epsilon,
         running=running,
         alone=window == 1 or burn_in != 0 or running == "batch",

@@ -15,7 +15,7 @@ from cbn_jax.core.layers import Params
 from cbn_jax.core.moments import AxisName, Moments, device_count, pool_two
 from cbn_jax.core.patches import Sample, moments_and_sample, per_row, product
 from cbn_jax.core.running import RunningMoments, finite_moments, init_running
-from cbn_jax.core.schedules import ScheduleFn, averaging
+from cbn_jax.core.schedules import ScheduleFn
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
 
@@ -138,7 +138,7 @@ def replay_batch_norm(
         ReplayState,
         init_state,
         step,
-        average=averaging(momentum),
+        momentum=momentum,
         epsilon=epsilon,
         running="batch" if window == 1 else "window",
         alone=window == 1,

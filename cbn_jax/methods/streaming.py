@@ -20,7 +20,7 @@ from cbn_jax.core.patches import (
     pull,
 )
 from cbn_jax.core.running import RunningMoments, finite_moments, init_running
-from cbn_jax.core.schedules import ScheduleFn, averaging
+from cbn_jax.core.schedules import ScheduleFn
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
 
@@ -184,7 +184,7 @@ def named_streaming(
         StreamingState,
         _init_state,
         step,
-        average=averaging(momentum),
+        momentum=momentum,
         epsilon=epsilon,
         running="batch" if alone else "window",
         alone=alone,
