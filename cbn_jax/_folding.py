@@ -53,7 +53,10 @@ def fold_norm(
     """
     estimator, features, read, layer, kernel = norm
     if isinstance(estimator, Learned):
-        estimator = estimator.at(jnp.float32(0.5))  # whose inference looks at the example
+        raise ValueError(
+            f"fold got a method whose inference looks at the example, {estimator!r}, "
+            "expected one mean and one scale per feature."
+        )
     into_layer = params is not None and alone and {"kernel"} <= set(params)
     into_layer = into_layer and set(params or {}) <= {"kernel", "bias"}
 

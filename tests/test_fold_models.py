@@ -161,6 +161,24 @@ def test_what_cannot_be_folded():
         cbn_jax.nnx.fold(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), IMAGES)
 
 
+def test_a_learned_method_cannot_be_folded():
+    learned = cbn.learned(cbn.group_batch_norm, num_groups=2)
+    model = nn.Sequential([nn.Dense(4), Norm(learned, use_running_average=True)])
+    variables = model.init(jax.random.key(0), IMAGES)
+    with pytest.raises(ValueError, match=r"fold got a method whose inference looks"):
+        fold(model, variables, IMAGES)
+
+
+def test_tokens_may_be_abstract():
+    norm = nn.BatchNorm(use_running_average=True)
+    model = nn.Sequential([nn.Embed(9, 4), nn.Dense(4), norm])
+    tokens = jnp.arange(6).reshape(2, 3)
+    variables = model.init(jax.random.key(0), tokens)
+    folded, small = fold(model, variables, jax.ShapeDtypeStruct((2, 3), jnp.int32))
+    expected = model.apply(variables, tokens)
+    np.testing.assert_allclose(folded.apply(small, tokens), expected, atol=1e-5)
+
+
 def test_a_folded_model_is_exported_for_any_batch():
     variables = trained(Net(), True)
     folded, small = fold(Net(), variables, IMAGES, False)

@@ -65,3 +65,14 @@ def test_two_fields_of_one_name_are_refused():
 def test_arguments():
     with pytest.raises(ValueError, match="after is -1, expected a whole number from 0"):
         cbn.frozen(cbn.batch_norm(), after=-1)
+
+
+def test_a_fit_around_it_stops_with_it(key):
+    """What the wrapper counts tells whether the averages took a batch in."""
+    estimator = cbn.fitted_inference(cbn.frozen(cbn.batch_norm(), after=2))
+    state = estimator.init(4)
+    step = jax.jit(lambda state, x: estimator.train(state, x)[1])
+    for i in range(4):
+        x = jax.random.normal(jax.random.fold_in(key, i), (6, 3, 4))
+        state = step(state, x)
+    np.testing.assert_array_equal(state.batches, 2.0)

@@ -130,6 +130,14 @@ def with_a_row_of_ones(params):
     return jnp.pad(params, ((0, 1), (0, 0)), constant_values=1.0)
 
 
+def swapped(params, inputs):
+    numbers = ("NWC", "WOI", "NWC")
+    inputs = inputs[:, None, :4]
+    return lax.conv_general_dilated(
+        inputs, params[None], (1,), "VALID", dimension_numbers=numbers
+    )
+
+
 def same(i, x):
     del i
     return x
@@ -151,6 +159,7 @@ OTHERS = {
     "joined": ("applies concatenate", lambda p, z: jnp.concatenate([z @ p, z @ p], -1)),
     "chosen": ("applies gt", lambda p, z: jnp.where(p > 0, p, 0.0)),
     "looped": ("applies while|applies scan", lambda p, z: lax.fori_loop(0, 2, same, z @ p)),
+    "inputs as features": ("applies conv_general_dilated", lambda p, z: swapped(p, z)),
     "shuffled": ("applies gather", lambda p, z: z @ p[:, jnp.array([1, 0, 3, 2])]),
 }  # fmt: skip
 

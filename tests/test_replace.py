@@ -1029,3 +1029,28 @@ def test_an_estimator_may_be_a_field_of_a_jitted_module(key):
     variables = model.init(key, jnp.ones((2, 3)))
     y, _ = model.apply(variables, jnp.ones((2, 3)), mutable=["batch_stats"])
     assert y.shape == (2, 3)
+
+
+class Pair(nn.Dense):
+    """A layer that gives more than its output."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        y = super().__call__(inputs)
+        return y, y.mean()
+
+
+class OfAPair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y, _ = Pair(4)(x)
+        return nn.BatchNorm(use_running_average=False)(y)
+
+
+def test_a_layer_that_gives_a_pair(key):
+    model = replace_batch_norm(OfAPair(), SMALL)
+    (row,) = report(model, jnp.ones((2, 3))).rows
+    assert row.reason.startswith("Pair_0 ")
+    variables = model.init(key, jnp.ones((2, 3)))
+    y, _ = model.apply(variables, jnp.ones((2, 3)), mutable=["batch_stats"])
+    assert np.isfinite(y).all()

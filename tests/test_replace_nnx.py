@@ -740,3 +740,23 @@ def test_paths_that_are_none():
     net = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
     with pytest.raises(ValueError, match=r"got 'bn' in without_layer.*: layers/1\."):
         replace_batch_norm(net, cbn.batch_norm(), jnp.ones((2, 3)), without_layer=("bn",))
+
+
+class Scaled(nnx.Linear):
+    def __call__(self, inputs, gain):
+        return super().__call__(inputs) * gain
+
+
+class CallsWithMore(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = Scaled(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.layer(x, 2.0))
+
+
+def test_a_layer_that_is_called_with_more():
+    net = CallsWithMore(nnx.Rngs(0))
+    model = replace_batch_norm(net, cbn.small_batch_norm(2), jnp.ones((2, 3)))
+    assert report(model).rows[0].reason == "layer has several arguments"

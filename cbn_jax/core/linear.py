@@ -198,9 +198,7 @@ def _squeeze(equation, values):
 
 def _whole(equation, values):
     """Slices of other axes."""
-    axis, *others = values
-    if not isinstance(axis, _Axis) or any(isinstance(v, _Axis) for v in others):
-        return None
+    axis = values[0]
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     return axis if before[axis.place] == after[axis.place] else None
 

@@ -74,9 +74,9 @@ def _mark(module: nn.Module, plan: int) -> None:
     """Marks all scopes, so that ``nn.jit`` does not reuse the traces of another model."""
     assert module.scope is not None
     module.scope.flags = freeze({**module.scope.flags, "plan": plan})
-    for child in module._state.children.values():
-        if isinstance(child, nn.Module):
-            _mark(child, plan)
+    children = module._state.children.values()
+    for child in [child for child in children if isinstance(child, nn.Module)]:
+        _mark(child, plan)
 
 
 _ENTRIES = "apply", "init_with_output"
