@@ -213,3 +213,30 @@ def test_trained_averages_follow_the_weights_and_the_data(estimator, key):
     mean, var = kernel.sum(axis=0), jnp.square(kernel).sum(axis=0)
     assert (jnp.abs(state.running.mean - mean) / jnp.sqrt(var)).max() < 0.5
     assert jnp.abs(jnp.log(state.running.var / var)).max() < 1.2
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        cbn.replay_batch_norm(8, samples=2, momentum=cbn.cumulative()),
+        cbn.bidirectional_batch_norm(8, momentum=cbn.cumulative()),
+    ],
+    ids=repr,
+)
+def test_a_schedule_is_followed_to_the_letter(estimator, key):
+    """An average of very many batches hardly moves, whatever the window says."""
+    kernel = jax.random.normal(key, (6, 4)) / 2.0
+    state = estimator.init(4, cbn.dense, kernel)
+    old = cbn.from_batch_stats(jnp.full(4, 7.0), jnp.full(4, 0.1))
+    state = state._replace(running=old)
+    if hasattr(estimator, "init_backward"):
+        estimator = estimator.at(estimator.init_backward(4))
+
+    @jax.jit
+    def step(state, z):
+        x, source = cbn.run_layer(cbn.dense, kernel, z)
+        return estimator.train(state, x, source)[1]
+
+    for i in range(10):
+        state = step(state, jax.random.normal(jax.random.fold_in(key, i), (2, 6)))
+    np.testing.assert_allclose(state.running.mean, 7.0, rtol=1e-3)
