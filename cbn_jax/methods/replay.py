@@ -76,7 +76,8 @@ def replay_batch_norm(
       parameters, ``train`` its ``source``. Any layer that is linear in its parameters
       does; JAX differentiates those that are neither dense nor convolutions. Under an axis
       name the devices share out ``samples`` among them, every device keeps all rows, and
-      the state is replicated.
+      the state is replicated. Without one, states of replicas that saw different data must
+      not be averaged: averages of patches vary less than the patches.
 
     Raises:
       ValueError: an argument out of range; more examples than ``samples``; parameters
