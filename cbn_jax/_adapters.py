@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by the adapters; there is no arithmetic in an adapter."""
 
-import functools
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +21,6 @@ from .core.linear import why_not_linear
 from .core.named import find_running, named_leaves, put_running, to_dict
 from .core.running import RunningMoments
 from .core.values import is_factory
-from .methods.batch_renorm import batch_renorm
 from .wrappers.learned import Learned
 
 Kernel = Callable[[jax.Array], jax.Array]
@@ -47,9 +44,9 @@ def check_modules(estimator: Any, layer: Any, module: type) -> None:
             raise TypeError(
                 f"Norm got the function {name}, expected an estimator; write {write}."
             )
-        came = f"estimator={_short(estimator)}"
+        came = f"estimator={short(estimator)}"
     elif layer is not None and not isinstance(layer, module):
-        came = f"layer={_short(layer)}"
+        came = f"layer={short(layer)}"
     else:
         return
     raise TypeError(
@@ -59,8 +56,8 @@ def check_modules(estimator: Any, layer: Any, module: type) -> None:
     )
 
 
-def _short(value: Any) -> str:
-    """The first line of a repr: modules print themselves over many."""
+def short(value: Any) -> str:
+    """The first line of a repr; a module prints itself over many."""
     return repr(value).splitlines()[0]
 
 
@@ -124,7 +121,7 @@ def used_params(layer: Any, params: Any, kernel: Kernel | None, mask: Any = None
         return params
     if "kernel" not in params:
         raise ValueError(
-            f"Norm got a change of the kernel and layer={_short(layer)}, which has none, "
+            f"Norm got a change of the kernel and layer={short(layer)}, which has none, "
             "expected a layer with a parameter kernel; write "
             "Norm(estimator, layer=Conv(...), kernel=...)."
         )
@@ -252,7 +249,7 @@ def to_last(
     x: jax.Array, mask: jax.Array | None, axis: int | Sequence[int], layer: Any
 ) -> tuple[jax.Array, jax.Array | None, Callable[[jax.Array], jax.Array]]:
     """Moves the feature axes to the end and makes them one; also gives the way back."""
-    check_axis(axis, x, None if layer is None else _short(layer))
+    check_axis(axis, x, None if layer is None else short(layer))
     check_mask("Norm", x, mask)
     axes = axes_of(axis, x.ndim)
     if axes == [x.ndim - 1]:
@@ -273,94 +270,3 @@ def to_last(
         ones = all(mask.shape[each] == 1 for each in axes)
         mask = joined(mask, (1,) * len(axes) if ones else shape)
     return joined(x, shape), mask, back
-
-
-class Outputs:
-    """Which call made an array, found by identity and forgotten with the array."""
-
-    def __init__(self):
-        self._calls: dict[int, tuple[weakref.ref, Any]] = {}
-
-    def note(self, y: Any, call: Any) -> None:
-        """Notes the call that made ``y``."""
-        if isinstance(y, jax.Array):
-            forget = functools.partial(self._calls.pop, id(y), None)
-            self._calls[id(y)] = weakref.ref(y, lambda _: forget()), call
-
-    def find(self, x: Any) -> Any:
-        """The call that made ``x``, or None."""
-        reference, call = self._calls.get(id(x), (lambda: None, None))
-        return call if x is not None and reference() is x else None
-
-
-def check_replacement(
-    model: Any, kind: type, estimator: Any, fallback: Any, also: Any, without_layer: Any
-) -> None:
-    """A module, an estimator, a fallback that needs no layer, and two tuples."""
-    for name, value, each in (
-        ("also", also, type),
-        ("without_layer", without_layer, str),
-    ):
-        if not isinstance(value, tuple) or not all(isinstance(v, each) for v in value):
-            raise TypeError(
-                f"replace_batch_norm got {name}={_short(value)}, expected a tuple; write "
-                f"{name}=({_short(value)},)."
-            )
-    if not isinstance(model, kind):
-        raise TypeError(
-            f"replace_batch_norm got model={_short(model)}, expected a Flax module; write "
-            "replace_batch_norm(model, estimator)."
-        )
-    for name, value in (("estimator", estimator), ("fallback", fallback)):
-        if not isinstance(value, Estimator | None) or (
-            value is None and name != "fallback"
-        ):
-            raise TypeError(
-                f"replace_batch_norm got {name}={_short(value)}, expected an estimator, "
-                "such as cbn_jax.small_batch_norm(2)."
-            )
-    if fallback is not None and "layered" in fallback.traits:
-        raise ValueError(
-            f"replace_batch_norm got fallback={fallback!r}, which looks at a layer, "
-            "expected a method for batch norms without one; write "
-            "fallback=cbn_jax.batch_renorm(warmup_steps=100)."
-        )
-
-
-def default_fallback(estimator: Estimator) -> Estimator:
-    """The best method that needs no layer and adds no parameters."""
-    return batch_renorm(warmup_steps=100, epsilon=estimator.epsilon)
-
-
-def check_epsilons(place: str, epsilon: float, estimator: Estimator) -> None:
-    """A trained model predicts with its own ε alone."""
-    if epsilon != estimator.epsilon:
-        raise ValueError(
-            f"replace_batch_norm got {place} with epsilon={epsilon} and an estimator with "
-            f"epsilon={estimator.epsilon}, expected the same; write epsilon={epsilon} in "
-            f"{estimator!r}."
-        )
-
-
-def abstractly(call: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Traces a call without running it; what is no array stays a Python value."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
-
-    def run(arrays):
-        both = zip(leaves, arrays, strict=True)
-        values = [leaf if array is None else array for leaf, array in both]
-        args, kwargs = jax.tree.unflatten(structure, values)
-        return call(*args, **kwargs)
-
-    jax.eval_shape(run, arrays)
-
-
-def check_places(without_layer: tuple[str, ...], places: Iterable[str]) -> None:
-    """Every path that was named is that of a batch norm."""
-    unknown = sorted(set(without_layer).difference(places))
-    if unknown:
-        raise ValueError(
-            f"replace_batch_norm got {unknown[0]!r} in without_layer, expected paths of "
-            f"batch norms: {', '.join(sorted(places))}."
-        )

@@ -33,7 +33,7 @@ class Norm(NamedTuple):
 
 
 class Left(NamedTuple):
-    """Parameters after folding: new ones of the layer, and what is left of the norm."""
+    """Parameters after folding: the new ones of the layer, and those the norm keeps."""
 
     layer: dict[str, jax.Array]
     norm: dict[str, jax.Array]

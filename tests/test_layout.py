@@ -15,6 +15,8 @@ ROOT = PACKAGE.parent
 ADAPTERS = {"equinox", "linen", "nnx"}
 DOORS = {*cbn_jax._MODULES} - ADAPTERS
 
+SHARED = {"core", "methods", "wrappers", "tools", "_adapters", "_folding", "_replacing"}
+
 # Imports run downwards only. A row may also import within itself, but for methods: only a
 # preset, which fills in the arguments of others, imports them.
 ROWS = {
@@ -22,10 +24,11 @@ ROWS = {
     "methods": {"core"},
     "wrappers": {"core", "wrappers"},
     "tools": {"core", "methods", "wrappers", "tools"},
-    "_adapters": {"core", "methods", "wrappers"},
+    "_adapters": {"core", "wrappers"},
     "_folding": {"core", "wrappers", "tools", "_adapters"},
-    "linen": {"core", "methods", "wrappers", "tools", "_adapters", "_folding", "linen"},
-    "nnx": {"core", "methods", "wrappers", "tools", "_adapters", "_folding", "nnx"},
+    "_replacing": {"core", "methods", "_adapters"},
+    "linen": {*SHARED, "linen"},
+    "nnx": {*SHARED, "nnx"},
     "equinox": {"core", "wrappers", "_adapters", "equinox"},
     **{door: {"tools"} for door in DOORS},
 }

@@ -183,6 +183,21 @@ def test_an_average_that_the_window_contradicts_restarts_with_it():
     jax.tree.map(np.testing.assert_array_equal, few, running)
 
 
+def converted(estimator, kernel):
+    """A state whose averages are those of other data, and a step of training."""
+    old = cbn.from_batch_stats(jnp.full(4, 7.0), jnp.full(4, 0.1))
+    state = estimator.init(4, cbn.dense, kernel)._replace(running=old)
+    if hasattr(estimator, "init_backward"):
+        estimator = estimator.at(estimator.init_backward(4))
+
+    @jax.jit
+    def step(state, kernel, z):
+        x, source = cbn.run_layer(cbn.dense, kernel, z)
+        return estimator.train(state, x, source)[1]
+
+    return state, step
+
+
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -195,16 +210,7 @@ def test_an_average_that_the_window_contradicts_restarts_with_it():
 def test_trained_averages_follow_the_weights_and_the_data(estimator, key):
     """Soon after a conversion inference is as good as with the moments of the window."""
     kernel = jax.random.normal(key, (6, 4)) / 2.0
-    state = estimator.init(4, cbn.dense, kernel)
-    old = cbn.from_batch_stats(jnp.full(4, 7.0), jnp.full(4, 0.1))
-    state = state._replace(running=old)
-    if hasattr(estimator, "init_backward"):
-        estimator = estimator.at(estimator.init_backward(4))
-
-    @jax.jit
-    def step(state, kernel, z):
-        x, source = cbn.run_layer(cbn.dense, kernel, z)
-        return estimator.train(state, x, source)[1]
+    state, step = converted(estimator, kernel)
 
     for i in range(40):
         z = jax.random.normal(jax.random.fold_in(key, i), (2, 6)) + 1.0
@@ -226,17 +232,9 @@ def test_trained_averages_follow_the_weights_and_the_data(estimator, key):
 def test_a_schedule_is_followed_to_the_letter(estimator, key):
     """An average of very many batches hardly moves, whatever the window says."""
     kernel = jax.random.normal(key, (6, 4)) / 2.0
-    state = estimator.init(4, cbn.dense, kernel)
-    old = cbn.from_batch_stats(jnp.full(4, 7.0), jnp.full(4, 0.1))
-    state = state._replace(running=old)
-    if hasattr(estimator, "init_backward"):
-        estimator = estimator.at(estimator.init_backward(4))
-
-    @jax.jit
-    def step(state, z):
-        x, source = cbn.run_layer(cbn.dense, kernel, z)
-        return estimator.train(state, x, source)[1]
+    state, step = converted(estimator, kernel)
 
     for i in range(10):
-        state = step(state, jax.random.normal(jax.random.fold_in(key, i), (2, 6)))
+        z = jax.random.normal(jax.random.fold_in(key, i), (2, 6))
+        state = step(state, kernel, z)
     np.testing.assert_allclose(state.running.mean, 7.0, rtol=1e-3)

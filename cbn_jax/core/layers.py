@@ -171,7 +171,7 @@ def patches_by_position(apply: LayerFn, groups: int) -> Patches:
 
     def patches(params, inputs, index, grid):
         del grid
-        # Zero times NaN is NaN, in which one bad position would take in all the others.
+        # Zero times NaN is NaN: one bad position would spoil all the others.
         inputs = jax.tree.map(finite, inputs)
         narrow = one_per_group(params, groups)
         x, back = jax.vjp(lambda params: apply(params, inputs), narrow)
@@ -201,7 +201,7 @@ def one_per_group(params: Params, groups: int) -> Params:
 
 
 def finite(inputs: jax.Array) -> jax.Array:
-    """The inputs with zeros for what is not finite."""
+    """Replaces non-finite inputs by zeros."""
     return jnp.where(jnp.isfinite(inputs), inputs, jnp.zeros_like(inputs))
 
 
@@ -243,7 +243,7 @@ def _per_dimension(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def _extent(sizes: Sequence[Any], dilation: Sequence[int]) -> list[Any]:
-    """Sizes with gaps."""
+    """The extents of dilated sizes."""
     return [(size - 1) * each + 1 for size, each in zip(sizes, dilation, strict=True)]
 
 
@@ -253,7 +253,7 @@ def _padded(
     window: Sequence[int],
     dilation: int | Sequence[int],
 ) -> tuple[jax.Array, str | list[tuple[int, int]]]:
-    """The inputs, padded if it is not by zeros, and the padding by zeros that remains."""
+    """Pads by other values than zeros; also gives the padding by zeros that remains."""
     rank = len(window)
     if padding not in ("CIRCULAR", "REFLECT", "CAUSAL"):
         return inputs, _pads(padding, rank)

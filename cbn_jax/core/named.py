@@ -19,7 +19,7 @@ Name = tuple[str, ...]
 def to_dict(state: Any) -> Any:
     """A state as nested dicts, its running moments on top: ``mean``, ``var``, ``steps``.
 
-    So is the state of the method inside of a wrapper.
+    The state of the method inside a wrapper is on top, too.
     """
     if isinstance(state, RunningMoments):
         return state._asdict()

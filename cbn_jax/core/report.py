@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each batch norm of a model."""
+"""A report of what replaced each batch norm of a model."""
 
 import dataclasses
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Replaced(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of the batch norms of a model, in the order of their calls.
+    """What replaced the batch norms of a model, in the order of their calls.
 
     ``print(report)`` shows a table, ``report.rows`` holds the data.
     """

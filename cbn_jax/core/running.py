@@ -100,7 +100,7 @@ def update_running(
 
 
 def independent(x: jax.Array, window: Moments) -> jax.Array:
-    """About how many independent values a window of batches like ``x`` holds, ``[C]``.
+    """Estimates the number of independent values in a window of batches like ``x``.
 
     Neighbors in an image are alike: n positions of an example count as √n values.
     """
@@ -111,17 +111,17 @@ def independent(x: jax.Array, window: Moments) -> jax.Array:
 def restarted(
     running: RunningMoments, window: Moments, values: jax.Array
 ) -> RunningMoments:
-    """Running moments that begin anew for features that the window no longer confirms.
+    """Restarts the running moments of features where the window contradicts them.
 
-    After a conversion, a large step or a change of the data an average of many windows
-    belongs to the past. Where mean or variance lies more than three standard errors from
-    those of the window, the average restarts with the window.
+    After a conversion, a large step or a change of the data, an average of many windows is
+    out of date. If its mean or variance is more than three standard errors from that of
+    the window, it takes the window's moments.
 
     Args:
       running: the averages.
       window: the window's moments, ``[C]``.
-      values: ``[C]``, the number of independent values in the window, which is asked from
-        eight on.
+      values: ``[C]``, the number of independent values in the window. With fewer than
+        eight nothing restarts.
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)

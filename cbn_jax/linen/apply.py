@@ -48,7 +48,7 @@ class Made(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """By running averages or not, over which values, and whether to learn from them."""
+    """Whether to infer, which values count, and whether to update the state."""
 
     running: bool
     mask: jax.Array | None = None

@@ -13,7 +13,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cbn_jax import _folding
-from cbn_jax._adapters import Outputs, abstractly, feature_shape, form_of, to_last
+from cbn_jax._adapters import feature_shape, form_of, to_last
+from cbn_jax._replacing import Outputs, abstractly
 from cbn_jax.core.layers import dense
 from cbn_jax.core.named import from_dict
 from cbn_jax.core.running import from_batch_stats
@@ -30,12 +31,12 @@ Path = tuple[str, ...]
 
 
 class _Plan(NamedTuple):
-    """The places of the norms of a folded model, and what is left of each."""
+    """The norms of a folded model: place, whether it still scales, whether it shifts."""
 
     left: tuple[tuple[str, bool, bool], ...]
 
     def interceptor(self) -> Any:
-        """Runs what is left of the norms."""
+        """An interceptor that scales and shifts where the model calls a norm."""
         return _Folded({place: (scales, shifts) for place, scales, shifts in self.left})
 
 
@@ -126,7 +127,7 @@ def _at(tree: Any, path: Path) -> Any:
 
 
 def _predict(model: nn.Module, variables: Any) -> Any:
-    """A call without changes of variables; what is not an array stays as it is."""
+    """The model in inference, as a function of its inputs."""
     return lambda *args, **kwargs: model.apply(variables, *args, **kwargs)
 
 

@@ -11,16 +11,19 @@ import jax
 from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 
-from cbn_jax._adapters import (
-    Kernel,
-    LayerError,
+from cbn_jax._adapters import Kernel, LayerError, feature_shape, form_of
+from cbn_jax._replacing import (
+    NAMED,
+    NO_LAYER,
+    OTHER_AXIS,
     Outputs,
     check_epsilons,
+    check_index_groups,
+    check_one_layer,
     check_places,
     check_replacement,
     default_fallback,
-    feature_shape,
-    form_of,
+    refuse_subclass,
 )
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.report import Replaced, Report
@@ -43,7 +46,7 @@ class Plan(NamedTuple):
     without_layer: tuple[str, ...]
 
     def interceptor(self) -> Any:
-        """Runs an estimator where the model calls a batch norm."""
+        """An interceptor that runs an estimator where the model calls a batch norm."""
         return _Interceptor(self)
 
 
@@ -66,7 +69,7 @@ def replace_batch_norm(
     Methods that look at the layer before them find it by themselves: it is the
     ``nn.Conv``, ``nn.Dense`` or other linear layer whose output the batch norm receives.
     A batch norm behind anything else (an activation, a sum, a concatenation, pooling) gets
-    the fallback. ``report`` tells what became of each.
+    the fallback. ``report`` lists what replaced each.
 
     A layer and its batch norm that are called several times in a step, as a head is that
     several levels share, count each call as a batch. ``small_batch_norm(batch_size,
@@ -89,10 +92,12 @@ def replace_batch_norm(
       The model, an instance of a subclass of its class.
 
     Raises:
-      TypeError: ``estimator`` is no estimator, or ``model`` no module.
+      TypeError: ``estimator`` is no estimator, ``model`` no module, or ``also`` or
+        ``without_layer`` no tuple.
       ValueError: ``model`` is bound; a fallback that needs a layer. While initializing: no
         batch norm in the model; one with another ε or with ``axis_index_groups``; one whose
-        class is a subclass not in ``also``; one that is called behind different layers.
+        class is a subclass not in ``also``; one that is called behind different layers; a
+        path in ``without_layer`` that is none.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -119,7 +124,7 @@ def replace_batch_norm(
 
 
 def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """What became of each batch norm of a model, without running it.
+    """Lists what replaced each batch norm of a model, without running it.
 
     Args:
       model: from ``replace_batch_norm``.
@@ -230,7 +235,7 @@ class _Interceptor:
 
     def _chosen(self, module: Any, x: jax.Array) -> tuple[Estimator, Made | None, Any]:
         """The method for a batch norm, the layer behind ``x``, and why there is none."""
-        estimator, fallback, kernel = self.plan[:3]
+        estimator, kernel = self.plan.estimator, self.plan.kernel
         layered = "layered" in estimator.traits
         call = self.outputs.find(x)
         path = None if call is None else place_of(call.layer)
@@ -241,16 +246,16 @@ class _Interceptor:
             self._check_calls(module, path if isinstance(made, Made) else None)
         if isinstance(made, Made):
             return estimator, made, (path, "")
-        return fallback if layered else estimator, None, (None, made)
+        return self.plan.fallback if layered else estimator, None, (None, made)
 
     def _made(self, module: Any, x: jax.Array, call: _Call | None) -> Made | str:
         """The layer that made ``x``, or why it is of no use."""
         if place_of(module) in self.plan.without_layer:
-            return "named in without_layer"
+            return NAMED
         if call is None:
-            return "its input is no layer's output"
+            return NO_LAYER
         if module.axis not in (-1, x.ndim - 1):
-            return "its features are not the last axis"
+            return OTHER_AXIS
         if len(call.args) != 1:
             return f"{place_of(call.layer)} has several arguments"
         try:
@@ -261,13 +266,7 @@ class _Interceptor:
     def _check_calls(self, module: Any, layer: str | None) -> None:
         """A state belongs to one layer, at all calls of the batch norm."""
         place = place_of(module)
-        first = self.layers.setdefault(place, layer)
-        if first != layer:
-            raise ValueError(
-                f"replace_batch_norm got the batch norm {place}, which is called behind "
-                f"{first or 'no layer'} and behind {layer or 'no layer'}, expected one "
-                f"layer; write replace_batch_norm(..., without_layer=({place!r},))."
-            )
+        check_one_layer(place, self.layers.setdefault(place, layer), layer)
 
 
 def _output(module: Any) -> Any:
@@ -283,12 +282,7 @@ def _output(module: Any) -> Any:
 
 def _check_class(module: nn.Module) -> None:
     if isinstance(module, nn.BatchNorm):
-        name = type(module).__name__
-        raise ValueError(
-            f"replace_batch_norm got {name} at {place_of(module)}, a subclass of "
-            "nn.BatchNorm, expected to be told whether it may be replaced; write "
-            f"replace_batch_norm(..., also=({name},))."
-        )
+        refuse_subclass(type(module).__name__, place_of(module), "nn")
 
 
 _NEEDED = "axis", "axis_name", "bias_init", "dtype", "epsilon", "param_dtype", "scale_init"
@@ -303,11 +297,7 @@ def _check_batch_norm(module: Any, estimator: Estimator) -> None:
             f"replace_batch_norm got {type(module).__name__} at {place_of(module)} without "
             f"{', '.join(missing)}, expected the fields of nn.BatchNorm; add them."
         )
-    if getattr(module, "axis_index_groups", None) is not None:
-        raise ValueError(
-            f"replace_batch_norm got axis_index_groups at {place_of(module)}, expected "
-            "None; use a mesh with an axis for each group and give axis_name."
-        )
+    check_index_groups(place_of(module), module)
     check_epsilons(place_of(module), module.epsilon, estimator)
 
 

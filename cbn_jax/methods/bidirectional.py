@@ -66,7 +66,8 @@ def bidirectional_batch_norm(
     Args:
       window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``.
+        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
+        window contradicts it by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:

@@ -86,7 +86,8 @@ def cross_iteration_batch_norm(
         variance is too small, by 1/n on average, and inference sees another scale than
         training: take "window" there; with one value it is the only choice.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``.
+        m ↦ α_m such as ``cumulative()``. With ``running="window"``, an average with a decay
+        restarts where the window contradicts it by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:

@@ -68,7 +68,8 @@ def replay_batch_norm(
         examples or less, all of them. Memory and cost are (k − 1) · ``samples`` rows,
         whether in use or not: on dense layers write the batch size.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``.
+        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
+        window contradicts it by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:

@@ -36,7 +36,8 @@ def small_batch_norm(
       micro_batches: calls of ``train`` in one step of the optimizer, the
         ``every_k_schedule`` of ``optax.MultiSteps``. Those of a step are pooled exactly.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``.
+        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
+        window contradicts it by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:

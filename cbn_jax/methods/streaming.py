@@ -87,7 +87,8 @@ def streaming_batch_norm(
         with no more. Moments of the current batch always take all. Under an axis name
         the devices exchange these positions.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``.
+        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
+        window contradicts it by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
@@ -124,7 +125,7 @@ def streaming_batch_norm(
 
     Differs from the former: an exponential window that is linearized anew at every step,
     to second order, instead of k − 1 old ones to first order; gradients through the
-    compensation; statistics for inference from the window.
+    compensation; statistics for inference from the window, which move with the weights.
 
     NaN or inf makes the output of its own step NaN and is kept out of the state. Without a
     single value that counts (``mask``), the window is used as it is. A window of one value,

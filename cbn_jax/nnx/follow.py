@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from cbn_jax._adapters import Kernel, LayerError, Outputs, abstractly
+from cbn_jax._adapters import Kernel, LayerError
+from cbn_jax._replacing import (
+    NAMED,
+    NO_LAYER,
+    OTHER_AXIS,
+    Outputs,
+    abstractly,
+    check_one_layer,
+)
 
 from .layers import LINEAR, as_layer
 
@@ -98,7 +106,7 @@ def follow(
     for path, node in nodes_of(probe).items():
         if type(node) in classes:
             become(node, _noting(type(node)), path)
-            node.notes = notes  # a new value, so that ``nnx.jit`` traces anew
+            node.notes = notes  # a new object makes ``nnx.jit`` trace again
         elif isinstance(node, LINEAR):
             become(node, recording(type(node)), path)
     _abstractly(probe, inputs, arguments)
@@ -122,21 +130,17 @@ class _Notes:
         reason = self._reason(norm, x, call)
         layer = None if reason else call.layer.module_path
         first = self.seen.setdefault(place, Seen(layer, reason, len(self.seen)))
-        if first.layer != layer and self.one_layer:
-            raise ValueError(
-                f"replace_batch_norm got the batch norm {place}, which is called behind "
-                f"{first.layer or 'no layer'} and behind {layer or 'no layer'}, expected "
-                f"one layer; write replace_batch_norm(..., without_layer=({place!r},))."
-            )
+        if self.one_layer:
+            check_one_layer(place, first.layer, layer)
 
     def _reason(self, norm: Any, x: jax.Array, call: Call | None) -> str:
         """Why a batch norm has no layer; empty if it has one."""
         if norm.module_path in self.without_layer:
-            return "named in without_layer"
+            return NAMED
         if call is None:
-            return "its input is no layer's output"
+            return NO_LAYER
         if norm.axis not in (-1, x.ndim - 1):
-            return "its features are not the last axis"
+            return OTHER_AXIS
         if len(call.args) != 1:
             return f"{call.layer.module_path} has several arguments"
         try:

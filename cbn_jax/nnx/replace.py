@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cbn_jax._adapters import (
-    Kernel,
+from cbn_jax._adapters import Kernel
+from cbn_jax._replacing import (
     check_epsilons,
+    check_index_groups,
     check_places,
     check_replacement,
     default_fallback,
+    refuse_subclass,
 )
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.named import find_running, put_running
@@ -49,7 +51,7 @@ def replace_batch_norm(
     ``nnx.Conv``, ``nnx.Linear`` or other linear layer whose output the batch norm receives.
     The function finds out by following an abstract call of the model. A batch norm behind
     anything else (an activation, a sum, a concatenation, pooling) gets the fallback.
-    ``report`` tells what became of each.
+    ``report`` lists what replaced each.
 
     A layer and its batch norm that are called several times in a step, as a head is that
     several levels share, count each call as a batch. ``small_batch_norm(batch_size,
@@ -74,10 +76,12 @@ def replace_batch_norm(
       A model of the same class.
 
     Raises:
-      TypeError: ``estimator`` is no estimator, or ``model`` no module.
+      TypeError: ``estimator`` is no estimator, ``model`` no module, or ``also`` or
+        ``without_layer`` no tuple.
       ValueError: a fallback that needs a layer; no batch norm in the model; one with
         another ε or with ``axis_index_groups``; one whose class is a subclass not in
-        ``also``; one that is not called, or behind different layers.
+        ``also``; one that is called behind different layers; a path in
+        ``without_layer`` that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -115,7 +119,7 @@ def replace_batch_norm(
 
 
 def report(model: nnx.Module) -> Report:
-    """What became of each batch norm of a model.
+    """Lists what replaced each batch norm of a model.
 
     Args:
       model: from ``replace_batch_norm``.
@@ -202,7 +206,7 @@ class ReplacedBatchNorm(Norm):
         call = OUTPUTS.find(x)
         if call is None or call.layer.module_path != self.found.layer:
             raise ValueError(
-                f"replace_batch_norm got inputs with which a batch norm follows "
+                "replace_batch_norm got inputs with which a batch norm follows "
                 f"{self.found.layer}, and in this call it does not, expected one layer; "
                 "give replace_batch_norm the inputs and the mode of training, or write "
                 "without_layer=(path,)."
@@ -249,22 +253,13 @@ def _check_norms(
 ) -> None:
     """There are batch norms, and all of them can be replaced."""
     for path, node in nodes.items():
-        name = type(node).__name__
         if isinstance(node, nnx.BatchNorm) and path not in norms:
-            raise ValueError(
-                f"replace_batch_norm got {name} at {path}, a subclass of nnx.BatchNorm, "
-                "expected to be told whether it may be replaced; write "
-                f"replace_batch_norm(..., also=({name},))."
-            )
+            refuse_subclass(type(node).__name__, path, "nnx")
     if not norms:
         raise ValueError(
             "replace_batch_norm got a model without nnx.BatchNorm, expected at least one; "
             "name classes of your own in also=(...)."
         )
     for path, norm in norms.items():
-        if getattr(norm, "axis_index_groups", None) is not None:
-            raise ValueError(
-                f"replace_batch_norm got axis_index_groups at {path}, expected None; use a "
-                "mesh with an axis for each group and give axis_name."
-            )
+        check_index_groups(path, norm)
         check_epsilons(path, norm.epsilon, estimator)
