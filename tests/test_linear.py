@@ -138,6 +138,10 @@ def swapped(params, inputs):
     )
 
 
+def parts_of_rows(params):
+    return jax.vmap(lambda i: lax.dynamic_slice(params, (i, 0), (1, 2))[0])(jnp.arange(4))
+
+
 def same(i, x):
     del i
     return x
@@ -160,6 +164,7 @@ OTHERS = {
     "chosen": ("applies gt", lambda p, z: jnp.where(p > 0, p, 0.0)),
     "looped": ("applies while|applies scan", lambda p, z: lax.fori_loop(0, 2, same, z @ p)),
     "inputs as features": ("applies conv_general_dilated", lambda p, z: swapped(p, z)),
+    "parts of rows": ("applies gather", lambda p, z: jnp.tile(parts_of_rows(p), 2)),
     "shuffled": ("applies gather", lambda p, z: z @ p[:, jnp.array([1, 0, 3, 2])]),
 }  # fmt: skip
 
