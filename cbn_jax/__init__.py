@@ -38,6 +38,7 @@ from .core.values import factory
 from .methods.batch_norm import batch_norm
 from .methods.batch_renorm import batch_renorm
 from .methods.bidirectional import BidirectionalState, bidirectional_batch_norm
+from .methods.carried import CarriedState, carried_batch_norm
 from .methods.cross_iteration import CrossIterationState, cross_iteration_batch_norm
 from .methods.diminishing import DiminishingState, diminishing_batch_norm
 from .methods.evonorm import evonorm_b0, evonorm_s0
@@ -91,6 +92,7 @@ __all__ = [
     "BackwardStatistics",
     "Bidirectional",
     "BidirectionalState",
+    "CarriedState",
     "CrossIterationState",
     "DiminishingState",
     "Estimator",
@@ -114,6 +116,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "bidirectional_batch_norm",
+    "carried_batch_norm",
     "center",
     "convolution",
     "corrected_inference",

@@ -10,17 +10,12 @@ import jax.numpy as jnp
 
 from .core.checks import axes_of, check_axis, check_mask
 from .core.estimator import Estimator
-from .core.layers import (
-    Layer,
-    LayerFn,
-    conv_patches,
-    dense_patches,
-    masked_kernel,
-)
+from .core.layers import Layer, LayerFn, masked_kernel
 from .core.linear import why_not_linear
 from .core.named import find_running, named_leaves, put_running, to_dict
 from .core.running import RunningMoments
 from .core.values import is_factory
+from .core.windows import conv_patches, dense_patches
 from .wrappers.learned import Learned
 
 Kernel = Callable[[jax.Array], jax.Array]

@@ -27,6 +27,7 @@ FACTORIES = {
     "streaming_batch_norm": functools.partial(
         cbn.streaming_batch_norm, window=3, samples=None
     ),
+    "carried_batch_norm": functools.partial(cbn.carried_batch_norm, window=3),
     "replay_batch_norm": functools.partial(
         cbn.replay_batch_norm, window=3, samples=ALL, momentum=0.9
     ),

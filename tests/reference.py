@@ -111,7 +111,8 @@ class Averages:
     """The averages for inference of a method with a window: exponential, debiased.
 
     They move with the window, and they become the window's moments where these contradict
-    them by more than three standard errors of the mean or of the variance's logarithm.
+    them by more than three standard errors of the mean or of the variance, the latter as a
+    share of the geometric mean of both.
     """
 
     def __init__(self, momentum):
@@ -122,7 +123,10 @@ class Averages:
         self.steps += 1
         if self.steps > 1:
             self.mean, self.var = self.mean + shift, self.var * ratio
-            errors = (mean - self.mean) ** 2 / var, np.log(self.var / var) ** 2 / 2
+            errors = (
+                (mean - self.mean) ** 2 / var,
+                (self.var - var) ** 2 / (2 * self.var * var),
+            )
             far = (values >= 8) & (np.maximum(*errors) * values > 9)
             self.mean = np.where(far, mean, self.mean)
             self.var = np.where(far, var, self.var)
@@ -136,18 +140,22 @@ class Streaming:
     """``streaming_batch_norm`` in raw moments μ, ν = E[x²]: nothing central to get wrong.
 
     A bias is one more weight, of an input that is always one. Of the window μ, ν and their
-    derivatives p, H are known at θ. At θ + Δ, with P the patches of the batch and
-    Q = E[(P − p)(P − p)ᵀ] + p pᵀ for the second moment of the window's patches,
+    derivatives p, H are known at θ. At θ + Δ, with Z eight patches of past batches and
+    Q = E[(Z − p)(Z − p)ᵀ] + p pᵀ for the second moment of the window's patches,
 
         μ' = μ + pΔ        ν' = max(ν + HΔ + ΔᵀQΔ, μ'²)        H' = H + 2QΔ
 
     and then all four are averaged with those of the batch, by number of values: at most as
     many batches as the weights of a group take to turn a radian.
+
+    The first batch gives all of Z, its first patches again and again; from then on one of
+    Z is replaced in every eighth step.
     """
 
     def __init__(self, window, groups=1):
         self.keep, self.size = 1 - 1 / window, np.zeros(groups)
         self.mu = self.nu = self.p = self.H = self.theta = 0.0
+        self.steps, self.Z = 0, None
 
     def step(self, patches, kernel, bias):
         P = np.c_[np.float64(patches), np.ones(len(patches))]
@@ -156,7 +164,8 @@ class Streaming:
         if not self.size.any():
             self.p, self.H = np.zeros(len(theta)), np.zeros_like(theta)
         delta = theta - self.theta
-        Q = (P - self.p).T @ (P - self.p) / n + np.outer(self.p, self.p)
+        Z = np.zeros((8, len(theta))) if self.Z is None else self.Z
+        Q = (Z - self.p).T @ (Z - self.p) / 8 + np.outer(self.p, self.p)
         mu = self.mu + self.p @ delta
         nu = self.nu + (self.H * delta).sum(0) + (delta * (Q @ delta)).sum(0)
         old = np.maximum(nu, mu**2), mu, self.p, self.H + 2 * Q @ delta
@@ -177,12 +186,52 @@ class Streaming:
             (1 - s) * o + s * b for s, o, b in zip(shares, old, new, strict=True)
         )
         self.theta = theta
+        rows = P[np.arange(8) % n]
+        if self.Z is None:
+            self.Z = rows
+        elif self.steps % 8 == 0:
+            slot = self.steps // 8 % 8
+            self.Z[slot] = rows[slot]
+        self.steps += (self.size > 1).all()
         return self.mu, self.nu - self.mu**2
 
     @property
     def d_var(self):
         """∂(ν − μ²)/∂θ."""
         return self.H - 2 * self.p[:, None] * self.mu
+
+
+class Carried:
+    """``carried_batch_norm``: all past patches have the mean p and the spread of a ball.
+
+    So the mean of the past is pθ, and its variance grows with |θ|², bias left out.
+    """
+
+    def __init__(self, window, groups=1):
+        self.keep, self.size = 1 - 1 / window, np.zeros(groups)
+        self.mean = self.var = self.square = self.p = 0.0
+
+    def step(self, patches, kernel, bias):
+        P = np.c_[np.float64(patches), np.ones(len(patches))]
+        theta = np.r_[np.float64(kernel), np.float64(bias)[None]]
+        x, n, square = P @ theta, len(P), (np.float64(kernel) ** 2).sum(0)
+        first = not self.size.any()
+        if first:
+            self.p = np.zeros(len(theta))
+        past = self.p @ theta
+        self.shift = past - self.mean
+        self.ratio = np.ones_like(square) if first else square / self.square
+        var = self.var * self.ratio
+        self.size = self.keep * self.size + n
+        a = np.repeat(n / self.size, x.shape[1] // len(self.size))
+        self.mean = (1 - a) * past + a * x.mean(0)
+        each = var + (past - self.mean) ** 2, x.var(0) + (x.mean(0) - self.mean) ** 2
+        self.var = (1 - a) * each[0] + a * each[1]
+        rows = np.repeat(n / self.size, (len(theta) - 1) // len(self.size))
+        rows = np.r_[rows, n / self.size[:1]]
+        self.p = (1 - rows) * self.p + rows * P.mean(0)
+        self.square = square
+        return self.mean, self.var
 
 
 class Replay:

@@ -322,6 +322,7 @@ ORACLES = {
     "batch_norm": Batch,
     "cross_iteration_batch_norm": lambda c: Batch(c, window=last(3)),
     "streaming_batch_norm": lambda c: Streaming(c, 3),
+    "carried_batch_norm": lambda c: Streaming(c, 3),
     "replay_batch_norm": lambda c: Batch(c, window=last(3), of="window"),
     "diminishing_batch_norm": Diminishing,
     "group_batch_norm": lambda c: Group(c, mix=0.7),

@@ -53,6 +53,7 @@ STANDARD = {
 # Beside JAX, which every file may import.
 PACKAGES = {
     "core/values.py": {"numpy"},
+    "core/windows.py": {"numpy"},
     "tools/assessment.py": {"numpy"},
     "tools/backward.py": {"optax"},
     "tools/centralize.py": {"optax"},

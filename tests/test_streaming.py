@@ -80,8 +80,7 @@ def test_equals_the_oracle(name, examples, key):
     np.testing.assert_allclose(state.running.var, averages.var, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.window.mean, mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.window.var, var, rtol=1e-4)
-    size = np.repeat(oracle.size, layer.features // groups)
-    np.testing.assert_allclose(state.window.size, size, rtol=1e-4)
+    np.testing.assert_allclose(state.window.size, oracle.size, rtol=1e-4)
     d_mean = np.reshape(state.d_mean["kernel"], (-1, groups)).T.ravel()
     np.testing.assert_allclose(d_mean, oracle.p[:-1], rtol=1e-4, atol=1e-5)
     own = reference.layer_kernel(np.ones(layer.kernel), groups)  # each group has its rows
@@ -145,6 +144,7 @@ def test_means_are_exact_on_any_path(name, key):
         x, statistics, state = step(state, params, z)
         seen.append(z)
         kept.append((state.window.size - x.size / layer.features) / (before + 1e-9))
+        kept[-1] = np.repeat(kept[-1], layer.features // layer.groups)
     today = np.float64(apply(layer, params, jnp.concatenate(seen)))
     means = today.reshape(len(seen), -1, layer.features).mean(1)
     weights = np.cumprod([np.ones(layer.features), *kept[:0:-1]], 0)[::-1]
@@ -152,10 +152,10 @@ def test_means_are_exact_on_any_path(name, key):
     np.testing.assert_allclose(statistics.mean, expected, rtol=1e-4, atol=2e-5)
 
 
-@layers
+@pytest.mark.parametrize("name", ["dense", "dense-no_bias"])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 10.0])
 def test_variances_are_exact_for_the_same_inputs(name, size, key):
-    """However far the weights went: the quadratic term is that of these inputs."""
+    """However far the weights went: the past rows are these inputs."""
     layer = LAYERS[name]
     step, state = start(name)
     params, z = layer.params(key), layer.data(key, examples=2)
@@ -168,38 +168,34 @@ def test_variances_are_exact_for_the_same_inputs(name, size, key):
 
 @some_layers
 def test_the_transported_variance_is_unbiased(name, key):
-    """A population, then a batch of two of it: on average over the batches nothing is lost.
+    """A population, then a batch of two: on average over the past rows nothing is lost.
 
     To first order alone E[⟨P, Δ⟩²] is lost, whatever the batch.
     """
     layer = LAYERS[name]
     old, population = layer.params(key), layer.data(key, examples=24)
-    new = drift(old, key, 0.2)
+    new, pair = drift(old, key, 0.2), layer.data(key, examples=2)
     before, today = apply(layer, old, population), apply(layer, new, population)
-    exact = batch_moments(today).var
+    exact = np.float64(batch_moments(today).var)
+    estimator = cbn.streaming_batch_norm(window=1000, samples=8)
+    state = init(estimator, layer, old)
 
-    def transported(estimator):
-        """Today's variance of the population as seen with each batch of two."""
-        pairs = population.reshape(12, 2, *population.shape[1:])
+    @jax.jit
+    @jax.vmap
+    def run(step):
+        """The first step chooses the rows."""
+        _, _, seen = train(estimator, at_step(state, step), layer, old, population)
+        x, pooled, after = train(estimator, seen, layer, new, pair)
+        return x.reshape(-1, layer.features), pooled, after.window.size
 
-        @jax.jit
-        def run(state):
-            _, _, state = train(estimator, state, layer, old, population)
-            return jax.vmap(lambda z: train(estimator, state, layer, new, z))(pairs)
-
-        x, pooled, after = jax.tree.map(np.float64, run(init(estimator, layer, old)))
-        x = x.reshape(12, -1, layer.features)
-        a = x.shape[1] / after.window.size if hasattr(after, "window") else 2 / 26
-        mean = (pooled.mean - a * x.mean(1)) / (1 - a)
-        between = a * (1 - a) * np.square(mean - x.mean(1))
-        return (variance(pooled) - a * x.var(1) - between) / (1 - a)
-
-    second = transported(cbn.streaming_batch_norm(window=4, samples=None))
-    np.testing.assert_allclose(second.mean(0), exact, rtol=1e-4)
-    assert (second.std(0) > 1e-3 * exact).all()
-    first = transported(cbn.cross_iteration_batch_norm(window=2))
+    x, pooled, size = jax.tree.map(np.float64, run(jnp.arange(2000)))
+    a = np.repeat(x.shape[1] / size, layer.features // layer.groups, axis=-1)
+    mean = (pooled.mean - a * x.mean(1)) / (1 - a)
+    between = a * (1 - a) * np.square(mean - x.mean(1))
+    past = (variance(pooled) - a * x.var(1) - between) / (1 - a)
+    error = past.std(0) / 2000**0.5
+    assert (np.abs(past.mean(0) - exact) < 4.5 * error + 1e-3 * exact).all()
     lost = np.square(today - before).mean(tuple(range(today.ndim - 1)))
-    np.testing.assert_allclose(exact - first.mean(0), lost, rtol=1e-3)
     assert (lost > 0.01 * exact).all()
 
 
@@ -245,51 +241,52 @@ def test_a_batch_without_values_sees_the_window_at_todays_weights(key):
 
 @some_layers
 @pytest.mark.parametrize("size", [0.0, 0.3])
-def test_gradient_holds_the_quadratic_term_constant(name, size, key, x64):
-    """Else it is that of the function computed; where the weights stand still, altogether.
-
-    The constant is put into the state's variance, the weight that depends on it into its
-    size, and patches like their mean add nothing.
-    """
+def test_gradient_is_that_of_a_window_that_moves_to_first_order(name, size, key, x64):
+    """Along p and along today's G, with the weights of past and batch held constant."""
     layer = LAYERS[name]
+    estimator = cbn.streaming_batch_norm(window=4, samples=None)
     step, state = start(name)
     with jax.enable_x64(False):
         for params, z in path(layer, key, 3):
             _, _, state = step(state, params, z)
-    old, z, d_mean, var = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float64), (params, z, state.d_mean, state.window.var)
-    )
-    estimator = cbn.streaming_batch_norm(window=4, samples=None)
+    params, z = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (params, z))
+    params = drift(params, key, size)
+    x, statistics, after = train(estimator, state, layer, params, z)
+    a = x.size / layer.features / np.float64(after.window.size)
+    a = np.repeat(a, layer.features // layer.groups)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def f(params, state, patches=None):
-        x, source = cbn.run_layer(layer.layer, params, z)
-        source = source._replace(patches=patches or source.patches)
-        return cbn.normalize(x, estimator.train(state, x, source)[0])
+    def inner(derivative, params):
+        def one(d, p):
+            d = jnp.repeat(d.astype(jnp.float64), p.shape[-1] // d.shape[-1], -1)
+            return (d * p).sum(range(p.ndim - 1))
 
-    def average(index):
-        return jax.tree.map(lambda p: jnp.stack([p] * index.size), d_mean)
+        return sum(jax.tree.leaves(jax.tree.map(one, derivative, params)))
 
-    params = drift(old, key, size)
-    delta = jax.tree.map(jnp.subtract, params, old)
-    each = jax.tree.map(
-        lambda p, d: (jnp.repeat(p, layer.features // layer.groups, -1) * d).sum(
-            range(d.ndim - 1)
-        ),
-        d_mean,
-        delta,
-    )
-    moved = layer.fn(delta, z).reshape(-1, layer.features) - sum(each.values())[None]
-    var = var + jnp.square(moved).mean(0)
-    _, _, after = train(estimator, state, layer, params, z)
-    weight = (after.window.size - len(moved)) / (3 / 4)
-    held = state._replace(window=state.window._replace(var=var, size=weight))
+    def moments(moved, past):
+        """Mean and variance of past and batch together, the past to first order."""
+        delta = jax.tree.map(jnp.subtract, moved, params)
+        rows = layer.fn(moved, z).reshape(-1, layer.features)
+        mean = past[0] + inner(state.d_mean, delta)
+        var = past[1] + inner(after.d_var, delta)
+        between = a * (1 - a) * jnp.square(rows.mean(0) - mean)
+        return (1 - a) * mean + a * rows.mean(0), (1 - a) * var + a * rows.var(0) + between
+
+    mean = (statistics.mean - moments(params, (0.0, 0.0))[0]) / (1 - a)
+    _, rest = moments(params, (mean, 0.0))
+    past = mean, (variance(statistics) - rest) / (1 - a)
+
+    def surrogate(moved):
+        mean, var = moments(moved, past)
+        scale = jax.lax.rsqrt(var + EPSILON)
+        return jnp.sin(cbn.normalize(layer.fn(moved, z), cbn.Statistics(mean, scale)))
+
+    def own(params):
+        x, statistics, _ = train(estimator, state, layer, params, z)
+        return jnp.sin(cbn.normalize(x, statistics))
+
+    chex.assert_trees_all_close(own(params), surrogate(params), rtol=1e-6, atol=1e-8)
     check_vjp(
-        (lambda params: f(params, held, average)) if size else (lambda p: f(p, state)),
-        functools.partial(jax.vjp, lambda params: f(params, state)),
-        (params,),
-        rtol=1e-6,
-        atol=1e-7,
+        surrogate, functools.partial(jax.vjp, jax.jit(own)), (params,), rtol=1e-5, atol=1e-7
     )
 
 
@@ -308,51 +305,6 @@ def test_gradient_goes_through_the_compensation(key):
     np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
-# Positions looked at.
-
-PIXELS = cbn.convolution()  # every position sees its own number alone
-NUMBERS = jnp.eye(64).reshape(2, 4, 8, 64)
-
-
-def looks(steps, samples):
-    """How often each position is looked at, of all looks of a step: ``[steps, 2, 32]``."""
-    kernel = jnp.ones((1, 1, 64, 2))
-    estimator = cbn.streaming_batch_norm(window=4, samples=samples)
-    state = estimator.init(2, PIXELS, kernel)
-    x, source = cbn.run_layer(PIXELS, kernel, NUMBERS)
-
-    def look(step):
-        _, new = estimator.train(at_step(state, step), x, source)
-        return new.d_mean.reshape(2, 32)
-
-    return np.asarray(jax.jit(jax.vmap(look))(steps))
-
-
-@pytest.mark.parametrize(("samples", "each"), [(1, 1), (2, 1), (8, 4), (9, 4), (63, 31)])
-def test_positions_are_spread_evenly_and_at_random_within(samples, each):
-    """As many of each example, about ``samples``, one in each of equal parts."""
-    count = looks(jnp.arange(500), samples) * 2 * each
-    np.testing.assert_allclose(count, np.round(count), atol=1e-5)
-    np.testing.assert_allclose(count.sum(2), each, rtol=1e-5)
-    if 32 % each == 0:
-        parts = count.reshape(500, 2, each, -1).sum(3)
-        np.testing.assert_allclose(parts, 1, rtol=1e-5)
-    assert (count[0, 0] != count[0, 1]).any()
-    error = count.std((0, 1)) / 1000**0.5
-    assert (np.abs(count.mean((0, 1)) - each / 32) < 4.5 * error).all()
-
-
-def test_the_same_step_looks_at_the_same_positions():
-    first, other, again = looks(jnp.array([3, 4, 3]), 8)
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-@pytest.mark.parametrize("samples", [None, 64, 1000])
-def test_small_maps_are_looked_at_everywhere(samples):
-    np.testing.assert_allclose(looks(jnp.arange(2), samples), 1 / 64, rtol=1e-6)
-
-
 @pytest.mark.parametrize("name", ["conv", "conv-grouped"])
 def test_a_sample_is_right_on_average(name, key):
     """State and variance, linear in the sample, over many choices of positions."""
@@ -368,7 +320,7 @@ def test_a_sample_is_right_on_average(name, key):
 
     draws = jax.jit(jax.vmap(draw))(jnp.arange(3000))
     np.testing.assert_allclose(draws.window.mean[0], expected.window.mean, atol=1e-5)
-    for field in (lambda s: s.window.var, lambda s: s.d_mean, lambda s: s.d_var):
+    for field in (lambda s: s.window.var, lambda s: s.var_at, lambda s: s.d_var):
         for leaf, right in zip(
             jax.tree.leaves(field(draws)), jax.tree.leaves(field(expected)), strict=True
         ):
@@ -379,7 +331,8 @@ def test_a_sample_is_right_on_average(name, key):
 # Costs.
 
 
-def test_state_is_two_arrays_of_the_size_of_the_weights():
+def test_state_is_one_array_of_the_size_of_the_weights():
+    """And nine patches: p and the past rows."""
     kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
 
     def size(window):
@@ -389,7 +342,7 @@ def test_state_is_two_arrays_of_the_size_of_the_weights():
         )
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    assert 2.0 < size(2) / (kernel.size * 4) <= 2.2
+    assert 1.0 < size(2) / (kernel.size * 4) <= 1.17
     assert size(64) == size(2)
 
 
@@ -440,7 +393,7 @@ def test_costs_little_more_than_batch_norm():
     """On a residual network of eighteen layers, two images of 32 by 32."""
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     ratio = flops(cbn.streaming_batch_norm(), images) / flops(cbn.batch_norm(), images)
-    assert 1.0 < ratio <= 1.15
+    assert 1.0 < ratio <= 1.2
 
 
 # Wrong input: what came, what was expected, what to write.
@@ -481,7 +434,7 @@ def test_groups_must_be_those_of_the_state(key):
     estimator = cbn.streaming_batch_norm()
     params = layer.params(key)
     state = estimator.init(layer.features, layer.fn, params)
-    with pytest.raises(ValueError, match=r"\] of shape .*1,?\), expected .*2,?\) for"):
+    with pytest.raises(ValueError, match=r" of shape \(1,\), expected \(2,\) for"):
         train(estimator, state, layer, params, layer.data(key))
 
 

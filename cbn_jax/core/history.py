@@ -15,10 +15,9 @@ from .moments import (
     about_zero,
     align,
     device_moments,
-    exchange,
     pool_devices,
 )
-from .patches import inner, per_row, product, pull
+from .patches import inner, product, pull
 from .running import finite_moments
 from .source import Source
 from .statistics import std_of
@@ -91,7 +90,11 @@ def prepend(batch: Moments, past: Moments) -> Moments:
 
 
 def this_iteration(
-    x: jax.Array, source: Source, axis_name: AxisName, mask: jax.Array | None
+    x: jax.Array,
+    source: Source,
+    axis_name: AxisName,
+    mask: jax.Array | None,
+    pivot: jax.Array,
 ) -> tuple[Moments, History]:
     """Moments of this iteration, and the iteration as a ``History`` of a single slot."""
     part = device_moments(x, mask)
@@ -99,32 +102,42 @@ def this_iteration(
     d_mean, d_var = _derivatives(lax.stop_gradient((here, x)), source, mask)
     if axis_name is None:
         return here, _slot(here, d_mean, d_var, source.params)
-    moments, d_mean, d_var = _pool_derivatives(part, d_mean, d_var, axis_name)
+    moments, d_mean, d_var = _pool_derivatives(part, d_mean, d_var, axis_name, pivot)
     return moments, _slot(moments, d_mean, d_var, source.params)
 
 
 def _pool_derivatives(
-    part: Part, d_mean: Params, d_var: Params, axis_name: AxisName
+    part: Part, d_mean: Params, d_var: Params, axis_name: AxisName, pivot: jax.Array
 ) -> tuple[Moments, Params, Params]:
     """Moments of all devices together, and their derivatives.
 
     The derivative of the law of total variance, with the shares w of the devices, their
-    means μ_d and variances σ²_d::
+    means μ_d and variances σ²_d, about any pivot c::
 
-        ∂μ = Σ w ∂μ_d        ∂σ² = Σ w ∂σ²_d + 2 Σ w (μ_d − μ) ∂μ_d
+        ∂μ = Σ w ∂μ_d      ∂σ² = Σ w (∂σ²_d + 2 (μ_d − c) ∂μ_d) − 2 (μ − c) ∂μ
     """
-    size = part.moments.size
-    weighted = jax.tree.map(lambda d: align(size, d) * d, d_var)
-    (parts, d_means), sums = exchange((part, d_mean), weighted, axis_name)
-    moments = pool_devices(parts)
-    total = jnp.maximum(moments.size, 1.0)
-    share = parts.moments.size / total[None]
-    offset = lax.stop_gradient(about_zero(parts).mean - moments.mean[None])
-    between = pull(d_means, 2.0 * share * offset)
-    d_var = jax.tree.map(lambda s, b: s / align(total, s) + b, sums, between)
-    # Every feature of a group has the same shares.
-    d_mean = jax.tree.map(lambda d: (per_row(share[:, :1], d) * d).sum(axis=0), d_means)
-    return moments, d_mean, d_var
+    here = lax.stop_gradient(about_zero(part))
+    # Every position counts for all features or for none.
+    sums = (
+        jax.tree.map(lambda d: here.size[0] * d, d_mean),
+        jax.tree.map(
+            lambda d, s: align(here.size, d) * (d + s),
+            d_var,
+            _outer(d_mean, 2.0 * (here.mean - pivot)),
+        ),
+    )
+    moments, sums = pool_devices(part, sums, axis_name, pivot)
+    total = jnp.maximum(moments.size[0], 1.0)
+    d_mean, d_var = jax.tree.map(lambda s: s / total, sums)
+    mean = lax.stop_gradient(moments.mean)
+    between = _outer(d_mean, 2.0 * (mean - pivot))
+    return moments, d_mean, jax.tree.map(jnp.subtract, d_var, between)
+
+
+def _outer(d_mean: Params, factor: jax.Array) -> Params:
+    """``factor · ∂μ`` for every feature, from the ∂μ of its group."""
+    rows = jax.tree.map(lambda d: d[None], d_mean)
+    return pull(rows, factor[None])
 
 
 @jax.named_scope("derivatives")
@@ -134,25 +147,19 @@ def _derivatives(
     """∂μ and ∂σ² of this device's values."""
     (mean, var, count), x = seen
     x = x.astype(mean.dtype)
-    shape = (*x.shape[:-1], 1)
     # A layer in half precision takes the cotangent in it: 1/N would underflow there, and a
     # sum without it overflow, as would large deviations. So deviations go in by their size
     # and with 1/√N, and the rest follows.
-    total = jnp.maximum(count[0], 1.0)
-    root, size = jnp.sqrt(total), std_of(var)
+    root, size = jnp.sqrt(jnp.maximum(count[0], 1.0)), std_of(var)
     size = jnp.where(size > 0, size, 1.0)
-    weight = jnp.broadcast_to(1.0 / root, shape)
-    deviation = (x - align(mean, x)) / align(size, x)
+    cotangent = (x - align(mean, x)) / align(size * root, x)
     if mask is not None:
-        counts = jnp.broadcast_to(mask, shape).astype(bool)
-        weight = jnp.where(counts, weight, 0.0)
-        deviation = jnp.where(counts, deviation, 0.0)
-    d_var, d_mean = source.pullback(deviation * weight, weight, masked=mask is not None)
-    d_mean = jax.tree.map(lambda d: d.astype(mean.dtype) / root, d_mean)
+        cotangent = jnp.where(mask, cotangent, 0.0)
     d_var = jax.tree.map(
-        lambda d: d.astype(mean.dtype) * align(2.0 * size / root, d), d_var
+        lambda d: d.astype(mean.dtype) * align(2.0 * size / root, d),
+        source.pullback(cotangent, masked=mask is not None),
     )
-    return d_mean, d_var
+    return source.mean_patch(mask), d_var
 
 
 def _slot(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> History:

@@ -67,11 +67,23 @@ def pool_moments(moments: Moments) -> Moments:
 
 def pool_two(current: Moments, past: Moments) -> Moments:
     """``pool_moments`` of two, every field ``[C]``."""
-    return pool_moments(jax.tree.map(lambda *pair: jnp.stack(pair), current, past))
+    total = current.size + past.size
+    share = current.size / jnp.where(total > 0, total, 1.0)
+    offset = current.mean - past.mean
+    spread = current.var + (1.0 - share) * jnp.square(offset)
+    return Moments(
+        mean=past.mean + share * offset,
+        var=past.var + share * (spread - past.var),
+        size=total,
+    )
 
 
 def batch_moments(
-    x: jax.Array, *, axis_name: AxisName = None, mask: jax.Array | None = None
+    x: jax.Array,
+    *,
+    axis_name: AxisName = None,
+    mask: jax.Array | None = None,
+    pivot: jax.Array | None = None,
 ) -> Moments:
     """Mean and biased variance of each feature over all other axes.
 
@@ -86,6 +98,8 @@ def batch_moments(
       mask: True where a value counts, one axis for each of ``x``, of size 1 or that of
         ``x``. Values that do not count may be anything, NaN included: they reach neither
         the moments nor their gradients.
+      pivot: ``[C]``, a guess of the mean, the same on all devices; zeros if not given. It
+        matters with ``axis_name`` alone, and there for the number of collectives.
 
     Returns:
       Moments, every field ``[C]``, in float32 (float64 for float64 input). A feature
@@ -102,14 +116,14 @@ def batch_moments(
       >>> cbn.batch_moments(jnp.array([[1.0], [3.0]])).var
       Array([1.], dtype=float32)
 
-    Under an axis name every device learns the moments of all others in one collective of
-    ``devices · 4C`` numbers and pools them exactly. A masked batch is read three times.
+    Under an axis name the devices add up their sums about the pivot, in one collective of
+    3C numbers on any number of devices. A second one follows where a mean is more than
+    eight standard deviations from the pivot, because those sums have lost digits. A masked
+    batch is read three times.
     """
-    part = device_moments(x, mask)
     if axis_name is None:
-        return about_zero(part)
-    parts, _ = exchange(part, (), axis_name)
-    return pool_devices(parts)
+        return about_zero(device_moments(x, mask))
+    return pool_devices(device_moments(x, mask), (), axis_name, pivot)[0]
 
 
 class Part(NamedTuple):
@@ -140,12 +154,55 @@ def about_zero(part: Part) -> Moments:
     return part.moments._replace(mean=part.pivot)
 
 
-def pool_devices(parts: Part) -> Moments:
-    """Moments of the whole batch, from the parts of all devices, every field ``[D, C]``."""
-    pivot = _of_largest(parts.moments.size, parts.pivot)
-    mean = parts.moments.mean + (parts.pivot - pivot[None])
-    moments = pool_moments(parts.moments._replace(mean=mean))
-    return moments._replace(mean=pivot + moments.mean)
+def pool_devices(
+    part: Part, sums: Any, axis_name: AxisName, pivot: jax.Array | None = None
+) -> tuple[Moments, Any]:
+    """Moments of the whole batch, and the totals of ``sums`` over the devices."""
+    if axis_name is None:
+        return about_zero(part), sums
+    # Zeros like the mean would count as different on every device.
+    pivot = jnp.zeros(part.pivot.shape) if pivot is None else lax.stop_gradient(pivot)
+    pivot = pivot.astype(part.pivot.dtype)
+    totals, sums = lax.psum((_about(part, pivot), sums), axis_name)
+    moments = _from_totals(totals, pivot)
+    mean, var = lax.stop_gradient((moments.mean, moments.var))
+    far = jnp.square(mean - pivot) > _FAR**2 * var
+
+    def again():
+        return _from_totals(lax.psum(_about(part, mean), axis_name), mean)
+
+    # The same on all devices, which all take part in the second collective or do not.
+    return lax.cond(far.any(), again, lambda: moments), sums
+
+
+_FAR = 8.0  # standard deviations; squares about such a pivot lose two digits
+
+
+class _Totals(NamedTuple):
+    """Sums over the values of devices: 1, x − pivot and (x − pivot)²."""
+
+    size: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def _about(part: Part, pivot: jax.Array) -> _Totals:
+    rest, var, size = part.moments
+    offset = jnp.where(size > 0, (part.pivot - pivot) + rest, 0.0)
+    return _Totals(size, size * offset, size * (var + jnp.square(offset)))
+
+
+def _from_totals(totals: _Totals, pivot: jax.Array) -> Moments:
+    share = _share(totals.size)
+    offset = totals.first * share
+    var = _not_negative(totals.second * share - jnp.square(offset))
+    mean = jnp.where(totals.size > 0, pivot + offset, 0.0)
+    return Moments(mean, var, totals.size)
+
+
+def _not_negative(var: jax.Array) -> jax.Array:
+    """A scale of 0 would hide an overflow; NaN shows it."""
+    return jnp.where(var < jnp.inf, jnp.maximum(var, 0.0), jnp.nan)
 
 
 def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
@@ -172,14 +229,14 @@ def count_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.broadcast_to(mask, x.shape).astype(bool).sum(axis=rows, dtype=dtype)
 
 
-def pool_examples(instance: Moments, axis_name: AxisName = None) -> Moments:
+def pool_examples(
+    instance: Moments, axis_name: AxisName = None, pivot: jax.Array | None = None
+) -> Moments:
     """Batch moments, every field ``[C]``, from those of all examples on all devices."""
     each = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), instance)
     moments = pool_moments(each)
-    if axis_name is None:
-        return moments
-    devices, _ = exchange(moments, (), axis_name)
-    return pool_moments(devices)
+    part = Part(moments.mean, moments._replace(mean=jnp.zeros_like(moments.mean)))
+    return pool_devices(part, (), axis_name, pivot)[0]
 
 
 def _part(x: jax.Array) -> Part:
@@ -220,9 +277,7 @@ def _about_mean(
     mean = start + offset
     pivot = lax.stop_gradient(mean)  # gradients flow through the sums alone
     rest = offset - (pivot - start)
-    var = _squares(total, x, pivot) * share - jnp.square(rest)
-    # A scale of 0 would hide an overflow; NaN shows it.
-    var = jnp.where(var < jnp.inf, jnp.maximum(var, 0.0), jnp.nan)
+    var = _not_negative(_squares(total, x, pivot) * share - jnp.square(rest))
     rest = lax.stop_gradient(rest)  # the gradient of the mean flows once
     return Part(mean, Moments(rest, var, count))
 

@@ -3,7 +3,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from .layers import Params
 from .moments import (
     AxisName,
     Moments,
-    about_zero,
     device_count,
     device_moments,
-    exchange,
     pool_devices,
     wide,
 )
@@ -33,13 +31,11 @@ class Sample(NamedTuple):
 
     Attributes:
       patches: P, leaves ``[n, *leaf.shape[:-1], groups]``.
-      x: ``[n, C]``, the activations there.
       weight: ``[n, 1]``, one over the number of positions, 0 where a position does not
         count (``mask``). ``Σ weight · f`` is the sample's mean of f.
     """
 
     patches: Params
-    x: jax.Array
     weight: jax.Array
 
 
@@ -48,15 +44,17 @@ def moments_and_sample(
     x: jax.Array,
     samples: int | None,
     step: jax.Array,
+    sums: Any = (),
     *,
     axis_name: AxisName = None,
     mask: jax.Array | None = None,
-) -> tuple[Moments, Sample]:
-    """Moments of the batch, and about ``samples`` of its positions.
+    pivot: jax.Array | None = None,
+) -> tuple[Moments, Sample, Any]:
+    """Moments of the batch, about ``samples`` of its positions, and the totals of ``sums``.
 
-    Equally many positions of each example; all of them where there are no more, or for
-    None; at least one. Which ones is random, a function of ``step``. Nothing in the sample
-    carries a gradient.
+    Equally many positions of each example; one of some examples where there are more of
+    them than samples; all positions for None. Which ones is a function of ``step``.
+    Nothing in the sample carries a gradient.
 
     Every device learns the positions of all, in the one collective of the moments: a few
     patches are less than the derivatives, as large as θ, that each would make of its own.
@@ -66,34 +64,24 @@ def moments_and_sample(
     n = per_example(x.shape[0], positions, samples, axis_name)
     index = _strata(x.shape[0], positions, n, step, axis_name)
     sample = _take(source, lax.stop_gradient(x), index, mask)
-    if axis_name is None:
-        return about_zero(part), _weighted(sample)
-    (parts, rows), _ = exchange((part, sample), (), axis_name)
-    sample = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rows)
-    return pool_devices(parts), _weighted(sample)
+    place, there = _places(x.shape[0] * n, n, samples, step, axis_name)
+    if place is not None:
+        sample = jax.tree.map(lambda leaf: _rows_at(leaf, place, there), sample)
+    moments, (sample, sums) = pool_devices(part, (sample, sums), axis_name, pivot)
+    total = jnp.maximum(sample.weight.sum(), 1.0)
+    return moments, sample._replace(weight=sample.weight / total), sums
 
 
 def _take(source: Source, x: jax.Array, index: jax.Array, mask: jax.Array | None) -> Sample:
     """The positions ``index`` ``[N, n]`` of this device, with weights 1 and 0."""
     dtype = wide(x.dtype)
-
-    def at_index(values):
-        values = values.reshape(x.shape[0], -1, values.shape[-1])
-        return jnp.take_along_axis(values, index[..., None], 1).reshape(index.size, -1)
-
     patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
-    values = at_index(x).astype(dtype)
     if mask is None:
-        return Sample(patches, values, jnp.ones((index.size, 1), dtype))
-    counts = at_index(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool))
-    values = jnp.where(counts, values, 0.0)
+        return Sample(patches, jnp.ones((index.size, 1), dtype))
+    counts = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool)
+    counts = jnp.take_along_axis(counts.reshape(x.shape[0], -1), index, 1).reshape(-1, 1)
     patches = jax.tree.map(lambda p: jnp.where(per_row(counts, p), p, 0.0), patches)
-    return Sample(patches, values, counts.astype(dtype))
-
-
-def _weighted(sample: Sample) -> Sample:
-    """Weights that sum to one, or to zero."""
-    return sample._replace(weight=sample.weight / jnp.maximum(sample.weight.sum(), 1.0))
+    return Sample(patches, counts.astype(dtype))
 
 
 def per_example(
@@ -109,25 +97,57 @@ def per_example(
 def _strata(
     examples: int, positions: int, n: int, step: jax.Array, axis_name: AxisName
 ) -> jax.Array:
-    """Positions ``[examples, n]``, one in each of n equal parts of ``range(positions)``."""
+    """Positions ``[examples, n]``, one in each of n equal parts of ``range(positions)``.
+
+    Where in its part follows a sequence of low discrepancy, which costs no random numbers.
+    Examples are counted over all devices, so that many look where one would.
+    """
     if n == positions:
         return jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (examples, n))
-    key = jax.random.fold_in(jax.random.key(0), step.astype(jnp.uint32))
-    # Drawn for the whole batch, so that many devices look where one would.
-    jitter = jax.random.uniform(key, (examples * device_count(axis_name), n), jnp.float32)
-    if axis_name is not None:
-        first = lax.axis_index(axis_name) * examples
-        jitter = lax.dynamic_slice_in_dim(jitter, first, examples)
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * examples
+    example = (first + jnp.arange(examples)).astype(jnp.uint32)
+    turns = _sequence(step, example[:, None], jnp.arange(n, dtype=jnp.uint32)[None])
     width = jnp.asarray(positions, jnp.float32) / jnp.asarray(n, jnp.float32)
-    index = (jnp.arange(n, dtype=jnp.float32)[None] + jitter) * width
+    index = (jnp.arange(n, dtype=jnp.float32)[None] + turns) * width
     return jnp.minimum(index.astype(jnp.int32), positions - 1)
 
 
-def mean_patch(sample: Sample) -> Params:
-    """E[P], leaves ``[*leaf.shape[:-1], groups]``."""
-    return jax.tree.map(
-        lambda p: (per_row(sample.weight, p) * p).sum(axis=0), sample.patches
-    )
+def _sequence(step: jax.Array, example: jax.Array, part: jax.Array) -> jax.Array:
+    """Numbers from 0 to 1 that fill it evenly, along each argument and over all of them.
+
+    Multiples of 1/g, 1/g², 1/g³ without their whole parts, where g⁴ = g + 1, in units of
+    2⁻³². Whole numbers of 32 bits drop the whole parts by themselves.
+    """
+    a, b, c = (jnp.uint32(each) for each in (3518319155, 2882110345, 2360945575))
+    turns = a * step.astype(jnp.uint32) + b * example + c * part
+    return turns.astype(jnp.float32) * 2.0**-32
+
+
+def _places(
+    here: int, n: int, samples: int | None, step: jax.Array, axis_name: AxisName
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Which of this device's rows stand at each row of the sample, and whether any does.
+
+    Of more examples than samples, evenly many are taken, others in every step.
+    """
+    every = here * device_count(axis_name)
+    few = samples is not None and n == 1 and isinstance(every, int) and every > samples
+    if axis_name is None and not few:
+        return None, None
+    rows = jnp.arange(samples if few else every)
+    if few:
+        # Another sequence than that of the positions: their pairs fill the square.
+        shift = _sequence(jnp.uint32(0), jnp.uint32(0), step.astype(jnp.uint32)) * every
+        rows = (rows * every // samples + shift.astype(int)) % every
+    if axis_name is None:
+        return rows, None
+    place = rows - lax.axis_index(axis_name) * here
+    return jnp.clip(place, 0, here - 1), (place >= 0) & (place < here)
+
+
+def _rows_at(leaf: jax.Array, place: jax.Array, there: jax.Array | None) -> jax.Array:
+    rows = leaf[place]
+    return rows if there is None else jnp.where(per_row(there, rows), rows, 0.0)
 
 
 def product(patches: Params, params: Params) -> jax.Array:

@@ -125,11 +125,12 @@ def restarted(
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)
-    var = jnp.where(window.var > 0, window.var, 1.0)
-    off = jnp.square(window.mean - old.mean) / var * values
-    ratio = jnp.where((window.var > 0) & (old.var > 0), old.var / var, 1.0)
-    off = jnp.maximum(off, jnp.square(jnp.log(ratio)) * values / 2)
-    past = finite_moments(window) & (values >= 8) & (off > 9)
+    # Squares of deviations in standard errors, without a division. That of the variance is
+    # (σ² − σ'²)² / (σ² σ'²), which is log(σ²/σ'²)² for a small difference.
+    mean_off = jnp.square(window.mean - old.mean) * values > 9.0 * window.var
+    var_off = jnp.square(window.var - old.var) * values > 18.0 * window.var * old.var
+    varies = (window.var > 0) & (old.var > 0)
+    past = finite_moments(window) & (values >= 8) & varies & (mean_off | var_off)
     mean, var = in_dtype((window.mean, window.var), jnp.float32)
     return running._replace(
         mean=jnp.where(past, mean, running.mean), var=jnp.where(past, var, running.var)
@@ -151,6 +152,12 @@ def check_values(method: str, x: jax.Array, axis_name: AxisName, least: int = 2)
             f"feature in training, expected at least {'two' if least > 1 else 'one'}; "
             f"{more if count else 'skip an empty batch.'}"
         )
+
+
+def several_values(x: jax.Array, axis_name: AxisName) -> bool:
+    """Whether a batch without a mask is known to hold two values per feature."""
+    count = math.prod(x.shape[:-1]) * device_count(axis_name)
+    return isinstance(count, int) and count > 1
 
 
 def has_variance(moments: Moments) -> jax.Array:

@@ -8,21 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .layers import (
-    Layer,
-    LayerFn,
-    Params,
-    as_layer,
-    finite,
-    one_per_group,
-    patches_by_position,
-)
+from .layers import Layer, LayerFn, Params, as_layer
+from .moments import wide
+from .windows import finite, one_per_group, patches_by_position
 
 
 class Pullback(Protocol):
-    def __call__(
-        self, each: jax.Array, shared: jax.Array, *, masked: bool = False
-    ) -> tuple[Params, Params]: ...
+    def __call__(self, cotangent: jax.Array, *, masked: bool = False) -> Params: ...
 
 
 class Source(NamedTuple):
@@ -31,18 +23,20 @@ class Source(NamedTuple):
     Attributes:
       params: θ, the parameters with which the layer was run, the only thing here that
         carries a gradient.
-      pullback: ``(each, shared)`` ↦ two cotangents of θ, this device's part: one for the
-        cotangent ``each`` ``[..., C]`` of ``x``, one for ``shared`` ``[..., 1]``, the same
-        for every feature, its leaves ``[..., groups]``. Feature c of ``x`` depends on
-        ``θ[..., c]`` alone, so the cotangent 1/N yields the derivatives of all feature
-        means at once, and 2 (x − mean) / N those of all variances. ``masked``
-        replaces non-finite inputs by 0, because 0 times NaN is NaN.
+      pullback: the cotangent ``[..., C]`` of ``x`` ↦ that of θ, this device's part.
+        Feature c of ``x`` depends on ``θ[..., c]`` alone, so 2 (x − mean) / N yields the
+        derivatives of all feature variances at once. ``masked`` replaces non-finite
+        inputs by 0, because 0 times NaN is NaN.
+      mean_patch: ``mask`` ↦ E[P], the mean of ∂x/∂θ over this device's positions that
+        count, in float32. Leaves are ``[*leaf.shape[:-1], groups]``, the same for every
+        feature of a group. ``mask`` is None or ``[..., 1]``.
       patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``.
       groups: of the layer.
     """
 
     params: Params
     pullback: Pullback
+    mean_patch: Callable[[jax.Array | None], Params]
     patches: Callable[[jax.Array], Params]
     groups: int = 1
 
@@ -71,8 +65,7 @@ def run_layer(
       >>> import jax.numpy as jnp
       >>> import cbn_jax as cbn
       >>> x, source = cbn.run_layer(cbn.dense, jnp.ones((3, 4)), jnp.ones((2, 3)))
-      >>> sums, _ = source.pullback(jnp.ones((2, 4)), jnp.ones((2, 1)))
-      >>> sums[0]
+      >>> source.pullback(jnp.ones((2, 4)))[0]
       Array([2., 2., 2., 2.], dtype=float32)
     """
     layer = as_layer(layer)
@@ -83,38 +76,51 @@ def run_layer(
 def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source:
     """The source of activations that a layer has already computed."""
     fixed, inputs = lax.stop_gradient((params, inputs))
+    known = layer.patches
 
-    def pullback(
-        each: jax.Array, shared: jax.Array, *, masked: bool = False
-    ) -> tuple[Params, Params]:
+    def pullback(cotangent: jax.Array, *, masked: bool = False) -> Params:
         seen = jax.tree.map(finite, inputs) if masked else inputs
-        return _pull_both(layer, _varying(fixed, each), seen, each, shared)
+        return _pull(layer, _varying(fixed, cotangent), seen, cotangent)
+
+    def mean_patch(mask: jax.Array | None) -> Params:
+        fits = all(isinstance(size, int) for size in x.shape[1:-1])  # else symbolic
+        if known is not None and mask is None and fits:
+            return known.mean(fixed, inputs, x.shape[1:-1])
+        seen = inputs if mask is None else jax.tree.map(finite, inputs)
+        return _mean_by_pullback(layer, _varying(fixed, x), seen, x, mask)
 
     def patches(index: jax.Array) -> Params:
-        if layer.patches is not None:
-            return layer.patches(fixed, inputs, index, x.shape[1:-1])
+        if known is not None:
+            return known.at(fixed, inputs, index, x.shape[1:-1])
         narrow = one_per_group(fixed, layer.groups)
         _check_narrow(layer, narrow, inputs, (*x.shape[:-1], layer.groups))
         differentiate = patches_by_position(layer.apply, layer.groups)
         return differentiate(_varying(fixed, x), inputs, index, x.shape[1:-1])
 
-    return Source(params, pullback, patches, layer.groups)
+    return Source(params, pullback, mean_patch, patches, layer.groups)
 
 
-def _pull_both(layer, params, inputs, each, shared):
-    """The pullback of ``each``, and that of ``shared`` for one feature of every group."""
-
-    def pull(params, cotangent):
-        x, back = jax.vjp(lambda p: layer.apply(p, inputs), params)
+def _pull(layer: Layer, params: Params, inputs: Any, cotangent: jax.Array) -> Params:
+    with jax.default_matmul_precision("highest"):
+        x, back = jax.vjp(lambda params: layer.apply(params, inputs), params)
         return back(cotangent.astype(x.dtype))[0]
 
-    groups = layer.groups
-    narrow = one_per_group(params, groups)
-    # Spread over the devices like ``each``, also where it is the same on all of them.
-    shared = jnp.repeat(shared + lax.full_like(each[..., :1], 0), groups, -1)
-    _check_narrow(layer, narrow, inputs, shared.shape)
-    with jax.default_matmul_precision("highest"):
-        return pull(params, each), pull(narrow, shared)
+
+def _mean_by_pullback(
+    layer: Layer, params: Params, inputs: Any, x: jax.Array, mask: jax.Array | None
+) -> Params:
+    """E[P] by one feature of every group, whose cotangent is one over the count."""
+    dtype, shape = wide(x.dtype), (*x.shape[:-1], layer.groups)
+    narrow = one_per_group(params, layer.groups)
+    _check_narrow(layer, narrow, inputs, shape)
+    counts = lax.full_like(x, 1, dtype, shape=shape)
+    if mask is not None:
+        counts = jnp.where(mask, counts, 0.0)
+    total = jnp.maximum(counts[..., 0].sum(), 1.0)
+    # In half precision 1/N would underflow, and a sum without it overflow.
+    root = jnp.sqrt(total)
+    pulled = _pull(layer, narrow, inputs, counts / root)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) / root, pulled)
 
 
 def _check_narrow(layer, params, inputs, shape):

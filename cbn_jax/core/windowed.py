@@ -21,6 +21,7 @@ from .running import (
     independent,
     known_moments,
     restarted,
+    several_values,
     update_running,
 )
 from .schedules import ScheduleFn, averaging
@@ -78,14 +79,16 @@ def windowed(
         check_values(name, x, axis_name, 2 if alone else 1)
         state = lax.stop_gradient(state)
         batch, pooled, new = step(state, x, source, axis_name, mask)
-        pooled = known_moments(pooled, state.running)
+        new = lax.stop_gradient(new)
         averages, seen = new.running, batch
         if running == "window":
-            seen = _if_any(batch, pooled)
+            seen = pooled if mask is None else _if_any(batch, pooled)
             if not callable(momentum):
                 averages = restarted(averages, pooled, independent(x, pooled))
+        if mask is not None or not several_values(x, axis_name):
+            pooled = known_moments(pooled, state.running)
         new = new._replace(running=update_running(averages, seen, average))
-        return statistics_of(pooled, epsilon), lax.stop_gradient(new)
+        return statistics_of(pooled, epsilon), new
 
     def infer(state, x, *, mask=None):
         state, x = accept(state, x, mask)

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from cbn_jax.core.layers import Layer, Patches, conv_patches, dense_patches
+from cbn_jax.core.layers import Layer
+from cbn_jax.core.windows import Patches, conv_patches, dense_patches
 
 
 def check_layer(layer: Any) -> None:

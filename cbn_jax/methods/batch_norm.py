@@ -84,7 +84,7 @@ def named_batch_norm(name: str, momentum: float | ScheduleFn, epsilon: float) ->
         del source
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name)
-        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        moments = batch_moments(x, axis_name=axis_name, mask=mask, pivot=state.mean)
         new = update_running(state, moments, average)
         if mask is not None:
             moments = known_moments(moments, state)

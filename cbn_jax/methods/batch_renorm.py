@@ -134,7 +134,7 @@ def batch_renorm(
         del source
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name)
-        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        moments = batch_moments(x, axis_name=axis_name, mask=mask, pivot=state.mean)
         new = update_running(state, moments, average)
         if mask is not None:
             moments = known_moments(moments, state)

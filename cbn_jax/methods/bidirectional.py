@@ -118,7 +118,9 @@ def bidirectional_batch_norm(
         )
         check_values(name, x, axis_name, 1)
         state, given = lax.stop_gradient((state, x))
-        batch = batch_moments(given, axis_name=axis_name, mask=mask)
+        batch = batch_moments(
+            given, axis_name=axis_name, mask=mask, pivot=state.window.mean
+        )
         past = in_dtype(state.window, batch.mean.dtype)
         pooled = pool_two(batch, past._replace(size=keep * past.size))
         used = known_moments(pooled, state.running)

@@ -146,7 +146,7 @@ def cross_iteration_batch_norm(
         )
 
     def step(state, x, source, axis_name, mask):
-        batch, iteration = this_iteration(x, source, axis_name, mask)
+        batch, iteration = this_iteration(x, source, axis_name, mask, state.running.mean)
         params = source.params
         if gradient == "current":
             params = lax.stop_gradient(params)

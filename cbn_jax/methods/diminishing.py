@@ -125,7 +125,7 @@ def diminishing_batch_norm(
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name)
         state = lax.stop_gradient(state)
-        moments = batch_moments(x, axis_name=axis_name, mask=mask)
+        moments = batch_moments(x, axis_name=axis_name, mask=mask, pivot=state.mean)
         previous = jax.tree.map(lambda leaf: leaf.astype(moments.mean.dtype), state)
         updated = _update(previous, moments, alpha)
         used = updated if normalize_by == "updated" else previous

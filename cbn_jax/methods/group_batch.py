@@ -129,7 +129,7 @@ def group_batch_norm(
         state = lax.stop_gradient(state)
 
         def batch(instance):
-            seen = pool_examples(instance, axis_name)
+            seen = pool_examples(instance, axis_name, state.mean)
             known = has_variance(seen) | (state.steps > 0)
             moments = known_moments(seen, state)
             return batch_branch(moments, known, x)._replace(moments=seen)

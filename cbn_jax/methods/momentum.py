@@ -109,7 +109,7 @@ def momentum_batch_norm(
         state, x = accept(state, x, mask)
         check_values(name, x, axis_name)
         state = lax.stop_gradient(state)
-        batch = batch_moments(x, axis_name=axis_name, mask=mask)
+        batch = batch_moments(x, axis_name=axis_name, mask=mask, pivot=state.past_mean)
         mixed = _mixed(state, batch, average)
         if mask is not None:
             mixed = known_moments(mixed, state.running)

@@ -125,8 +125,14 @@ def replay_batch_norm(
         )
 
     def step(state, x, source, axis_name, mask):
-        batch, sample = moments_and_sample(
-            source, x, samples, state.running.steps.max(), axis_name=axis_name, mask=mask
+        batch, sample, _ = moments_and_sample(
+            source,
+            x,
+            samples,
+            state.running.steps.max(),
+            axis_name=axis_name,
+            mask=mask,
+            pivot=state.running.mean,
         )
         pooled = pool_two(batch, _past_moments(state, source.params, batch.mean.dtype))
         if window > 1:

@@ -1,28 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming batch normalization: an exponential window that moves with the weights."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.carrying import (
+    Pooled,
+    Usable,
+    Window,
+    carry_running,
+    decay_of,
+    empty_window,
+    mean_like,
+    no_patch,
+    per_feature,
+    pool_window,
+    remember,
+    remember_patch,
+    remember_window,
+    usable_in,
+    var_like,
+)
 from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import Moments, align, pool_two
+from cbn_jax.core.moments import AxisName, Moments, align, count_values
 from cbn_jax.core.patches import (
     Sample,
     inner,
-    mean_patch,
     moments_and_sample,
+    per_row,
     product,
     pull,
 )
-from cbn_jax.core.running import RunningMoments, finite_moments, init_running
+from cbn_jax.core.running import RunningMoments, init_running
 from cbn_jax.core.schedules import ScheduleFn
+from cbn_jax.core.source import Source
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
+
+ROWS = 8  # positions of past batches
+
+
+class PastRows(NamedTuple):
+    """Positions of past batches, and what the layer made of them in the last step.
+
+    Attributes:
+      patches: P, each leaf ``[8, *leaf.shape[:-1], groups]``.
+      x: ⟨P, θ⟩ ``[8, C]``.
+    """
+
+    patches: Params
+    x: jax.Array
 
 
 class StreamingState(NamedTuple):
@@ -30,19 +62,20 @@ class StreamingState(NamedTuple):
 
     Attributes:
       running: averages of the window's moments, for inference.
-      window: moments of the exponential window at the parameters below; ``size`` is the
-        sum of the weights of its values.
+      window: moments of the exponential window at the parameters of the last step.
       d_mean: p, their derivative ∂mean/∂θ, the mean input patch, each leaf
         ``[*leaf.shape[:-1], groups]``.
       d_var: G, ∂var/∂θ, like θ.
-      params: θ of the last iteration.
+      var_at: ``[C]``, ⟨G, θ⟩ at the parameters of the last step.
+      rows: a few positions of past batches.
     """
 
     running: RunningMoments
-    window: Moments
+    window: Window
     d_mean: Params
     d_var: Params
-    params: Params
+    var_at: jax.Array
+    rows: PastRows
 
 
 @factory
@@ -153,32 +186,36 @@ def named_streaming(
 
     alone = window == micro_batches == 1  # batch norm
 
-    def keep(steps):
-        """A new step of the optimizer makes the window older, a micro-batch does not."""
-        decay = 1.0 - 1.0 / window
-        if micro_batches == 1:
-            return decay
-        return jnp.where(steps % micro_batches == 0, decay, 1.0)
-
     def step(state, x, source, axis_name, mask):
-        steps = state.running.steps.max()
-        batch, sample = moments_and_sample(
-            source, x, samples, steps, axis_name=axis_name, mask=mask
-        )
+        batch, sample, patch = _look(source, x, samples, state, axis_name, mask)
         old, params = in_dtype((state, source.params), batch.mean.dtype)
-        sample = _centered(sample, old.d_mean)
-        delta = jax.tree.map(jnp.subtract, params, old.params)
-        moved = product(sample.patches, lax.stop_gradient(delta))  # ⟨P − p, Δ⟩
-        spread = _spread(sample, moved)
-        past = _transport(old, delta, spread)
-        size = _past_size(keep(steps) * old.window.size, batch, past, spread, source.groups)
-        pooled = pool_two(batch, past._replace(size=size))
-        new = lax.stop_gradient(_absorb(old, batch, pooled, sample, moved, params))
-        usable = finite_moments(pooled._replace(size=batch.size))
+        seen = _run(old, sample, params)
+        keep = decay_of(window, micro_batches, state.running.steps)
+        size = _past_size(keep * old.window.size, batch, seen)
+        past = Window(seen.mean, seen.var, size)
+        pooled = pool_window(lax.stop_gradient(batch), past)
+        cotangent, var_at = _factors(sample, seen, pooled)
+        usable = usable_in(batch, pooled, var_at)
+        d_var = _derivative(usable, pooled, old, sample, cotangent)
+        running = state.running
         if not alone:
-            moved = lax.stop_gradient(past)
-            new = new._replace(running=_carried(state.running, old.window, moved))
-        return batch, pooled, _replace_usable(usable, new, state)
+            growth = _growth(past.var, old.window.var)
+            shift = past.mean - old.window.mean
+            running = carry_running(usable, running, shift, growth)
+        new = StreamingState(
+            running=running,
+            window=remember_window(usable, pooled, state.window),
+            d_mean=remember_patch(usable, pooled.share, patch, state.d_mean),
+            d_var=d_var,
+            var_at=remember(usable, var_at, state.var_at),
+            rows=_remember_rows(usable, state, sample, seen),
+        )
+        # The gradient goes through today's G, so that the last one need not be kept.
+        past = past._replace(
+            mean=mean_like(past.mean, old.d_mean, params),
+            var=var_like(past.var, d_var, params),
+        )
+        return batch, pool_window(batch, past).moments, new
 
     return windowed(
         name,
@@ -193,102 +230,170 @@ def named_streaming(
 
 
 def _init_state(features: int, params: Params, groups: int) -> StreamingState:
-    def zeros(last):
-        return jax.tree.map(
-            lambda leaf: jnp.zeros((*leaf.shape[:-1], last), jnp.float32), params
-        )
+    def rows(leaf):
+        return jnp.zeros((ROWS, *leaf.shape), jnp.float32)
 
+    zero = jnp.zeros(features, jnp.float32)
+    d_mean = no_patch(params, groups)
     return StreamingState(
         running=init_running(features),
-        window=Moments(*(jnp.zeros(features, jnp.float32) for _ in range(3))),
-        d_mean=zeros(groups),
-        d_var=zeros(features),
-        params=zeros(features),
+        window=empty_window(features, groups),
+        d_mean=d_mean,
+        d_var=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
+        var_at=zero,
+        rows=PastRows(jax.tree.map(rows, d_mean), rows(zero)),
     )
 
 
-def _centered(sample: Sample, d_mean: Params) -> Sample:
-    """The sample with P − p in place of P."""
-    patches = jax.tree.map(lambda patch, p: patch - p[None], sample.patches, d_mean)
-    return sample._replace(patches=patches)
+def _look(
+    source: Source,
+    x: jax.Array,
+    samples: int | None,
+    state: StreamingState,
+    axis_name: AxisName,
+    mask: jax.Array | None,
+) -> tuple[Moments, Sample, Params]:
+    """Moments of the batch, some of its positions, and its mean patch."""
+    size, patch = count_values(x, mask)[0], source.mean_patch(mask)
+    sums = patch if axis_name is None else jax.tree.map(lambda p: size * p, patch)
+    batch, sample, sums = moments_and_sample(
+        source,
+        x,
+        samples,
+        state.running.steps[0],
+        sums,
+        axis_name=axis_name,
+        mask=mask,
+        pivot=state.running.mean,
+    )
+    if axis_name is None:
+        return batch, sample, patch
+    least = jnp.maximum(batch.size[0], 1.0)
+    return batch, sample, jax.tree.map(lambda each: each / least, sums)
+
+
+class _Seen(NamedTuple):
+    """What the layer makes of patches under today's parameters, as constants.
+
+    Attributes:
+      x: of the sample, less the mean, ``[n, C]``.
+      rows: of the past rows, less the mean, ``[8, C]``.
+      moved: ⟨P − p, Δ⟩ of the past rows, ``[8, C]``.
+      mean: μ', ⟨p, θ⟩.
+      var: σ²'.
+      var_at: ⟨G, θ⟩.
+      spread: E[⟨P − p, Δ⟩²].
+    """
+
+    x: jax.Array
+    rows: jax.Array
+    moved: jax.Array
+    mean: jax.Array
+    var: jax.Array
+    var_at: jax.Array
+    spread: jax.Array
 
 
 @jax.named_scope("transport")
-def _spread(sample: Sample, moved: jax.Array) -> jax.Array:
-    """E[⟨P − p, Δ⟩²], the quadratic term. A non-finite batch must not enter the past."""
-    spread = (sample.weight * jnp.square(moved)).sum(axis=0)
-    return jnp.where(jnp.isfinite(spread), spread, 0.0)
+def _run(old: StreamingState, sample: Sample, params: Params) -> _Seen:
+    """One product with θ for all patches, and one for G."""
+    params = lax.stop_gradient(params)
+    patches = jax.tree.map(
+        lambda sample, rows, p: jnp.concatenate([sample, rows, p[None]]),
+        sample.patches,
+        old.rows.patches,
+        old.d_mean,
+    )
+    x, n = product(patches, params), sample.weight.shape[0]
+    mean = x[-1]
+    moved = (x[n:-1] - old.rows.x) - (mean - old.window.mean)[None]
+    spread = jnp.square(moved).mean(axis=0)
+    var_at = inner(old.d_var, params)
+    var = jnp.maximum(old.window.var + (var_at - old.var_at) + spread, 0.0)
+    centered = x - mean[None]
+    return _Seen(centered[:n], centered[n:-1], moved, mean, var, var_at, spread)
 
 
-@jax.named_scope("transport")
-def _transport(old: StreamingState, delta: Params, spread: jax.Array) -> Moments:
-    """The window's moments at the current parameters, (μ', max(σ²', 0))."""
-    (d_mean,) = product(jax.tree.map(lambda p: p[None], old.d_mean), delta)  # ⟨p, Δ⟩
-    var = jnp.maximum(old.window.var + inner(old.d_var, delta) + spread, 0.0)
-    return old.window._replace(mean=old.window.mean + d_mean, var=var)
-
-
-def _carried(running: RunningMoments, window: Moments, moved: Moments) -> RunningMoments:
-    """The averages for inference move with the weights, as the window does."""
-    known = (running.steps > 0) & (window.size > 0)
-    known &= jnp.isfinite(moved.mean) & jnp.isfinite(moved.var)
-    varies = (window.var > 0) & (moved.var > 0)
-    shift = jnp.where(known, moved.mean - window.mean, 0.0)
-    growth = moved.var / jnp.where(varies, window.var, 1.0)
-    growth = jnp.where(known & varies, growth, 1.0)
-    shift, growth = in_dtype((shift, growth), jnp.float32)
-    return running._replace(mean=running.mean + shift, var=running.var * growth)
-
-
-def _past_size(
-    size: jax.Array, batch: Moments, past: Moments, spread: jax.Array, groups: int
-) -> jax.Array:
+def _past_size(size: jax.Array, batch: Moments, seen: _Seen) -> jax.Array:
     """The weight of the past: at most as many batches as θ takes to turn by one radian.
 
-    The same for all features of a group, which share p: μ and p must stay consistent.
+    The same for all features of a group, which share p.
     """
-    var = lax.stop_gradient(past.var)
-    turn = jnp.minimum(spread / jnp.where(var > 0, var, 1.0), 1.0)  # squared, per step
-    turn = jnp.sqrt(turn.reshape(groups, -1).mean(axis=1, keepdims=True))
-    limit = batch.size.reshape(groups, -1) / jnp.where(turn > 0, turn, 1.0)
-    limit = jnp.where(turn > 0, limit, jnp.inf)
-    return jnp.minimum(size, limit.reshape(-1))
+    moves = (seen.spread > 0) & (seen.var > 0)
+    turn = jnp.minimum(seen.spread / jnp.where(moves, seen.var, 1.0), 1.0)
+    turn = jnp.where(moves, turn, 0.0).reshape(size.size, -1).mean(axis=1)  # squared
+    here = batch.size[:: batch.size.size // size.size]
+    limit = here * lax.rsqrt(jnp.where(turn > 0, turn, 1.0))
+    return jnp.where((turn > 0) & (here > 0), jnp.minimum(size, limit), size)
+
+
+def _growth(var: jax.Array, last: jax.Array) -> jax.Array:
+    varies = (last > 0) & (var > 0)
+    return jnp.where(varies, var / jnp.where(varies, last, 1.0), 1.0)
 
 
 @jax.named_scope("derivatives")
-def _absorb(
+def _factors(sample: Sample, seen: _Seen, pooled: Pooled) -> tuple[jax.Array, jax.Array]:
+    """What multiplies P − p in G, at the sample and at the past rows; and the new ⟨G, θ⟩.
+
+    G ← (1 − a) G + 2 E[a (x − μ) (P − p)] + 2 (1 − a) E[⟨P − p, Δ⟩ (P − p)]
+    """
+    a = per_feature(pooled.share, seen.mean.size)
+    offset = seen.x + (seen.mean - pooled.moments.mean)[None]
+    now = 2.0 * a[None] * sample.weight * offset
+    past = (2.0 / ROWS) * (1.0 - a)[None] * seen.moved
+    cotangent = jnp.concatenate([now, past])
+    x = jnp.concatenate([seen.x, seen.rows])
+    return cotangent, (1.0 - a) * seen.var_at + (cotangent * x).sum(axis=0)
+
+
+@jax.named_scope("derivatives")
+def _derivative(
+    usable: Usable,
+    pooled: Pooled,
     old: StreamingState,
-    batch: Moments,
-    pooled: Moments,
     sample: Sample,
-    moved: jax.Array,
-    params: Params,
-) -> StreamingState:
-    """The state after this batch: pooled moments, and their p and G at ``params``."""
-    a = batch.size / jnp.where(pooled.size > 0, pooled.size, 1.0)
-    # G ← (1 − a) G + 2 E[(a (x − μ) + (1 − a) ⟨P − p, Δ⟩) (P − p)]
-    toward = a[None] * (sample.x - pooled.mean[None]) + (1.0 - a)[None] * moved
-    added = pull(sample.patches, 2.0 * sample.weight * toward)
-
-    def toward_mean(p, mean):  # p ← p + a E[P − p], one share per group
-        return p + align(a.reshape(p.shape[-1], -1).mean(axis=-1), p) * mean
-
-    return StreamingState(
-        running=old.running,
-        window=pooled,
-        d_mean=jax.tree.map(toward_mean, old.d_mean, mean_patch(sample)),
-        d_var=jax.tree.map(lambda g, d: align(1.0 - a, g) * g + d, old.d_var, added),
-        params=params,
+    cotangent: jax.Array,
+) -> Params:
+    """The new G."""
+    a = per_feature(pooled.share, old.var_at.size)
+    patches = jax.tree.map(
+        lambda sample, rows, p: jnp.concatenate([sample, rows]) - p[None],
+        sample.patches,
+        old.rows.patches,
+        old.d_mean,
     )
+
+    def one(g, more):
+        new = align(1.0 - a, g) * g + more
+        fits = align(usable.features, g) & jnp.isfinite(new)
+        return jnp.where(fits, new, g).astype(jnp.float32)
+
+    return jax.tree.map(one, old.d_var, pull(patches, cotangent))
 
 
 @jax.named_scope("remember")
-def _replace_usable(usable: jax.Array, new: Any, old: Any) -> Any:
-    """New values where they are usable and finite; leaves have features or groups last."""
+def _remember_rows(
+    usable: Usable, state: StreamingState, sample: Sample, seen: _Seen
+) -> PastRows:
+    """The past rows under today's parameters: all new at first, then one in eight steps.
 
-    def choose(n, o):
-        any_of_group = usable.reshape(n.shape[-1], -1).any(axis=1)
-        n = n.astype(o.dtype)
-        return jnp.where(align(any_of_group, n) & jnp.isfinite(n), n, o)
+    Δ was made from the last batches. A row that stays for long is independent of it, and
+    its ⟨P − p, Δ⟩² no larger than that of any other.
+    """
+    turn = state.running.steps[0] / ROWS
+    slots = jnp.arange(ROWS, dtype=turn.dtype)
+    write = (slots == turn % ROWS) | (state.window.size.max() == 0)
+    which = jnp.arange(ROWS) % sample.weight.shape[0]
+    counts = sample.weight[which] > 0
+    write = write[:, None] & counts & usable.groups.any()
 
-    return jax.tree.map(choose, new, old)
+    def put(new, old):
+        return jnp.where(per_row(write, old), new[which].astype(old.dtype), old)
+
+    old = state.rows
+    x = (seen.rows + seen.mean[None]).astype(old.x.dtype)
+    return PastRows(
+        patches=jax.tree.map(put, sample.patches, old.patches),
+        x=put(seen.x + seen.mean[None], jnp.where(usable.features[None], x, old.x)),
+    )
