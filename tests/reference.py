@@ -148,8 +148,8 @@ class Streaming:
     and then all four are averaged with those of the batch, by number of values: at most as
     many batches as the weights of a group take to turn a radian.
 
-    The first batch gives all of Z, its first patches again and again; from then on one of
-    Z is replaced in every eighth step.
+    The first batch gives all of Z, its first patches again and again; from then on every
+    batch gives one.
     """
 
     def __init__(self, window, groups=1):
@@ -189,9 +189,8 @@ class Streaming:
         rows = P[np.arange(8) % n]
         if self.Z is None:
             self.Z = rows
-        elif self.steps % 8 == 0:
-            slot = self.steps // 8 % 8
-            self.Z[slot] = rows[slot]
+        else:
+            self.Z[self.steps % 8] = rows[self.steps % 8]
         self.steps += (self.size > 1).all()
         return self.mu, self.nu - self.mu**2
 

@@ -62,11 +62,10 @@ class Running:
 
     def restart(self, window, positions):
         """Where the window contradicts the averages, they become its moments."""
-        values, known = window.size / positions**0.5, (window.var > 0) & (self.var > 0)
-        spread = np.where(window.var > 0, window.var, 1.0)
-        growth = np.where(known, self.var / spread, 1.0)
-        off = np.maximum((window.mean - self.mean) ** 2 / spread, np.log(growth) ** 2 / 2)
-        far = (values >= 8) & (off * values > 9)
+        values = window.size / positions**0.5
+        far = (window.mean - self.mean) ** 2 * values > 9 * window.var
+        far |= (window.var - self.var) ** 2 * values > 18 * window.var * self.var
+        far &= (values >= 8) & (window.var > 0)
         self.mean = np.where(far, window.mean, self.mean)
         self.var = np.where(far, window.var, self.var)
 

@@ -29,6 +29,7 @@ SHAPE = N, T, C = 4, 6, 4
 AXIS = "data"
 LONG = settings().max_examples > 100
 LAYERED = {
+    "carried_batch_norm",
     "cross_iteration_batch_norm",
     "streaming_batch_norm",
     "replay_batch_norm",

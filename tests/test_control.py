@@ -99,6 +99,7 @@ def test_every_method_finds_the_population(name, key):
         x = ((groups - groups.mean(axis=2, keepdims=True)) / spread).reshape(x.shape)
     windows = {
         "bidirectional_batch_norm",
+        "carried_batch_norm",
         "replay_batch_norm",
         "small_batch_norm",
         "streaming_batch_norm",

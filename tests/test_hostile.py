@@ -113,6 +113,7 @@ def test_digits_survive_large_means(name, ratio, key):
 
 
 ALONE = [
+    "carried_batch_norm",
     "streaming_batch_norm",
     "replay_batch_norm",
     "small_batch_norm",

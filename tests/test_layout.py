@@ -123,6 +123,7 @@ def test_every_method_is_one_file():
         "batch_norm",
         "batch_renorm",
         "bidirectional",
+        "carried",
         "cross_iteration",
         "diminishing",
         "evonorm",

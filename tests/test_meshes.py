@@ -38,6 +38,7 @@ EXPLICIT = {
     "batch_norm",
     "batch_renorm",
     "bidirectional_batch_norm",
+    "carried_batch_norm",
     "diminishing_batch_norm",
     "filter_response_norm",
     "frozen",

@@ -26,7 +26,7 @@ from cbn_jax.linen import (
 )
 
 SMALL = cbn.small_batch_norm(2)
-STREAMING = cbn.streaming_batch_norm(8, samples=None)  # exact for inputs that stay
+EXACT = cbn.replay_batch_norm(3, samples=400)  # of all positions
 NO_LAYER = "its input is no layer's output"
 models = pytest.mark.parametrize("name", LINEN)
 
@@ -439,7 +439,7 @@ def test_a_class_that_is_transformed():
 
 def test_a_model_is_a_value():
     model, _ = coder()
-    same, other = replace_batch_norm(Coder(), SMALL), replace_batch_norm(Coder(), STREAMING)
+    same, other = replace_batch_norm(Coder(), SMALL), replace_batch_norm(Coder(), EXACT)
     assert model == same
     assert hash(model) == hash(same)
     assert model != other
@@ -799,7 +799,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_inputs_that_stay_are_normalized_exactly(name):
     layer, data, expected = LAYERS[name]
-    model = replace_batch_norm(net(layer, use_scale=False, use_bias=False), STREAMING)
+    model = replace_batch_norm(net(layer, use_scale=False, use_bias=False), EXACT)
     row = report(model, data()).rows[0]
     assert expected in (row.layer, row.reason)
     variables, step = begin(model, data()), jax.jit(functools.partial(run, model))
@@ -847,7 +847,7 @@ def test_an_ensemble_is_exact():
         split_rngs={"params": True},
     )
     norm = nn.BatchNorm(use_running_average=False, use_scale=False, use_bias=False)
-    model = replace_batch_norm(members(nn.Dense(4), norm), STREAMING)
+    model = replace_batch_norm(members(nn.Dense(4), norm), EXACT)
     assert report(model, rows()).rows[0].layer == "layer"
     variables = begin(model, rows())
     for _ in range(4):

@@ -21,7 +21,7 @@ import cbn_jax as cbn
 from cbn_jax.nnx import Norm, replace_batch_norm, report, to_batch_norm
 
 SMALL = cbn.small_batch_norm(2)
-STREAMING = cbn.streaming_batch_norm(8, samples=None)  # exact for inputs that stay
+EXACT = cbn.replay_batch_norm(3, samples=400)  # of all positions
 NO_LAYER = "its input is no layer's output"
 models = pytest.mark.parametrize("name", NNX)
 
@@ -638,7 +638,7 @@ LAYERS = {
 def test_inputs_that_stay_are_normalized_exactly(name):
     layer, data, expected = LAYERS[name]
     model = Net(layer, use_scale=False, use_bias=False)
-    model = replace_batch_norm(model, STREAMING, data())
+    model = replace_batch_norm(model, EXACT, data())
     row = report(model).rows[0]
     assert expected in (row.layer, row.reason)
     run = nnx.jit(lambda model, x: model(x))

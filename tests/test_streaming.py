@@ -286,7 +286,7 @@ def test_gradient_is_that_of_a_window_that_moves_to_first_order(name, size, key,
 
     chex.assert_trees_all_close(own(params), surrogate(params), rtol=1e-6, atol=1e-8)
     check_vjp(
-        surrogate, functools.partial(jax.vjp, jax.jit(own)), (params,), rtol=1e-5, atol=1e-7
+        surrogate, functools.partial(jax.vjp, jax.jit(own)), (params,), rtol=5e-4, atol=1e-6
     )
 
 

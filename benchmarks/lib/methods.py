@@ -26,6 +26,7 @@ WINDOW = 8  # of cross-iteration, as published
 # Their windows hold 32 examples.
 WINDOWED = (
     "small_batch_norm",
+    "carried_batch_norm",
     "streaming_batch_norm",
     "replay_batch_norm",
     "bidirectional_batch_norm",
@@ -139,6 +140,10 @@ def _cross_iteration(**options) -> cbn_jax.Estimator:
     return cbn_jax.cross_iteration_batch_norm(WINDOW, momentum=MOMENTUM, **options)
 
 
+def _carried(batch_size: int, steps: int) -> cbn_jax.Estimator:
+    return cbn_jax.carried_batch_norm(_window(batch_size), momentum=MOMENTUM)
+
+
 def _streaming(samples: int | None) -> MakeEstimator:
     return lambda size, steps: cbn_jax.streaming_batch_norm(
         _window(size), samples=samples, momentum=MOMENTUM
@@ -205,6 +210,8 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     "small_batch_norm-standardize": lambda size, steps: cbn_jax.small_batch_norm(
         size, momentum=MOMENTUM
     ),
+    "carried_batch_norm": _carried,
+    "carried_batch_norm-standardize": _carried,
     # The published schedule is for 40,000 steps and more.
     "batch_renorm": lambda size, steps: cbn_jax.batch_renorm(
         MOMENTUM, warmup_steps=max(1, steps // 20)
@@ -232,6 +239,7 @@ METHODS = (*ESTIMATORS, *LAYERS)
 KERNELS = {
     "group_norm-standardize": cbn_jax.standardize,
     "small_batch_norm-standardize": cbn_jax.standardize,
+    "carried_batch_norm-standardize": cbn_jax.standardize,
     "moving_average_batch_norm-center": cbn_jax.center,
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+ENTRY = "ENTRY"
 # Part -> what the name of an operation holds; the first that fits. A normalizer's parts
 # carry the names that cbn_jax gives them in every profiler.
 PARTS = {
@@ -23,6 +24,7 @@ PARTS = {
 }
 UNNAMED = "unnamed"
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = \S+ ([\w\-]+)\(")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
 def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, float]:
@@ -45,6 +47,24 @@ def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, 
                 if event.name in part_of:
                     total[part_of[event.name]] += event.duration_ns / 1e6 / steps
     return dict(total)
+
+
+def computations(program: str) -> dict[str, list[str]]:
+    """The instructions of every computation of a compiled program, the main one ``ENTRY``.
+
+    An instruction stands without its metadata, in which words of the program may occur.
+    """
+    found: dict[str, list[str]] = {}
+    name = None
+    for line in program.splitlines():
+        if header := _HEADER.match(line):
+            name = ENTRY if header[1] else header[2]
+            found[name] = []
+        elif line.startswith("}"):
+            name = None
+        elif name is not None:
+            found[name].append(line.partition(", metadata={")[0])
+    return found
 
 
 def _parts(program: str) -> Iterator[tuple[str, str]]:

@@ -3,14 +3,16 @@
 
 A training step (forward, backward, SGD with momentum) of an MLP, of a basic stage of
 ResNet-18 and of the whole network with the stem for 32x32 images is compiled with every
-method. FLOPs and bytes are XLA's count, times are measured side by side in one process,
-each as a ratio to the same network with Flax's BatchNorm. Where a method takes longer
-than it should, a profile says where the time goes. The roofline is what the device would
-need for the FLOPs and bytes alone, at the rates it reached in the same call on a large
-matrix product and a large copy.
+method. FLOPs and bytes are XLA's count. Times are measured side by side in one process,
+each as a ratio to the same network with Flax's BatchNorm. A table compares the results
+with targets. Where a method misses a target for its time, the floor says what the memory
+traffic of its state takes alone, and a profile says where the time goes. A last table has
+the state of a ResNet-50.
 
-Run it with ``python -m benchmarks.studies.cost``; on an accelerator with ``--device gpu
---networks resnet50 --batch-sizes 1 2 4 8 --precision bfloat16``.
+Run it with ``python -m benchmarks.studies.cost``; on an accelerator with ``python -m
+benchmarks.studies.cost --device gpu --networks resnet50 --batch-sizes 1 2 4 8
+--command-buffers both --output results/cost_gpu``, and the same with ``--precision
+bfloat16``. Outside a GPU leave out ``--command-buffers``.
 """
 
 import dataclasses
@@ -41,8 +43,96 @@ SHAPES = {
     "resnet18": (32, 32, 3),
     "resnet50": (224, 224, 3),
 }
-# Time as a ratio to Flax's batch norm that a method should not exceed.
-TARGETS = {"batch_norm": 1.02, "small_batch_norm": 1.2, "cross_iteration_batch_norm": 1.4}
+CommandBuffers = Literal["default", "with", "without"]
+# Options of the compiler. A GPU launches the operations of a command buffer all at once.
+COMMAND_BUFFERS: dict[CommandBuffers, dict[str, Any]] = {
+    "default": {},
+    "with": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUDNN,CUSTOM_CALL,CUBLASLT",
+        "xla_gpu_graph_min_graph_size": 1,
+    },
+    "without": {"xla_gpu_enable_command_buffer": ""},
+}
+# Quantity -> its value from the cell of the baseline and the cell of a method.
+QUANTITIES: dict[str, Callable[[dict, dict], float]] = {
+    "FLOPs": lambda base, cell: cell["flops"] / base["flops"],
+    "bytes": lambda base, cell: cell["bytes"] / base["bytes"],
+    "time": lambda base, cell: cell["time"]["ratio"],
+    "compile": lambda base, cell: cell["compile"] / base["compile"],
+    "fusions": lambda base, cell: (cell["fusions"] - base["fusions"]) / base["layers"],
+    "state / θ": lambda base, cell: cell["state"] / cell["params"],
+}
+
+
+class Target(NamedTuple):
+    """The most that a method should need of a quantity; None stands for all."""
+
+    method: str
+    network: str | None
+    batch_size: int | None
+    quantity: str
+    most: float
+
+    def concerns(self, cell: dict) -> bool:
+        """Whether the cell must meet it."""
+        return (
+            self.method == cell["label"]
+            and self.network in (None, cell["network"])
+            and self.batch_size in (None, cell["batch_size"])
+            and (self.quantity != "time" or cell["time"] is not None)
+        )
+
+    def missed(self, base: dict, cell: dict) -> bool:
+        """Whether the cell does not meet it."""
+        return self.concerns(cell) and QUANTITIES[self.quantity](base, cell) > self.most
+
+
+# Methods whose state is a few numbers per feature.
+LIGHT = (
+    "batch_renorm",
+    "moving_average_batch_norm",
+    "bidirectional_batch_norm",
+    "momentum_batch_norm",
+)
+TARGETS: tuple[Target, ...] = (
+    Target("batch_norm", None, None, "time", 1.02),
+    Target("small_batch_norm", "resnet18", 1, "time", 1.3),
+    Target("small_batch_norm", "resnet18", 2, "time", 1.2),
+    Target("small_batch_norm", "resnet18", 8, "time", 1.08),
+    Target("small_batch_norm", "mlp", 2, "time", 1.4),
+    Target("small_batch_norm", "mlp", 8, "time", 1.4),
+    Target("small_batch_norm", "resnet18", 2, "bytes", 1.55),
+    Target("small_batch_norm", "resnet18", 2, "compile", 2.5),
+    Target("small_batch_norm", "resnet18", 2, "fusions", 20),
+    Target("small_batch_norm", "resnet18", 2, "state / θ", 1.05),
+    Target("carried_batch_norm", "resnet18", 1, "time", 1.15),
+    Target("carried_batch_norm", "resnet18", 2, "time", 1.08),
+    Target("carried_batch_norm", "resnet18", 8, "time", 1.05),
+    Target("carried_batch_norm", "resnet18", 2, "bytes", 1.3),
+    Target("carried_batch_norm", "resnet18", 2, "compile", 1.8),
+    Target("carried_batch_norm", "resnet18", 2, "state / θ", 0.01),
+    Target("cross_iteration_batch_norm", "resnet18", 2, "time", 1.5),
+    Target("cross_iteration_batch_norm", "resnet18", 2, "compile", 2.0),
+    *(Target(name, "resnet18", 2, "time", 1.08) for name in LIGHT),
+    *(Target(name, "resnet18", 2, "compile", 1.4) for name in LIGHT),
+)
+# How often the least program reads or writes an array of the size of θ for the state.
+PASSES = {
+    # Reads θ for the product, G and θ for ⟨G, θ⟩. Writes and reads the product that is
+    # added to G. Reads and writes G. Reads G for the gradient.
+    "small_batch_norm": 8,
+    # Reads θ for ⟨p, θ⟩, for |θ|² and for the gradient.
+    "carried_batch_norm": 3,
+    # Reads every past slot and θ for its product. Writes today's slot and reads θ.
+    "cross_iteration_batch_norm": 2 * (methods.WINDOW - 1) + 2,
+}
+# Methods of which the short verdict speaks.
+VERDICTS = (
+    "batch_norm",
+    "carried_batch_norm",
+    "small_batch_norm",
+    "cross_iteration_batch_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +141,7 @@ class Config:
 
     networks: tuple[str, ...] = ("mlp", "stage", "resnet18")
     """Networks to count and time; also resnet50, at 224x224."""
-    batch_sizes: tuple[int, ...] = (1, 2, 8, 32)
+    batch_sizes: tuple[int, ...] = (1, 2, 8)
     """Examples per step; one example is left out where batch norm cannot train on it."""
     methods: tuple[str, ...] = (
         "batch_norm",
@@ -59,16 +149,26 @@ class Config:
         "group_norm",
         "diminishing_batch_norm-0.5",
         "group_batch_norm",
+        "carried_batch_norm",
         "small_batch_norm",
         "cross_iteration_batch_norm",
         "cross_iteration_batch_norm-gradient",
         "replay_batch_norm-16",
+        "batch_renorm",
+        "bidirectional_batch_norm",
+        "moving_average_batch_norm",
+        "momentum_batch_norm",
+        "online_norm",
     )
     """Normalizers to compare with Flax's batch norm."""
     precision: runs.Precision = "float32"
     """Of activations and products."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
     """Where to run; JAX's own choice if not given."""
+    command_buffers: Literal["default", "with", "without", "both"] = "default"
+    """With or without CUDA graphs, on a GPU alone; JAX's own choice if not given."""
+    stored: str = "resnet50"
+    """Network of the table of states; its shapes are computed and nothing is run."""
     timing_rounds: int = 7
     """Rounds of steps for the times; 0 counts without running anything."""
     timing_seconds: float = 0.2
@@ -81,6 +181,7 @@ QUICK = Config(
     networks=("mlp",),
     batch_sizes=(1, 2),
     methods=("batch_norm", "small_batch_norm"),
+    stored="mlp",
     timing_rounds=2,
     timing_seconds=0.01,
 )
@@ -88,23 +189,25 @@ QUICK = Config(
 
 def main(config: Config, console: Console) -> dict:
     """Counts and times every cell, writes and shows the results."""
-    runs.check_networks(config.networks)
+    runs.check_networks((*config.networks, config.stored))
     device = _device(config.device)
-    pairs = [
-        (network, size)
-        for network, size in itertools.product(config.networks, config.batch_sizes)
-        if network != "mlp" or size > 1
+    forms = _forms(config.command_buffers, device)
+    groups = [
+        group
+        for group in itertools.product(config.networks, config.batch_sizes, forms)
+        if group[:2] != ("mlp", 1)
     ]
     with jax.default_device(device):
         rates = _rates() if config.timing_rounds else None
         cells = [
             cell
-            for network, size in track(pairs, "counting and timing", console=console)
-            for cell in _cells(config, network, size)
+            for group in track(groups, "counting and timing", console=console)
+            for cell in _cells(config, *group)
         ]
+        states = _states(config.stored, (BASELINE, *config.methods))
     return study.publish(
         config,
-        {"rates": rates, "cells": cells},
+        {"rates": rates, "cells": cells, "states": states},
         console,
         markdown,
         device=device,
@@ -120,6 +223,18 @@ def _device(platform: str | None) -> Any:
             f"--device {platform} is not to be found, JAX sees {there}; install JAX for "
             "it, as in pip install 'jax[cuda13]', or leave the option out."
         ) from error
+
+
+def _forms(asked: str, device: Any) -> tuple[CommandBuffers, ...]:
+    if asked == "default":
+        return ("default",)
+    if device.platform != "gpu":
+        raise ValueError(
+            f"--command-buffers {asked} is for a GPU, and the device is a "
+            f"{device.platform}; leave the option out."
+        )
+    forms: tuple[CommandBuffers, ...] = ("with", "without")
+    return tuple(form for form in forms if asked in (form, "both"))
 
 
 def _rates() -> dict[str, float]:
@@ -147,14 +262,15 @@ class Compiled(NamedTuple):
     """A step as the compiler left it."""
 
     step: Any
-    seconds: float  # to trace, lower and compile
+    seconds: float  # of the process, to trace, lower and compile
     params: int  # bytes
     state: int  # bytes of batch_stats
+    layers: int  # that are normalized
 
 
 def flops(network: str, size: int, names: Sequence[str]) -> dict[str, float]:
     """FLOPs of a training step with each method, as ratios to batch norm's."""
-    trainers = _trainers(network, size, (BASELINE, *names))
+    trainers = make_trainers(network, size, (BASELINE, *names))
     counts = {
         name: _counts(_compile(trainer, SHAPES[network], size), name)["flops"]
         for name, trainer in trainers.items()
@@ -162,14 +278,19 @@ def flops(network: str, size: int, names: Sequence[str]) -> dict[str, float]:
     return {name: counts[name] / counts[BASELINE] for name in names}
 
 
-def _trainers(
-    network: str, size: int, names: Sequence[str], precision: str = "float32"
+def make_trainers(
+    network: str,
+    size: int,
+    names: Sequence[str],
+    precision: str = "float32",
+    classes: int = 10,
 ) -> dict[str, training.Trainer]:
+    """A network with every method, to be trained on images of ``SHAPES``."""
     trainers = {}
     for name in names:
         norm = methods.parse(name, size).norm(steps=1000)
         model = networks.NETWORKS[network](
-            norm=norm, classes=10, dtype=jnp.dtype(precision)
+            norm=norm, classes=classes, dtype=jnp.dtype(precision)
         )
         trainers[name] = training.make_trainer(
             model, SHAPES[network], training.OPTIMIZERS["sgd"](0.01, 1000)
@@ -177,19 +298,36 @@ def _trainers(
     return trainers
 
 
-def _compile(trainer: training.Trainer, shape: tuple[int, ...], size: int) -> Compiled:
+def _compile(
+    trainer: training.Trainer,
+    shape: tuple[int, ...],
+    size: int,
+    form: CommandBuffers = "default",
+) -> Compiled:
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((size, *shape), jnp.float32)
     labels, rows = (jax.ShapeDtypeStruct((size,), jnp.int32) for _ in range(2))
     step: Any = trainer.step
-    begin = time.perf_counter()
-    compiled = step.lower(state, images, labels, rows).compile()
-    seconds = time.perf_counter() - begin
-    return Compiled(compiled, seconds, _bytes(state.params), _bytes(state.batch_stats))
+    begin = time.process_time()
+    lowered = step.lower(state, images, labels, rows)
+    compiled = lowered.compile(compiler_options=COMMAND_BUFFERS[form])
+    return Compiled(
+        step=compiled,
+        seconds=time.process_time() - begin,
+        params=_bytes(state.params),
+        state=_bytes(state.batch_stats),
+        layers=_layers(state.params),
+    )
+
+
+def _layers(params: Any) -> int:
+    """How many layers are normalized: each has a scale."""
+    paths = (path for path, _ in jax.tree.leaves_with_path(params))
+    return sum(path[-1] == jax.tree_util.DictKey("scale") for path in paths)
 
 
 def _counts(compiled: Compiled, name: str) -> dict[str, float]:
-    """FLOPs, bytes accessed and greatest memory of a step.
+    """FLOPs, bytes accessed, fusions and greatest memory of a step.
 
     XLA counts the body of a loop once. The one over the history turns for every slot: it
     reads the slot and the parameters, and with their gradient the slot and two sums again.
@@ -200,6 +338,7 @@ def _counts(compiled: Compiled, name: str) -> dict[str, float]:
     return {
         "flops": counted["flops"] + turns * (reads // 2) * 2 * compiled.params / 4,
         "bytes": counted["bytes accessed"] + turns * reads * compiled.params,
+        "fusions": fusions(compiled.step.as_text()),
         "memory": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -207,36 +346,50 @@ def _counts(compiled: Compiled, name: str) -> dict[str, float]:
     }
 
 
+def fusions(program: str) -> int:
+    """How many fusions the main computation of a compiled program has."""
+    return sum(" fusion(" in line for line in profile.computations(program)[profile.ENTRY])
+
+
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _cells(config: Config, network: str, size: int) -> list[dict]:
+def _cells(config: Config, network: str, size: int, form: CommandBuffers) -> list[dict]:
     names = (BASELINE, *config.methods)
-    trainers = _trainers(network, size, names, config.precision)
+    trainers = make_trainers(network, size, names, config.precision)
     shape = SHAPES[network]
-    made = {name: _compile(trainer, shape, size) for name, trainer in trainers.items()}
+    made = {
+        name: _compile(trainer, shape, size, form) for name, trainer in trainers.items()
+    }
     # The compiled steps are run as they are, so that nothing is compiled twice.
     trainers = {name: t._replace(step=made[name].step) for name, t in trainers.items()}
     batch = _batch(shape, size)
     times = _times(config, trainers, batch)
-    over = [BASELINE, *(name for name in TARGETS if _misses(name, times.get(name)))]
-    profiles = {name: _profile(trainers[name], batch) for name in over if len(over) > 1}
-    counts = {name: _counts(compiled, name) for name, compiled in made.items()}
-    return [
-        {
-            "network": network,
-            "batch_size": size,
-            "label": name,
-            **counts[name],
-            "compile": made[name].seconds,
-            "state": made[name].state,
-            "params": made[name].params,
-            "time": times.get(name),
-            "profile": profiles.get(name),
-        }
-        for name in names
-    ]
+    place = {"network": network, "batch_size": size, "command_buffers": form}
+    cells = [place | _cell(name, made[name], times.get(name)) for name in names]
+    slow = [cell for cell in cells if _slow(cells[0], cell)]
+    for cell in [cells[0], *slow] if slow else []:
+        cell["profile"] = _profile(trainers[cell["label"]], batch)
+    return cells
+
+
+def _cell(name: str, compiled: Compiled, time: dict | None) -> dict:
+    return {
+        "label": name,
+        **_counts(compiled, name),
+        "compile": compiled.seconds,
+        "state": compiled.state,
+        "params": compiled.params,
+        "layers": compiled.layers,
+        "time": time,
+        "profile": None,
+    }
+
+
+def _slow(base: dict, cell: dict) -> bool:
+    """Whether the cell misses a target for its time."""
+    return any(t.quantity == "time" and t.missed(base, cell) for t in TARGETS)
 
 
 def _batch(shape: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -254,36 +407,42 @@ def _times(config: Config, trainers: dict, batch: tuple) -> dict[str, dict]:
     return {name: value._asdict() for name, value in times.items()}
 
 
-def _misses(name: str, time: dict | None) -> bool:
-    return time is not None and time["ratio"] > TARGETS[name]
-
-
 def _profile(trainer: training.Trainer, batch: tuple) -> dict[str, float]:
     rows = np.arange(len(batch[1]), dtype=np.int32)
     state = trainer.init(jax.random.key(0))
     return profile.parts(trainer.step, state, (*jax.device_put(batch), rows))
 
 
+def _states(network: str, names: Sequence[str]) -> list[dict]:
+    """What each method stores for a network, with windows for batch size 2."""
+    states = []
+    for name, trainer in make_trainers(network, 2, names, classes=1000).items():
+        state = jax.eval_shape(trainer.init, jax.random.key(0))
+        sizes = {"state": _bytes(state.batch_stats), "params": _bytes(state.params)}
+        states.append({"label": name, **sizes})
+    return states
+
+
 def markdown(results: dict) -> str:
-    """One row a network, batch size and method; then targets and profiles."""
-    config = results["config"]
+    """One row a network, batch size and method; then targets, floors, profiles, states."""
     legend = (
-        "FLOPs, bytes and time of a training step as ratios to nn.BatchNorm, whose "
-        "time is given in ms (time: median and quartiles of side-by-side ratios); memory: "
-        "arguments, results and temporary arrays; compile: to trace and compile, once, "
-        "seconds; state / θ: bytes of batch_stats over bytes of the parameters"
+        "FLOPs, bytes, time and compile: a training step's, as ratios to nn.BatchNorm, "
+        "whose time and compile are given themselves (time: median and quartiles of "
+        "side-by-side ratios; compile: process time to trace, lower and compile, once); "
+        "fusions: those of the compiled step beyond nn.BatchNorm's, for each normalized "
+        "layer; memory: arguments, results and temporary arrays; state / θ: bytes of "
+        "batch_stats over bytes of the parameters. Activations: "
+        f"{results['config']['precision']}. {study.measured_on(results)}"
     )
-    if results["rates"]:
-        legend += (
-            "; roofline: what the FLOPs and bytes take at the rates of a large matrix "
-            f"product and a large copy ({results['rates']['flops'] / 1e9:.0f} GFLOP/s, "
-            f"{results['rates']['bytes'] / 1e9:.1f} GB/s), over the measured time"
-        )
-    return (
-        f"{_table(results)}\n{legend}. Activations: "
-        f"{config['precision']}. {study.measured_on(results)}\n\n"
-        f"{verdict(results)}\n\n{_profiles(results)}"
+    parts = (
+        f"{_table(results)}\n{legend}",
+        verdict(results),
+        _targets(results),
+        _floors(results),
+        _profiles(results),
+        _state_table(results),
     )
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def of(results: dict, *labels: str) -> str:
@@ -315,14 +474,14 @@ def _groups(results: dict) -> list[tuple[dict, list[dict]]]:
 
 
 def _table(results: dict) -> str:
-    headings = (*BESIDE, "roofline", "memory", "compile", "state / θ")
+    headings = (*BESIDE, "compile", "fusions", "memory", "state / θ")
     rows = [
         (
             *_beside(base, cell),
-            _roofline(cell, results["rates"]),
+            _beyond("compile", base, cell, f"{base['compile']:.1f} s"),
+            _beyond("fusions", base, cell, f"{base['fusions']}"),
             report.size(cell["memory"]),
-            f"{cell['compile']:.1f}",
-            f"{cell['state'] / cell['params']:.2f}",
+            _value("state / θ", base, cell),
         )
         for base, cells in _groups(results)
         for cell in cells
@@ -330,6 +489,19 @@ def _table(results: dict) -> str:
     return report.markdown_table(headings, rows)
 
 
+def _beyond(quantity: str, base: dict, cell: dict, own: str) -> str:
+    """A quantity relative to the baseline, which has its ``own``."""
+    return own if cell is base else _value(quantity, base, cell)
+
+
+def _value(quantity: str, base: dict, cell: dict) -> str:
+    """A quantity as a table has it."""
+    if quantity == "time":
+        return _time(cell)
+    return f"{QUANTITIES[quantity](base, cell):{_DIGITS.get(quantity, '.2f')}}"
+
+
+_DIGITS = {"fusions": "+.1f", "state / θ": ".3f"}
 BESIDE = ("net", "batch", "method", "FLOPs", "bytes", "time")
 
 
@@ -338,11 +510,19 @@ def _beside(base: dict, cell: dict) -> tuple[str, ...]:
     return (
         cell["network"],
         str(cell["batch_size"]),
-        cell["label"],
-        f"{cell['flops'] / base['flops']:.2f}",
-        f"{cell['bytes'] / base['bytes']:.2f}",
-        _time(cell),
+        _label(cell),
+        *(_value(quantity, base, cell) for quantity in BESIDE[3:]),
     )
+
+
+def _label(cell: dict) -> str:
+    """The method, and how a GPU was to run it."""
+    return cell["label"] + _form(cell)
+
+
+def _form(cell: dict) -> str:
+    form = cell["command_buffers"]
+    return "" if form == "default" else f", {form} command buffers"
 
 
 def _time(cell: dict) -> str:
@@ -354,28 +534,154 @@ def _time(cell: dict) -> str:
     return f"{time['ratio']:.2f} ({time['ratio_low']:.2f}–{time['ratio_high']:.2f})"
 
 
-def _roofline(cell: dict, rates: dict | None) -> str:
-    if rates is None or cell["time"] is None:
-        return "–"
-    least = max(cell["flops"] / rates["flops"], cell["bytes"] / rates["bytes"])
-    return f"{1e5 * least / cell['time']['milliseconds']:.0f} %"
+class Worst(NamedTuple):
+    """The cell that comes nearest to missing a target, or misses it most."""
+
+    target: Target
+    base: dict
+    cell: dict
+
+    @property
+    def missed(self) -> bool:
+        """Whether the target is missed."""
+        return self.target.missed(self.base, self.cell)
+
+
+def worst_cells(results: dict) -> list[Worst]:
+    """One for each target that concerns a measured cell."""
+    found = []
+    for target in TARGETS:
+        fitting = [
+            (QUANTITIES[target.quantity](base, cell), Worst(target, base, cell))
+            for base, cells in _groups(results)
+            for cell in cells
+            if target.concerns(cell)
+        ]
+        if fitting:
+            found.append(max(fitting, key=lambda pair: pair[0])[1])
+    return found
 
 
 def verdict(results: dict) -> str:
-    """The median and the worst cell of each method with a target."""
+    """The median and the worst time of the main methods, and how many targets are met."""
     sentences = []
-    for name, target in TARGETS.items():
+    for name in VERDICTS:
         cells = [c for c in results["cells"] if c["label"] == name and c["time"]]
         if cells:
             worst = max(cells, key=lambda cell: cell["time"]["ratio"])
             median = float(np.median([cell["time"]["ratio"] for cell in cells]))
-            met = sum(not _misses(name, cell["time"]) for cell in cells)
             sentences.append(
                 f"Step time of {name} relative to Flax's batch norm: median {median:.2f}, "
                 f"worst {worst['time']['ratio']:.2f} ({worst['network']}, batch size "
-                f"{worst['batch_size']}); {met} of {len(cells)} cells meet {target:.2f}."
+                f"{worst['batch_size']})."
             )
-    return "\n".join(sentences)
+    return "\n".join([*sentences, *_met(results)])
+
+
+def _met(results: dict) -> list[str]:
+    """How many targets are met, if there are any."""
+    found = worst_cells(results)
+    met = sum(not worst.missed for worst in found)
+    return [f"{met} of {len(found)} targets are met."] if found else []
+
+
+def _targets(results: dict) -> str:
+    """Each target beside what was measured."""
+    rows = [
+        (
+            _sentence(worst.target),
+            _measured(worst),
+            "missed" if worst.missed else "met",
+        )
+        for worst in worst_cells(results)
+    ]
+    if not rows:
+        return ""
+    table = report.markdown_table(("target", "measured", "met or missed"), rows)
+    return f"Targets, all relative to nn.BatchNorm as above:\n\n{table}"
+
+
+def _sentence(target: Target) -> str:
+    sign = "+" if target.quantity == "fusions" else ""
+    where = (
+        f"on {target.network or 'every network'}",
+        f"at {f'batch size {target.batch_size}' if target.batch_size else 'every size'}",
+    )
+    return f"{target.method}: {target.quantity} ≤ {sign}{target.most:g} {' '.join(where)}"
+
+
+def _measured(worst: Worst) -> str:
+    """With the place of the worst cell where the target leaves it open."""
+    target, base, cell = worst
+    place = f" on {cell['network']} at batch size {cell['batch_size']}"
+    known = None not in (target.network, target.batch_size)
+    return _value(target.quantity, base, cell) + ("" if known else place) + _form(cell)
+
+
+class Floor(NamedTuple):
+    """The least extra time of a step that the memory traffic of a state takes."""
+
+    milliseconds: float
+    ratio: float  # of the step to the baseline's
+
+
+def floor(base: dict, cell: dict, rates: dict) -> Floor:
+    """From the passes over memory of the size of θ, at the rate of a large copy."""
+    milliseconds = 1e3 * PASSES[cell["label"]] * cell["params"] / rates["bytes"]
+    return Floor(milliseconds, 1 + milliseconds / base["time"]["milliseconds"])
+
+
+def _floors(results: dict) -> str:
+    """The floor beside what was measured, where a target for the time is missed."""
+    rows = [
+        _floor_row(base, cell, floor(base, cell, results["rates"]))
+        for base, cells in _groups(results)
+        for cell in cells
+        if cell["label"] in PASSES and _slow(base, cell)
+    ]
+    if not rows:
+        return ""
+    headings = ("net", "batch", "method", "passes", "floor", "measured")
+    return (
+        "Where a target for the time is missed, the floor: passes over memory of the size "
+        "of θ that the state takes, at the rate of a large copy "
+        f"({results['rates']['bytes'] / 1e9:.1f} GB/s), in milliseconds beyond "
+        "nn.BatchNorm and as a ratio to it. Parameters that stay in a cache can take "
+        f"less:\n\n{report.markdown_table(headings, rows)}"
+    )
+
+
+def _floor_row(base: dict, cell: dict, least: Floor) -> tuple[str, ...]:
+    ratio = cell["time"]["ratio"]
+    extra = (ratio - 1) * base["time"]["milliseconds"]
+    return (
+        cell["network"],
+        str(cell["batch_size"]),
+        _label(cell),
+        str(PASSES[cell["label"]]),
+        f"+{least.milliseconds:.3g} ms, {least.ratio:.2f}",
+        f"{extra:+.3g} ms, {ratio:.2f}",
+    )
+
+
+def _state_table(results: dict) -> str:
+    """Megabytes of the state of each method."""
+    baseline, *_ = states = results["states"]
+    network = results["config"]["stored"]
+    rows = [
+        (
+            each["label"],
+            f"{each['state'] / 1e6:.3g}",
+            f"{each['state'] / baseline['params']:.3f}",
+        )
+        for each in states
+    ]
+    side = "x".join(str(side) for side in SHAPES[network][:2])
+    return (
+        f"State of a {network} for {side} images and 1,000 classes, whose parameters take "
+        f"{baseline['params'] / 1e6:.3g} MB, with windows for batch size 2:\n\n"
+        + report.markdown_table(("method", "state, MB", "state / θ"), rows)
+    )
 
 
 def _profiles(results: dict) -> str:
@@ -389,7 +695,7 @@ def _profiles(results: dict) -> str:
                 (
                     cell["network"],
                     str(cell["batch_size"]),
-                    cell["label"],
+                    _label(cell),
                     f"{sum(usual.values()):.3g}",
                     *(f"{more[name]:+.2g}" for name in names),
                 )
@@ -398,8 +704,9 @@ def _profiles(results: dict) -> str:
         return ""
     headings = ("net", "batch", "method", "nn.BatchNorm", *names)
     return (
-        "Where a target is missed, the milliseconds of a step that each part takes more "
-        "than with nn.BatchNorm (in all), summed over threads, from one profile each:"
+        "Where a target for the time is missed, the milliseconds of a step that each part "
+        "takes more than with nn.BatchNorm (in all), summed over threads, from one profile "
+        "each:"
         f"\n\n{report.markdown_table(headings, rows)}\n"
         "derivatives: those of the statistics with respect to θ; transport: the past moved "
         "to today's θ; remember: what the state takes in; unnamed: what the compiler left "

@@ -32,6 +32,7 @@ with needed_for("benchmarks"):
 from benchmarks.lib import report
 
 EPSILON = 1e-12
+ROWS = 8  # past positions that streaming remembers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,30 +141,48 @@ def simulator(estimator, batch_size: int, runs: int):
 
 
 def streaming_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
-    """The expected recursion: 1/N too little of the batches, 1/N too much of each step."""
+    """The expected recursion: 1/N too little of the batches, and of each step what p takes.
+
+    A past row has a part in p, that of one value in so many later batches.
+    """
     share, values = 1.0 / window, batch_size * (2 * window - 1)
+    own = share / batch_size * np.mean((1.0 - share) ** np.arange(ROWS))
+    quadratic = 1.0 + 1.0 / values - 2.0 * own
     var, g = 1.0 - 1.0 / values, 2.0 * (1.0 - 1.0 / values) * weights[0]
     for old, new in itertools.pairwise(weights):
         step = new - old
-        var += g @ step + (1.0 + 1.0 / values) * step @ step
+        var += g @ step + quadratic * step @ step
         var += share * (1.0 - 1.0 / values - var)
-        g = g + 2.0 * (1.0 + 1.0 / values) * step
+        g = g + 2.0 * quadratic * step
         g += share * (2.0 * (1.0 - 1.0 / values) * new - g)
     return float(var - 1.0)
 
 
 def streaming_deviation(weights: np.ndarray, window: int, batch_size: int) -> float:
-    """√(Σ (1 − a)²ʲ · 2 tr(M²) / n), the M of docs/methods/streaming.md."""
-    share = 1.0 / window
-    keep = 1.0 - share
-    now, total = weights[-1], 0.0
-    for age in range(len(weights) - 1):
-        then = len(weights) - 1 - age
-        far, last = now - weights[then], weights[then] - weights[then - 1]
-        m = share * (np.outer(now, now) - np.outer(far, far))
-        m += keep * (np.outer(last, last) + np.outer(last, far) + np.outer(far, last))
-        total += keep ** (2 * age) * 2.0 * np.trace(m @ m)
-    return float(np.sqrt(total / batch_size))
+    """√(Σ 2 tr(M²)) over all values, the M of docs/methods/streaming.md."""
+    total = 0.0
+    for then in range(1, len(weights)):
+        batch = _of_batch(weights, then, window) / batch_size
+        row = batch + _of_row(weights, then, window)
+        total += (batch_size - 1) * np.trace(batch @ batch) + np.trace(row @ row)
+    return float(np.sqrt(2.0 * total))
+
+
+def _of_batch(weights: np.ndarray, then: int, window: int) -> np.ndarray:
+    """M of the moments of a batch: today's weights less what later rows supply."""
+    now, age, share = weights[-1], len(weights) - 1 - then, 1.0 / window
+    far = now - weights[then]
+    return (1.0 - share) ** age * share * (np.outer(now, now) - np.outer(far, far))
+
+
+def _of_row(weights: np.ndarray, then: int, window: int) -> np.ndarray:
+    """M of the value of a batch that stays as a past row, over the steps it stays."""
+    last, total = len(weights) - 1, np.zeros((weights.shape[1],) * 2)
+    for later in range(then + 1, min(then + ROWS, last) + 1):
+        step, far = weights[later] - weights[later - 1], weights[-1] - weights[later]
+        moved = np.outer(step, step) + np.outer(step, far) + np.outer(far, step)
+        total += (1.0 - 1.0 / window) ** (last - later + 1) / ROWS * moved
+    return total
 
 
 def taylor_bias(weights: np.ndarray, window: int, batch_size: int) -> float:

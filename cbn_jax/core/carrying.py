@@ -78,7 +78,7 @@ def pool_window(batch: Moments, past: Window) -> Pooled:
     a = per_feature(share, features)
     offset = batch.mean - past.mean
     spread = batch.var + (1.0 - a) * jnp.square(offset)
-    mean, var = past.mean + a * offset, past.var + a * (spread - past.var)
+    mean, var = past.mean + a * offset, (1.0 - a) * past.var + a * spread
     return Pooled(Moments(mean, var, per_feature(size, features)), share, size)
 
 
@@ -172,7 +172,8 @@ def mean_like(value: jax.Array, d_mean: Params, params: Params) -> jax.Array:
 @mean_like.defjvp
 def _mean_like(primals, tangents):
     value, d_mean, _ = primals
-    return value, mean_at(in_dtype(d_mean, value.dtype), tangents[2])
+    # Called again, because a second derivative differentiates this value too.
+    return mean_like(*primals), mean_at(in_dtype(d_mean, value.dtype), tangents[2])
 
 
 @jax.custom_jvp
@@ -185,7 +186,7 @@ def var_like(value: jax.Array, d_var: Params, params: Params) -> jax.Array:
 @var_like.defjvp
 def _var_like(primals, tangents):
     value, d_var, _ = primals
-    return value, inner(in_dtype(d_var, value.dtype), tangents[2])
+    return var_like(*primals), inner(in_dtype(d_var, value.dtype), tangents[2])
 
 
 def per_feature(per_group: jax.Array, features: int) -> jax.Array:

@@ -73,7 +73,7 @@ def pool_two(current: Moments, past: Moments) -> Moments:
     spread = current.var + (1.0 - share) * jnp.square(offset)
     return Moments(
         mean=past.mean + share * offset,
-        var=past.var + share * (spread - past.var),
+        var=(1.0 - share) * past.var + share * spread,
         size=total,
     )
 

@@ -115,7 +115,8 @@ def restarted(
 
     After a conversion, a large step or a change of the data, an average of many windows is
     out of date. If its mean or variance is more than three standard errors from that of
-    the window, it takes the window's moments.
+    the window, it takes the window's moments. A window without variance contradicts
+    nothing.
 
     Args:
       running: the averages.
@@ -125,12 +126,12 @@ def restarted(
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)
-    # Squares of deviations in standard errors, without a division. That of the variance is
-    # (σ² − σ'²)² / (σ² σ'²), which is log(σ²/σ'²)² for a small difference.
+    ratio = old.var / jnp.where(window.var > 0, window.var, 1.0)
+    # Deviations in squared standard errors. That of the variance is (r − 1)² / r with the
+    # ratio r of both, which is log(r)² for a small deviation.
     mean_off = jnp.square(window.mean - old.mean) * values > 9.0 * window.var
-    var_off = jnp.square(window.var - old.var) * values > 18.0 * window.var * old.var
-    varies = (window.var > 0) & (old.var > 0)
-    past = finite_moments(window) & (values >= 8) & varies & (mean_off | var_off)
+    var_off = jnp.square(ratio - 1.0) * values > 18.0 * ratio
+    past = finite_moments(window) & (window.var > 0) & (values >= 8) & (mean_off | var_off)
     mean, var = in_dtype((window.mean, window.var), jnp.float32)
     return running._replace(
         mean=jnp.where(past, mean, running.mean), var=jnp.where(past, var, running.var)

@@ -83,11 +83,13 @@ def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source
         return _pull(layer, _varying(fixed, cotangent), seen, cotangent)
 
     def mean_patch(mask: jax.Array | None) -> Params:
-        fits = all(isinstance(size, int) for size in x.shape[1:-1])  # else symbolic
-        if known is not None and mask is None and fits:
-            return known.mean(fixed, inputs, x.shape[1:-1])
         seen = inputs if mask is None else jax.tree.map(finite, inputs)
-        return _mean_by_pullback(layer, _varying(fixed, x), seen, x, mask)
+        grid = x.shape[1:-1]
+        if known is None or not all(isinstance(size, int) for size in grid):  # symbolic
+            weight = _weight(x, mask)
+            return _sum_by_pullback(layer, _varying(fixed, x), seen, x, weight)
+        weight = None if mask is None else _weight(x, mask)
+        return known.mean(fixed, seen, grid, weight)
 
     def patches(index: jax.Array) -> Params:
         if known is not None:
@@ -106,21 +108,26 @@ def _pull(layer: Layer, params: Params, inputs: Any, cotangent: jax.Array) -> Pa
         return back(cotangent.astype(x.dtype))[0]
 
 
-def _mean_by_pullback(
-    layer: Layer, params: Params, inputs: Any, x: jax.Array, mask: jax.Array | None
+def _weight(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """One over the number of positions that count, ``[N, *grid]``, and 0 at others."""
+    counts = lax.full_like(x, 1, wide(x.dtype), shape=x.shape[:-1])
+    if mask is not None:
+        counts = jnp.where(jnp.broadcast_to(mask, (*x.shape[:-1], 1))[..., 0], counts, 0.0)
+    return counts / jnp.maximum(counts.sum(), 1.0)
+
+
+def _sum_by_pullback(
+    layer: Layer, params: Params, inputs: Any, x: jax.Array, weight: jax.Array
 ) -> Params:
-    """E[P] by one feature of every group, whose cotangent is one over the count."""
-    dtype, shape = wide(x.dtype), (*x.shape[:-1], layer.groups)
+    """Σ weight · P, from one feature of every group."""
+    shape = (*x.shape[:-1], layer.groups)
     narrow = one_per_group(params, layer.groups)
     _check_narrow(layer, narrow, inputs, shape)
-    counts = lax.full_like(x, 1, dtype, shape=shape)
-    if mask is not None:
-        counts = jnp.where(mask, counts, 0.0)
-    total = jnp.maximum(counts[..., 0].sum(), 1.0)
-    # In half precision 1/N would underflow, and a sum without it overflow.
-    root = jnp.sqrt(total)
-    pulled = _pull(layer, narrow, inputs, counts / root)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) / root, pulled)
+    # In half precision small weights underflow, and a sum without them overflows.
+    root = jnp.sqrt(jnp.maximum(weight.max(), jnp.finfo(weight.dtype).tiny))
+    cotangent = jnp.broadcast_to((weight / root)[..., None], shape)
+    pulled = _pull(layer, narrow, inputs, cotangent)
+    return jax.tree.map(lambda leaf: leaf.astype(weight.dtype) * root, pulled)
 
 
 def _check_narrow(layer, params, inputs, shape):

@@ -18,8 +18,8 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 LayerFn = Callable[[Params, Any], jax.Array]
 #: ``(params, inputs, index, grid) -> P`` at some positions.
 At = Callable[[Params, Any, jax.Array, tuple[int, ...]], Params]
-#: ``(params, inputs, grid) -> E[P]``.
-Mean = Callable[[Params, Any, tuple[int, ...]], Params]
+#: ``(params, inputs, grid, weight) -> E[P]``.
+Mean = Callable[[Params, Any, tuple[int, ...], jax.Array | None], Params]
 
 
 class Patches(NamedTuple):
@@ -29,7 +29,8 @@ class Patches(NamedTuple):
       at: ``(params, inputs, index, grid) -> P``. ``index`` is ``[N, n]``, positions in
         ``grid = x.shape[1:-1]`` of each entry of the first axis. Leaves are
         ``[N · n, *leaf.shape[:-1], groups]``.
-      mean: ``(params, inputs, grid) -> E[P]`` over all positions, in float32. Leaves are
+      mean: ``(params, inputs, grid, weight) -> E[P]`` in float32. ``weight`` is ``[N,
+        *grid]``, sums to one, and is None for the plain mean. Leaves are
         ``[*leaf.shape[:-1], groups]``.
     """
 
@@ -66,9 +67,13 @@ def conv_patches(
         cuts = _cut(windows(params, inputs), index, grid)
         return _like(params, _by_group(cuts, groups))
 
-    def mean(params, inputs, grid):
-        mean = _by_group(_mean_window(windows(params, inputs), grid), groups)
-        return _only(_like(params, mean[None]))
+    def mean(params, inputs, grid, weight):
+        seen = windows(params, inputs)
+        if weight is None:
+            mean = _mean_window(seen, grid)
+        else:
+            mean = _weighted_window(seen, weight)
+        return _only(_like(params, _by_group(mean, groups)[None]))
 
     return Patches(at, mean)
 
@@ -129,6 +134,33 @@ def _mean_window(windows: _Windows, grid: tuple[int, ...]) -> jax.Array:
     return mean.reshape(*windows.window, -1)
 
 
+def _weighted_window(windows: _Windows, weight: jax.Array) -> jax.Array:
+    """The sum ``[*window, in]`` of all windows by their weights.
+
+    It is the derivative of a convolution with one feature.
+    """
+    rank, inputs = len(windows.window), windows.inputs
+    inputs = inputs.reshape(-1, *inputs.shape[-1 - rank :]).astype(weight.dtype)
+    weight = weight.reshape(inputs.shape[0], *weight.shape[weight.ndim - rank :], 1)
+    axes = (0, rank + 1, *range(1, rank + 1))
+    order = lax.ConvDimensionNumbers(axes, (rank + 1, rank, *range(rank)), axes)
+
+    def run(kernel):
+        return lax.conv_general_dilated(
+            inputs,
+            kernel,
+            windows.stride,
+            windows.pads,
+            windows.apart,
+            windows.spread,
+            order,
+            precision="highest",
+        )
+
+    kernel = lax.full_like(inputs, 0, shape=(*windows.window, inputs.shape[-1], 1))
+    return jax.vjp(run, kernel)[1](weight)[0][..., 0]
+
+
 def _shares(windows: _Windows, axis: int, size: int, outs: int) -> np.ndarray:
     """Which share of the outputs reads entry h at tap k, ``[taps, size]``."""
     taps = np.arange(windows.window[axis])[:, None]
@@ -152,9 +184,14 @@ def _dense_at(params, inputs, index, grid):
     return _like(params, cut.reshape(index.size, -1, 1))
 
 
-def _dense_mean(params, inputs, grid):
+def _dense_mean(params, inputs, grid, weight):
     del grid
-    mean = inputs.mean(axis=range(inputs.ndim - 1), dtype=wide(inputs.dtype))
+    rows = tuple(range(inputs.ndim - 1))
+    if weight is None:
+        mean = jnp.mean(inputs, axis=rows, dtype=wide(inputs.dtype))
+    else:
+        # Where a weight is zero, the row has been made finite.
+        mean = (jnp.asarray(inputs, weight.dtype) * weight[..., None]).sum(axis=rows)
     return _only(_like(params, mean[None, :, None]))
 
 

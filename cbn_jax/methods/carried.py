@@ -54,7 +54,75 @@ def carried_batch_norm(
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """Carried batch normalization."""
+    """Carried batch normalization: a window that moves with the weights at hardly any cost.
+
+    Of an exponential window of past batches the state holds the mean input patch p and the
+    moments (μ, σ²). With P what the layer saw at a position (x = ⟨P, θ⟩, E the mean over
+    the batch), and |θ| the norm of a feature's weights, one step is::
+
+        μ'  = ⟨p, θₜ⟩
+        σ²' = σ² · |θₜ|² / |θₜ₋₁|²
+        (μ, σ²) ← (1 − a) · (μ', σ²')  pooled with  a · (E[x], Var[x])
+        p ← p + a (E[P] − p)
+
+    where a falls from 1 to 1/k while the window fills. The mean is exact for any change of
+    the weights, because it is linear in them. The variance is exact if the weights only
+    change in length, or if the inputs are white; else it lags behind within the window.
+
+    The gradient is that of these equations. It goes through ⟨p, θₜ⟩ and |θₜ|² at full
+    strength, and so has no part along the weights of a feature, as in batch norm.
+
+    Prefer it with 1 to 8 examples per step where memory, compile time or step time count:
+    its state is one patch and six numbers per feature, and an ordinary step costs about one
+    tenth more than batch norm's. ``streaming_batch_norm`` moves the variance exactly.
+
+    Args:
+      window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
+        k = 1 gives the statistics of batch norm. ``⌈32 / batch_size⌉`` is a good choice.
+      micro_batches: calls of ``train`` in one step of the optimizer, under gradient
+        accumulation. Those of one step count alike, as one batch; the window is over steps.
+      momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
+        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
+        window contradicts it by more than three standard errors.
+      epsilon: added to the variance, inside the root.
+
+    Returns:
+      An Estimator whose state is a ``CarriedState``. ``init`` needs the layer and its
+      parameters, ``train`` its ``source``. Any layer that is linear in its parameters
+      does. A parameter of one number per feature counts as a bias and not as a weight,
+      unless there are no others.
+
+    Raises:
+      ValueError: an argument out of range; parameters without features last; ``train``
+        without a source, or with a state made for another layer; a mask that differs per
+        feature.
+      TypeError: ``x`` is not floating point; the state is another method's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import cbn_jax as cbn
+      >>> estimator = cbn.carried_batch_norm(window=2)
+      >>> state = estimator.init(2, cbn.dense, jnp.eye(2))
+      >>> z = jnp.array([[1.0, 0.0], [3.0, 4.0]])
+      >>> for kernel in (jnp.eye(2), 10 * jnp.eye(2)):  # the weights grow tenfold
+      ...     x, source = cbn.run_layer(cbn.dense, kernel, z)
+      ...     statistics, state = estimator.train(state, x, source)
+      >>> statistics.mean, state.window.var
+      (Array([20., 20.], dtype=float32), Array([100., 400.], dtype=float32))
+
+    Reference: the aim is that of Zhuliang Yao, Yue Cao, Shuxin Zheng, Gao Huang, Stephen
+    Lin, "Cross-Iteration Batch Normalization", CVPR 2021, arXiv:2002.05712.
+
+    Differs from it: an exponential window instead of k − 1 old iterations; the mean moves
+    by its derivative, the variance by the radial part of its derivative, which needs no
+    array of the size of θ; gradients through the compensation; statistics for inference
+    from the window, which move with the weights.
+
+    NaN or inf makes the output of its own step NaN and is kept out of the state. Without a
+    single value that counts (``mask``), the window is used as it is. A window of one value,
+    as in the first step of a dense layer at batch size 1, has no variance: that step is
+    normalized by the running statistics, which are 0 and 1 before training.
+    """
     check_count("window", window, 1)
     check_count("micro_batches", micro_batches, 1)
     check_epsilon(epsilon)

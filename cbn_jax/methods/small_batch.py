@@ -41,9 +41,9 @@ def small_batch_norm(
       epsilon: added to the variance, inside the root.
 
     Returns:
-      An Estimator. Its state is a ``StreamingState``, two arrays of the size of the layer's
-      parameters; from batch size 32 on it is a ``RunningMoments``. ``init`` needs the layer
-      and its parameters, ``train`` its ``source``.
+      An Estimator. Its state is a ``StreamingState``, one array of the size of the layer's
+      parameters and nine patches; from batch size 32 on it is a ``RunningMoments``. ``init``
+      needs the layer and its parameters, ``train`` its ``source``.
 
     Raises:
       ValueError: ``batch_size`` is not a whole number from 1 on; and what

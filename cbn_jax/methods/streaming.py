@@ -43,14 +43,15 @@ from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
 
 ROWS = 8  # positions of past batches
+FEW = 64  # inputs of a feature
 
 
 class PastRows(NamedTuple):
     """Positions of past batches, and what the layer made of them in the last step.
 
     Attributes:
-      patches: P, each leaf ``[8, *leaf.shape[:-1], groups]``.
-      x: ⟨P, θ⟩ ``[8, C]``.
+      patches: P, each leaf ``[rows, *leaf.shape[:-1], groups]``.
+      x: ⟨P, θ⟩ ``[rows, C]``.
     """
 
     patches: Params
@@ -91,34 +92,36 @@ def streaming_batch_norm(
 
     The window's moments (μ, σ²) and their derivatives (p, G) are carried from step to
     step. With Δ = θₜ − θₜ₋₁, P what the layer saw at a position (its input patch, so that
-    x = ⟨P, θ⟩) and E the mean over the batch, one step is::
+    x = ⟨P, θ⟩), E the mean over the batch and Ê that over eight positions of past
+    batches, one step is::
 
-        μ'  = μ + ⟨p, Δ⟩
-        σ²' = σ² + ⟨G, Δ⟩ + E[⟨P − p, Δ⟩²]
+        μ'  = ⟨p, θₜ⟩
+        σ²' = σ² + ⟨G, Δ⟩ + Ê[⟨P − p, Δ⟩²]
         (μ, σ²) ← (1 − a) · (μ', max(σ²', 0))  pooled with  a · (E[x], Var[x])
-        G ← (1 − a) G + 2 E[(a (x − μ) + (1 − a) ⟨P − p, Δ⟩) (P − p)]
+        G ← (1 − a) (G + 2 Ê[⟨P − p, Δ⟩ (P − p)]) + 2 a E[(x − μ) (P − p)]
         p ← p + a E[P − p]
 
     where a falls from 1 to 1/k while the window fills. The quadratic term makes the
     transport exact in expectation. Where the weights turn by more than a radian in k steps
     its noise would grow: the window then shortens itself to the steps of one radian.
 
-    The gradient with respect to θ goes through the current batch and through ⟨p, Δ⟩ and
-    ⟨G, Δ⟩, the derivatives averaged over the window, which are as strong as a large batch's
-    and less noisy than the current one's.
+    The gradient with respect to θ goes through the current batch, through μ' along p, and
+    through σ²' along the new G. The derivatives averaged over the window are as strong as a
+    large batch's and less noisy than the current one's.
 
     Prefer it with 1 to 8 examples per step; ``small_batch_norm(batch_size)`` chooses the
-    window. Its state is two arrays of the size of θ, whatever the window.
+    window. Its state is one array of the size of θ and nine patches, whatever the window.
+    ``carried_batch_norm`` does without the array.
 
     Args:
       window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
         k = 1 gives the statistics of batch norm.
       micro_batches: calls of ``train`` in one step of the optimizer, under gradient
         accumulation. Those of one step count alike, as one batch; the window is over steps.
-      samples: about how many positions of the batch enter the terms with P, equally many
-        of each example, at random within it. None takes all of them, and so does a batch
-        with no more. Moments of the current batch always take all. Under an axis name
-        the devices exchange these positions.
+      samples: how many positions of the batch enter G, equally many of each example, or
+        one of some examples where the batch has more examples than that. None takes all
+        positions. Moments and mean patch always take all. Under an axis name the devices
+        exchange these positions.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
         m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
         window contradicts it by more than three standard errors.
@@ -159,6 +162,8 @@ def streaming_batch_norm(
     Differs from the former: an exponential window that is linearized anew at every step,
     to second order, instead of k − 1 old ones to first order; gradients through the
     compensation; statistics for inference from the window, which move with the weights.
+    The last weights are not kept: of ⟨G, θ⟩ and of the eight positions, the state has the
+    values under them.
 
     NaN or inf makes the output of its own step NaN and is kept out of the state. Without a
     single value that counts (``mask``), the window is used as it is. A window of one value,
@@ -208,7 +213,7 @@ def named_streaming(
             d_mean=remember_patch(usable, pooled.share, patch, state.d_mean),
             d_var=d_var,
             var_at=remember(usable, var_at, state.var_at),
-            rows=_remember_rows(usable, state, sample, seen),
+            rows=_remember_rows(usable, state, sample, seen, mask is not None),
         )
         # The gradient goes through today's G, so that the last one need not be kept.
         past = past._replace(
@@ -230,8 +235,10 @@ def named_streaming(
 
 
 def _init_state(features: int, params: Params, groups: int) -> StreamingState:
+    many = _row_count(features, params, groups)
+
     def rows(leaf):
-        return jnp.zeros((ROWS, *leaf.shape), jnp.float32)
+        return jnp.zeros((many, *leaf.shape), jnp.float32)
 
     zero = jnp.zeros(features, jnp.float32)
     d_mean = no_patch(params, groups)
@@ -243,6 +250,12 @@ def _init_state(features: int, params: Params, groups: int) -> StreamingState:
         var_at=zero,
         rows=PastRows(jax.tree.map(rows, d_mean), rows(zero)),
     )
+
+
+def _row_count(features: int, params: Params, groups: int) -> int:
+    """Eight; where features see many inputs, each its own, as many as fit in θ."""
+    inputs = sum(leaf.size for leaf in jax.tree.leaves(params)) // features
+    return ROWS if inputs <= FEW else min(ROWS, max(1, features // groups))
 
 
 def _look(
@@ -277,8 +290,8 @@ class _Seen(NamedTuple):
 
     Attributes:
       x: of the sample, less the mean, ``[n, C]``.
-      rows: of the past rows, less the mean, ``[8, C]``.
-      moved: ⟨P − p, Δ⟩ of the past rows, ``[8, C]``.
+      rows: of the past rows, less the mean, ``[rows, C]``.
+      moved: ⟨P − p, Δ⟩ of the past rows, ``[rows, C]``.
       mean: μ', ⟨p, θ⟩.
       var: σ²'.
       var_at: ⟨G, θ⟩.
@@ -306,7 +319,11 @@ def _run(old: StreamingState, sample: Sample, params: Params) -> _Seen:
     )
     x, n = product(patches, params), sample.weight.shape[0]
     mean = x[-1]
-    moved = (x[n:-1] - old.rows.x) - (mean - old.window.mean)[None]
+    shift = mean - old.window.mean
+    # A shift within the rounding of the mean is none: the weights may stand still.
+    rounding = 8.0 * jnp.finfo(x.dtype).eps * jnp.abs(mean)
+    shift = jnp.where(jnp.abs(shift) > rounding, shift, 0.0)
+    moved = x[n:-1] - old.rows.x - shift[None]
     spread = jnp.square(moved).mean(axis=0)
     var_at = inner(old.d_var, params)
     var = jnp.maximum(old.window.var + (var_at - old.var_at) + spread, 0.0)
@@ -341,7 +358,7 @@ def _factors(sample: Sample, seen: _Seen, pooled: Pooled) -> tuple[jax.Array, ja
     a = per_feature(pooled.share, seen.mean.size)
     offset = seen.x + (seen.mean - pooled.moments.mean)[None]
     now = 2.0 * a[None] * sample.weight * offset
-    past = (2.0 / ROWS) * (1.0 - a)[None] * seen.moved
+    past = (2.0 / len(seen.moved)) * (1.0 - a)[None] * seen.moved
     cotangent = jnp.concatenate([now, past])
     x = jnp.concatenate([seen.x, seen.rows])
     return cotangent, (1.0 - a) * seen.var_at + (cotangent * x).sum(axis=0)
@@ -374,26 +391,30 @@ def _derivative(
 
 @jax.named_scope("remember")
 def _remember_rows(
-    usable: Usable, state: StreamingState, sample: Sample, seen: _Seen
+    usable: Usable, state: StreamingState, sample: Sample, seen: _Seen, masked: bool
 ) -> PastRows:
-    """The past rows under today's parameters: all new at first, then one in eight steps.
-
-    Δ was made from the last batches. A row that stays for long is independent of it, and
-    its ⟨P − p, Δ⟩² no larger than that of any other.
-    """
-    turn = state.running.steps[0] / ROWS
-    slots = jnp.arange(ROWS, dtype=turn.dtype)
-    write = (slots == turn % ROWS) | (state.window.size.max() == 0)
-    which = jnp.arange(ROWS) % sample.weight.shape[0]
-    counts = sample.weight[which] > 0
-    write = write[:, None] & counts & usable.groups.any()
+    """The past rows under today's parameters: all new at first, then one in every step."""
+    steps, old = state.running.steps[0], state.rows
+    many = old.x.shape[0]
+    slots = jnp.arange(many, dtype=steps.dtype)
+    write = (slots == steps % many) | (state.window.size.max() == 0)
+    write &= usable.groups.any()
+    which = _cycled(sample, many, masked)
 
     def put(new, old):
-        return jnp.where(per_row(write, old), new[which].astype(old.dtype), old)
+        return jnp.where(per_row(write[:, None], old), new[which].astype(old.dtype), old)
 
-    old = state.rows
     x = (seen.rows + seen.mean[None]).astype(old.x.dtype)
     return PastRows(
         patches=jax.tree.map(put, sample.patches, old.patches),
         x=put(seen.x + seen.mean[None], jnp.where(usable.features[None], x, old.x)),
     )
+
+
+def _cycled(sample: Sample, many: int, masked: bool) -> jax.Array:
+    """So many rows of the sample, again and again those that count."""
+    rows = jnp.arange(many)
+    if not masked:
+        return rows % sample.weight.shape[0]
+    counts = sample.weight[:, 0] > 0
+    return jnp.argsort(~counts, stable=True)[rows % jnp.maximum(counts.sum(), 1)]
