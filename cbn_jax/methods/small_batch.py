@@ -42,8 +42,8 @@ def small_batch_norm(
 
     Returns:
       An Estimator. Its state is a ``StreamingState``, one array of the size of the layer's
-      parameters and nine patches; from batch size 32 on it is a ``RunningMoments``. ``init``
-      needs the layer and its parameters, ``train`` its ``source``.
+      parameters and nine patches. From batch size 32 on it is a ``RunningMoments``.
+      ``init`` needs the layer and its parameters, ``train`` its ``source``.
 
     Raises:
       ValueError: ``batch_size`` is not a whole number from 1 on; and what
