@@ -133,7 +133,7 @@ def pool_patch(
 def remember_patch(
     usable: Usable, share: jax.Array, patch: Params, d_mean: Params
 ) -> Params:
-    """P ← p + a (E[P] − p)."""
+    """The mean patch with the batch, p ← p + a (E[P] − p)."""
 
     def one(p, patch):
         wide_p = p.astype(patch.dtype)
@@ -162,9 +162,16 @@ def mean_at(d_mean: Params, params: Params) -> jax.Array:
     return product(jax.tree.map(lambda p: p[None], d_mean), params)[0]
 
 
+def shift_of(mean: jax.Array, last: jax.Array) -> jax.Array:
+    """⟨p, θₜ⟩ − ⟨p, θₜ₋₁⟩; within the rounding of the mean, the weights stand still."""
+    shift = mean - last
+    rounding = 8.0 * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
+    return jnp.where(jnp.abs(shift) > rounding, shift, 0.0)
+
+
 @jax.custom_jvp
 def mean_like(value: jax.Array, d_mean: Params, params: Params) -> jax.Array:
-    """``value``, which is ⟨p, θ⟩, with its derivative."""
+    """``value``, which is ⟨p, θ⟩ and a constant, with its derivative."""
     del d_mean, params
     return value
 
@@ -178,7 +185,7 @@ def _mean_like(primals, tangents):
 
 @jax.custom_jvp
 def var_like(value: jax.Array, d_var: Params, params: Params) -> jax.Array:
-    """``value``, which is ⟨G, θ⟩ and terms without a derivative, with its derivative."""
+    """``value``, which is ⟨G, θ⟩ and a constant, with its derivative."""
     del d_var, params
     return value
 

@@ -21,6 +21,7 @@ from cbn_jax.core.carrying import (
     remember,
     remember_patch,
     remember_window,
+    shift_of,
     usable_in,
     var_like,
 )
@@ -67,7 +68,8 @@ class StreamingState(NamedTuple):
       d_mean: p, their derivative ∂mean/∂θ, the mean input patch, each leaf
         ``[*leaf.shape[:-1], groups]``.
       d_var: G, ∂var/∂θ, like θ.
-      var_at: ``[C]``, ⟨G, θ⟩ at the parameters of the last step.
+      mean_at: ``[C]``, ⟨p, θ⟩ at the parameters of the last step.
+      var_at: ``[C]``, ⟨G, θ⟩ there.
       rows: a few positions of past batches.
     """
 
@@ -75,6 +77,7 @@ class StreamingState(NamedTuple):
     window: Window
     d_mean: Params
     d_var: Params
+    mean_at: jax.Array
     var_at: jax.Array
     rows: PastRows
 
@@ -194,10 +197,10 @@ def named_streaming(
     def step(state, x, source, axis_name, mask):
         batch, sample, patch = _look(source, x, samples, state, axis_name, mask)
         old, params = in_dtype((state, source.params), batch.mean.dtype)
-        seen = _run(old, sample, params)
+        seen = _run(old, sample, patch, params)
         keep = decay_of(window, micro_batches, state.running.steps)
         size = _past_size(keep * old.window.size, batch, seen)
-        past = Window(seen.mean, seen.var, size)
+        past = Window(old.window.mean + seen.shift, seen.var, size)
         pooled = pool_window(lax.stop_gradient(batch), past)
         cotangent, var_at = _factors(sample, seen, pooled)
         usable = usable_in(batch, pooled, var_at)
@@ -205,13 +208,14 @@ def named_streaming(
         running = state.running
         if not alone:
             growth = _growth(past.var, old.window.var)
-            shift = past.mean - old.window.mean
-            running = carry_running(usable, running, shift, growth)
+            running = carry_running(usable, running, seen.shift, growth)
+        at = seen.mean + per_feature(pooled.share, seen.mean.size) * seen.of_batch
         new = StreamingState(
             running=running,
             window=remember_window(usable, pooled, state.window),
             d_mean=remember_patch(usable, pooled.share, patch, state.d_mean),
             d_var=d_var,
+            mean_at=remember(usable, at, state.mean_at),
             var_at=remember(usable, var_at, state.var_at),
             rows=_remember_rows(usable, state, sample, seen, mask is not None),
         )
@@ -247,7 +251,8 @@ def _init_state(features: int, params: Params, groups: int) -> StreamingState:
         window=empty_window(features, groups),
         d_mean=d_mean,
         d_var=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
-        var_at=zero,
+        mean_at=zero,
+        var_at=jnp.zeros_like(zero),
         rows=PastRows(jax.tree.map(rows, d_mean), rows(zero)),
     )
 
@@ -292,7 +297,9 @@ class _Seen(NamedTuple):
       x: of the sample, less the mean, ``[n, C]``.
       rows: of the past rows, less the mean, ``[rows, C]``.
       moved: ⟨P − p, Δ⟩ of the past rows, ``[rows, C]``.
-      mean: μ', ⟨p, θ⟩.
+      mean: ⟨p, θ⟩.
+      of_batch: ⟨E[P] − p, θ⟩.
+      shift: ⟨p, Δ⟩.
       var: σ²'.
       var_at: ⟨G, θ⟩.
       spread: E[⟨P − p, Δ⟩²].
@@ -302,33 +309,33 @@ class _Seen(NamedTuple):
     rows: jax.Array
     moved: jax.Array
     mean: jax.Array
+    of_batch: jax.Array
+    shift: jax.Array
     var: jax.Array
     var_at: jax.Array
     spread: jax.Array
 
 
 @jax.named_scope("transport")
-def _run(old: StreamingState, sample: Sample, params: Params) -> _Seen:
+def _run(old: StreamingState, sample: Sample, patch: Params, params: Params) -> _Seen:
     """One product with θ for all patches, and one for G."""
     params = lax.stop_gradient(params)
     patches = jax.tree.map(
-        lambda sample, rows, p: jnp.concatenate([sample, rows, p[None]]),
+        lambda sample, rows, *means: jnp.concatenate([sample, rows, jnp.stack(means)]),
         sample.patches,
         old.rows.patches,
         old.d_mean,
+        patch,
     )
     x, n = product(patches, params), sample.weight.shape[0]
-    mean = x[-1]
-    shift = mean - old.window.mean
-    # A shift within the rounding of the mean is none: the weights may stand still.
-    rounding = 8.0 * jnp.finfo(x.dtype).eps * jnp.abs(mean)
-    shift = jnp.where(jnp.abs(shift) > rounding, shift, 0.0)
-    moved = x[n:-1] - old.rows.x - shift[None]
+    mean, of_batch = x[-2], x[-1] - x[-2]
+    shift = shift_of(mean, old.mean_at)
+    moved = x[n:-2] - old.rows.x - shift[None]
     spread = jnp.square(moved).mean(axis=0)
     var_at = inner(old.d_var, params)
     var = jnp.maximum(old.window.var + (var_at - old.var_at) + spread, 0.0)
-    centered = x - mean[None]
-    return _Seen(centered[:n], centered[n:-1], moved, mean, var, var_at, spread)
+    x = x[:-2] - mean[None]
+    return _Seen(x[:n], x[n:], moved, mean, of_batch, shift, var, var_at, spread)
 
 
 def _past_size(size: jax.Array, batch: Moments, seen: _Seen) -> jax.Array:
@@ -356,7 +363,8 @@ def _factors(sample: Sample, seen: _Seen, pooled: Pooled) -> tuple[jax.Array, ja
     G ← (1 − a) G + 2 E[a (x − μ) (P − p)] + 2 (1 − a) E[⟨P − p, Δ⟩ (P − p)]
     """
     a = per_feature(pooled.share, seen.mean.size)
-    offset = seen.x + (seen.mean - pooled.moments.mean)[None]
+    # The mean of the window with the batch, as these patches have it.
+    offset = seen.x - (a * seen.of_batch)[None]
     now = 2.0 * a[None] * sample.weight * offset
     past = (2.0 / len(seen.moved)) * (1.0 - a)[None] * seen.moved
     cotangent = jnp.concatenate([now, past])
