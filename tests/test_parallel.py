@@ -281,6 +281,35 @@ def test_one_collective_forward(name, layer, masked, key):
 
 
 @pytest.mark.program
+@pytest.mark.parametrize("devices", [2, 8])
+def test_as_many_numbers_travel_on_any_number_of_devices(devices, key):
+    """Three sums of each feature, at once."""
+    masked = functools.partial(cbn.batch_moments, axis_name="data")
+    some = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"mesh": some, "in_specs": P("data"), "out_specs": P()}
+    f = jax.shard_map(lambda x, m: masked(x, mask=m), **specs)
+    x = jax.random.normal(key, (16, 5))
+    text = jax.jit(f).lower(x, x[:, :1] > 0).compile().as_text()
+    (shapes,) = re.findall(r"= (.*?) all-reduce\(", text[text.index("ENTRY ") :])
+    assert sum(map(int, re.findall(r"f32\[(\d+)\]", shapes))) == 3 * 5
+
+
+@pytest.mark.parametrize("pivot", [None, 1e4, 1e4 + 2])
+def test_moments_are_exact_about_any_pivot(pivot, key):
+    """Far from it the devices add up their sums a second time."""
+    x = 1e4 + jax.random.normal(key, (16, 5))
+    guess = None if pivot is None else jnp.full(5, pivot)
+
+    def f(x):
+        return cbn.batch_moments(x, axis_name="data", pivot=guess)
+
+    moments = jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=P("data"), out_specs=P()))(x)
+    exact = np.float64(x)
+    np.testing.assert_allclose(moments.mean, exact.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(moments.var, exact.var(0), rtol=1e-5)
+
+
+@pytest.mark.program
 @pytest.mark.parametrize("layer", [LAYERS["dense"], LAYERS["conv"]])
 def test_a_sharded_batch_needs_three_means(layer, key):
     """Under sharded ``jit``: small all-reduces of start, mean and squares, one backward."""

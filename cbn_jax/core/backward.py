@@ -24,7 +24,7 @@ from jax.core import Tracer
 
 from .checks import in_dtype
 from .estimator import Estimator, Infer, Init
-from .moments import AxisName, align, exchange, wide
+from .moments import AxisName, align, total, wide
 from .statistics import Statistics
 
 WRITE = "write optimizer = cbn_jax.optax.with_backward_statistics(optimizer)"
@@ -164,9 +164,9 @@ def attach(
 
 def pooled_means(sums: Sums, axis_name: AxisName) -> Correction:
     """E[g] and E[g z] over the values of all devices."""
-    _, total = exchange((), sums, axis_name)
-    least = jnp.maximum(total.size, 1.0)
-    return Correction(total.g / least, total.gz / least)
+    g, gz, size = total(sums, axis_name)
+    least = jnp.maximum(size, 1.0)
+    return Correction(g / least, gz / least)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -336,19 +336,23 @@ def device_count(axis_name: AxisName) -> int:
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
-def exchange(rows: Any, sums: Any, axis_name: AxisName) -> tuple[Any, Any]:
-    """What all devices have, on every device, in one collective.
+def total(sums: Any, axis_name: AxisName) -> Any:
+    """The sums over all devices."""
+    return sums if axis_name is None else lax.psum(sums, axis_name)
 
-    Each leaf of ``rows`` is stacked to ``[devices, ...]``, each of ``sums`` is added up.
+
+def of_devices(rows: Any, axis_name: AxisName) -> Any:
+    """What each device has, on every device: leaves ``[devices, ...]``, in one collective.
+
     Rows travel as a sum of one-hot rows instead of an ``all_gather``: the result is known
     to be the same on all devices, so that ``shard_map`` accepts a state made of it as
     replicated.
     """
     if axis_name is None:
-        return jax.tree.map(lambda leaf: leaf[None], rows), sums
+        return jax.tree.map(lambda leaf: leaf[None], rows)
     here = lax.axis_index(axis_name) == jnp.arange(lax.axis_size(axis_name))
 
     def row(leaf):
         return jnp.where(here.reshape(-1, *(1,) * leaf.ndim), leaf[None], 0.0)
 
-    return lax.psum((jax.tree.map(row, rows), sums), axis_name)
+    return lax.psum(jax.tree.map(row, rows), axis_name)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from cbn_jax.core.checks import accepted, check_count, check_epsilon
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import AxisName, Moments, batch_moments, exchange
+from cbn_jax.core.moments import AxisName, Moments, batch_moments, total
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,
@@ -109,11 +109,11 @@ def _mean_of_parts(parts: Moments, axis_name: AxisName) -> Moments:
     """The mean moments of all usable parts on all devices."""
     usable = usable_moments(parts)
 
-    def total(leaf):
+    def sum_of(leaf):
         return jnp.where(usable, leaf, 0.0).sum(axis=0)
 
-    sums = jax.tree.map(total, (parts, jnp.ones_like(parts.size)))
-    _, (moments, count) = exchange((), sums, axis_name)
+    sums = jax.tree.map(sum_of, (parts, jnp.ones_like(parts.size)))
+    moments, count = total(sums, axis_name)
     least = jnp.maximum(count, 1.0)
     return Moments(moments.mean / least, moments.var / least, moments.size)
 

@@ -16,7 +16,7 @@ from cbn_jax.core.backward import (
     bidirectional,
 )
 from cbn_jax.core.checks import accepted, check_epsilon, check_fraction, in_dtype
-from cbn_jax.core.moments import AxisName, Moments, exchange, instance_moments
+from cbn_jax.core.moments import AxisName, Moments, instance_moments, of_devices
 from cbn_jax.core.running import check_values, finite_moments
 from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory
@@ -207,7 +207,7 @@ def _like_row(carry: Any, rows: Any) -> Any:
 def _of_all_devices(each: Any, axis_name: AxisName) -> Any:
     """Rows ``[N, 1, …, 1, C]`` of this device as ``[examples of all devices, C]``."""
     rows = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], leaf.shape[-1]), each)
-    rows, _ = exchange(rows, (), axis_name)
+    rows = of_devices(rows, axis_name)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), rows)
 
 

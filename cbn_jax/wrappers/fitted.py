@@ -9,7 +9,7 @@ from jax import lax
 
 from cbn_jax.core.checks import accepted, check_traits
 from cbn_jax.core.estimator import Estimator, State, Trait
-from cbn_jax.core.moments import AxisName, Moments, align, exchange, instance_moments
+from cbn_jax.core.moments import AxisName, Moments, align, instance_moments, total
 from cbn_jax.core.schedules import ScheduleFn, averaging, cumulative, weights
 from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory
@@ -180,15 +180,12 @@ def _fit(
     t = (training.mean - running.mean) * running.inv_std
     ratio = jnp.square(running.inv_std / training.inv_std)
     phi = jnp.stack([counts.astype(d.dtype), spread, jnp.square(d)])
-    _, sums = exchange(
-        (),
-        Fit(
-            slope=jnp.stack([jnp.square(d).sum(0), d.sum(0) * t]),
-            gram=jnp.einsum("inc,jnc->ijc", phi, phi, precision="highest"),
-            target=phi.sum(1) * ratio[None],
-        ),
-        axis_name,
+    fit = Fit(
+        slope=jnp.stack([jnp.square(d).sum(0), d.sum(0) * t]),
+        gram=jnp.einsum("inc,jnc->ijc", phi, phi, precision="highest"),
+        target=phi.sum(1) * ratio[None],
     )
+    sums = total(fit, axis_name)
     return jax.tree.map(lambda leaf: leaf / align(sums.gram[0, 0], leaf), sums)
 
 
