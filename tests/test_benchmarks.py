@@ -425,7 +425,7 @@ def test_targets_of_cost():
         ("small_batch_norm", "state / θ"): ("resnet18", False),
     }
     assert cost.verdict(results).endswith("\n4 of 6 targets are met.")
-    text = cost._targets(results)
+    text = cost.targets(results)
     assert "every size | 1.30 (1.30–1.30) on mlp at batch size 2 | missed |" in text
     assert "fusions ≤ +20 on resnet18 at batch size 2 | +15.0 | met |" in text
 
@@ -450,9 +450,9 @@ def test_the_floor_of_a_state():
     np.testing.assert_allclose(carried.milliseconds, 7.5, rtol=1e-6)
     row = "| resnet18 | 2 | small_batch_norm | 8 | +20 ms, 1.20 | +50 ms, 1.50 |"
     results = {"cells": [base, slow], "rates": rates}
-    assert row in cost._floors(results)
+    assert row in cost.floors(results)
     fast = cost_cell("small_batch_norm", ratio=1.1)
-    assert cost._floors(results | {"cells": [base, fast]}) == ""
+    assert cost.floors(results | {"cells": [base, fast]}) == ""
 
 
 PROGRAM = """\

@@ -437,10 +437,10 @@ def markdown(results: dict) -> str:
     parts = (
         f"{_table(results)}\n{legend}",
         verdict(results),
-        _targets(results),
-        _floors(results),
+        targets(results),
+        floors(results),
         _profiles(results),
-        _state_table(results),
+        states(results),
     )
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -585,7 +585,7 @@ def _met(results: dict) -> list[str]:
     return [f"{met} of {len(found)} targets are met."] if found else []
 
 
-def _targets(results: dict) -> str:
+def targets(results: dict) -> str:
     """Each target beside what was measured."""
     rows = [
         (
@@ -631,7 +631,7 @@ def floor(base: dict, cell: dict, rates: dict) -> Floor:
     return Floor(milliseconds, 1 + milliseconds / base["time"]["milliseconds"])
 
 
-def _floors(results: dict) -> str:
+def floors(results: dict) -> str:
     """The floor beside what was measured, where a target for the time is missed."""
     rows = [
         _floor_row(base, cell, floor(base, cell, results["rates"]))
@@ -664,7 +664,7 @@ def _floor_row(base: dict, cell: dict, least: Floor) -> tuple[str, ...]:
     )
 
 
-def _state_table(results: dict) -> str:
+def states(results: dict) -> str:
     """Megabytes of the state of each method."""
     baseline, *_ = states = results["states"]
     network = results["config"]["stored"]

@@ -131,14 +131,15 @@ def _places(
     Of more examples than samples, evenly many are taken, others in every step.
     """
     every = here * device_count(axis_name)
-    few = samples is not None and n == 1 and isinstance(every, int) and every > samples
+    most = every if samples is None else samples
+    few = n == 1 and isinstance(every, int) and every > most
     if axis_name is None and not few:
         return None, None
-    rows = jnp.arange(samples if few else every)
+    rows = jnp.arange(every)
     if few:
         # Another sequence than that of the positions: their pairs fill the square.
         shift = _sequence(jnp.uint32(0), jnp.uint32(0), step.astype(jnp.uint32)) * every
-        rows = (rows * every // samples + shift.astype(int)) % every
+        rows = (jnp.arange(most) * every // most + shift.astype(int)) % every
     if axis_name is None:
         return rows, None
     place = rows - lax.axis_index(axis_name) * here
