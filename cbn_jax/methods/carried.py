@@ -42,7 +42,7 @@ class CarriedState(NamedTuple):
       window: moments of the exponential window at the parameters of the last step.
       d_mean: p, the window's mean input patch, each leaf ``[*leaf.shape[:-1], groups]``.
       mean_at: ``[C]``, ⟨p, θ⟩ at the parameters of the last step.
-      square: ``[C]``, |θ|² of the last step, without the bias.
+      square: ``[C]``, ‖θ‖² of the last step, without the bias.
     """
 
     running: RunningMoments
@@ -64,10 +64,10 @@ def carried_batch_norm(
 
     Of an exponential window of past batches the state holds the mean input patch p and the
     moments (μ, σ²). With P what the layer saw at a position (x = ⟨P, θ⟩, E the mean over
-    the batch), and |θ| the norm of a feature's weights, one step is::
+    the batch), and ‖θ‖ the norm of a feature's weights, one step is::
 
         μ'  = ⟨p, θₜ⟩
-        σ²' = σ² · |θₜ|² / |θₜ₋₁|²
+        σ²' = σ² · ‖θₜ‖² / ‖θₜ₋₁‖²
         (μ, σ²) ← (1 − a) · (μ', σ²')  pooled with  a · (E[x], Var[x])
         p ← p + a (E[P] − p)
 
@@ -75,7 +75,7 @@ def carried_batch_norm(
     the weights, because it is linear in them. The variance is exact if the weights only
     change in length, or if the inputs are white; else it lags behind within the window.
 
-    The gradient is that of these equations. It goes through ⟨p, θₜ⟩ and |θₜ|² at full
+    The gradient is that of these equations. It goes through ⟨p, θₜ⟩ and ‖θₜ‖² at full
     strength, and so has no part along the weights of a feature, as in batch norm.
 
     Prefer it with 1 to 8 examples per step where memory, compile time or step time count.
@@ -192,7 +192,7 @@ def _means(d_mean: Params, patch: Params, params: Params) -> tuple[jax.Array, ja
 
 @jax.named_scope("transport")
 def _square(params: Params) -> jax.Array:
-    """|θ|² of the weights of each feature."""
+    """‖θ‖² of the weights of each feature."""
     leaves = jax.tree.leaves(params)
     # One number per feature is a bias, on which the variance does not depend.
     weights = [leaf for leaf in leaves if leaf.ndim > 1] or leaves
@@ -201,6 +201,6 @@ def _square(params: Params) -> jax.Array:
 
 
 def _growth(square: jax.Array, last: jax.Array) -> jax.Array:
-    """|θₜ|² / |θₜ₋₁|², attached; 1 where there is no last step or no weight."""
+    """‖θₜ‖² / ‖θₜ₋₁‖², attached; 1 where there is no last step or no weight."""
     known = (last > 0) & (square > 0)
     return jnp.where(known, square / jnp.where(known, last, 1.0), 1.0)
