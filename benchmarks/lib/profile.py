@@ -52,7 +52,7 @@ def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, 
 def computations(program: str) -> dict[str, list[str]]:
     """The instructions of every computation of a compiled program, the main one ``ENTRY``.
 
-    An instruction stands without its metadata, in which words of the program may occur.
+    Instructions come without their metadata, which may contain words of the program.
     """
     found: dict[str, list[str]] = {}
     name = None

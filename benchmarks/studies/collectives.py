@@ -171,7 +171,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 def sent(program: str) -> dict[str, int]:
     """All-reduces of a compiled program, and bytes of all and of those in branches.
 
-    What stands in a branch runs only where the branch is taken.
+    Instructions of a branch run only if the program takes the branch.
     """
     lines = profile.computations(program)
     branches = _reachable(lines, _branches(lines))

@@ -65,7 +65,7 @@ QUANTITIES: dict[str, Callable[[dict, dict], float]] = {
 
 
 class Target(NamedTuple):
-    """The most that a method should need of a quantity; None stands for all."""
+    """A limit that a method should not exceed; None means every network or size."""
 
     method: str
     network: str | None
@@ -586,7 +586,7 @@ def _met(results: dict) -> list[str]:
 
 
 def targets(results: dict) -> str:
-    """Each target beside what was measured."""
+    """Each target, with its measurement."""
     rows = [
         (
             _sentence(worst.target),
@@ -632,7 +632,7 @@ def floor(base: dict, cell: dict, rates: dict) -> Floor:
 
 
 def floors(results: dict) -> str:
-    """The floor beside what was measured, where a target for the time is missed."""
+    """The floor and the measurement, where a target for the time is missed."""
     rows = [
         _floor_row(base, cell, floor(base, cell, results["rates"]))
         for base, cells in _groups(results)
