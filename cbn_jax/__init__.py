@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from .core.backward import BackwardStatistics, Bidirectional
+from .core.carrying import Window
 from .core.estimator import Estimator
 from .core.layers import Layer, convolution, dense
 from .core.moments import Moments, batch_moments, pool_moments
@@ -111,6 +112,7 @@ __all__ = [
     "Source",
     "Statistics",
     "StreamingState",
+    "Window",
     "adaptive_batch_norm",
     "batch_moments",
     "batch_norm",

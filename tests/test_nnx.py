@@ -621,7 +621,7 @@ def test_any_method_goes_on_from_batch_norm():
     expected = run_as(trained.norms[0], run(trained.conv, z), True)
     assert_close(run_as(norm, z, True), expected)
     run_as(norm, z, False)
-    assert norm.window["size"].get_value()[0] == z[..., 0].size
+    assert norm.window.get_value()[2, 0] == z[..., 0].size
 
 
 @pytest.mark.parametrize("wrapper", [lambda e: e, cbn.fitted_inference, large_batches])

@@ -6,7 +6,7 @@ of the past.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,29 @@ from .running import RunningMoments
 
 
 class Window(NamedTuple):
-    """Moments of an exponential window, at the parameters of the last step.
+    """What an exponential window knows of each feature, at the weights of the last step.
+
+    A state has these numbers as the rows of one array ``[5, C]``, which costs a step one
+    kernel instead of five: ``Window(*rows)``.
 
     Attributes:
       mean: ``[C]``.
       var: ``[C]``.
-      size: ``[groups]``, the sum of the weights of its values.
+      size: ``[C]``, the sum of the weights of its values.
+      mean_at: ``[C]``, ⟨p, θ⟩, from which the mean moves on.
+      var_at: ``[C]``, what the variance moves on from, see the method.
     """
 
     mean: jax.Array
     var: jax.Array
     size: jax.Array
+    mean_at: jax.Array
+    var_at: jax.Array
 
 
-def empty_window(features: int, groups: int) -> Window:
-    """A window without values."""
-    zero = jnp.zeros(features, jnp.float32)
-    return Window(zero, jnp.zeros_like(zero), jnp.zeros(groups, jnp.float32))
+def empty_window(features: int) -> jax.Array:
+    """The rows of a window without values."""
+    return jnp.zeros((len(Window._fields), features), jnp.float32)
 
 
 def no_patch(params: Params, groups: int) -> Params:
@@ -54,68 +60,29 @@ def decay_of(window: int, micro_batches: int, steps: jax.Array) -> float | jax.A
     return jnp.where(steps.max() % micro_batches == 0, decay, 1.0)
 
 
-class Pooled(NamedTuple):
-    """A window with a batch.
+def share_of(batch: Moments, past: Moments) -> jax.Array:
+    """A ``[C]``, the share of the batch in a window of both."""
+    size = batch.size + past.size
+    return batch.size / jnp.where(size > 0, size, 1.0)
 
-    Attributes:
-      moments: of both, ``[C]``.
-      share: a ``[groups]``, that of the batch.
-      size: ``[groups]``.
+
+def of_groups(per_feature: jax.Array, groups: int) -> jax.Array:
+    """``[C]`` as ``[groups]``, the number of the first feature of each group.
+
+    The features of a group see the same inputs.
     """
-
-    moments: Moments
-    share: jax.Array
-    size: jax.Array
+    return per_feature[:: per_feature.size // groups]
 
 
-def pool_window(batch: Moments, past: Window) -> Pooled:
-    """The past and the batch together."""
-    features = past.mean.size
-    # Every position counts for all features or for none.
-    here = batch.size[:: features // past.size.size]
-    size = here + past.size
-    share = here / jnp.where(size > 0, size, 1.0)
-    a = per_feature(share, features)
-    offset = batch.mean - past.mean
-    spread = batch.var + (1.0 - a) * jnp.square(offset)
-    mean, var = past.mean + a * offset, (1.0 - a) * past.var + a * spread
-    return Pooled(Moments(mean, var, per_feature(size, features)), share, size)
+def usable_in(batch: Moments, pooled: Moments, *more: jax.Array) -> jax.Array:
+    """The features ``[C]`` that have values and are finite with them, as are ``more``."""
+    finite = (jnp.isfinite(each) for each in (pooled.var, *more))
+    return functools.reduce(jnp.logical_and, finite, batch.size > 0)
 
 
-class Usable(NamedTuple):
-    """What a state may take in.
-
-    Attributes:
-      features: ``[C]``, those that have a value and are finite.
-      groups: ``[groups]``, those with such a feature.
-    """
-
-    features: jax.Array
-    groups: jax.Array
-
-
-def usable_in(batch: Moments, pooled: Pooled, *more: jax.Array) -> Usable:
-    """The features that are finite with the batch, as are ``more``."""
-    finite = (jnp.isfinite(each) for each in (pooled.moments.var, *more))
-    usable = functools.reduce(jnp.logical_and, finite, batch.size > 0)
-    return Usable(usable, usable.reshape(pooled.share.size, -1).any(axis=1))
-
-
-def remember(usable: Usable, new: Any, old: Any) -> Any:
-    """New numbers of features that are usable; all others stay as of their last step."""
-
-    def one(new, old):
-        return jnp.where(usable.features, new.astype(old.dtype), old)
-
-    return jax.tree.map(one, new, old)
-
-
-def remember_window(usable: Usable, pooled: Pooled, old: Window) -> Window:
-    """The window with the batch."""
-    mean, var, _ = pooled.moments
-    mean, var = remember(usable, (mean, var), (old.mean, old.var))
-    size = jnp.where(usable.groups, pooled.size.astype(old.size.dtype), old.size)
-    return Window(mean, var, size)
+def remember(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """New numbers ``[..., C]`` of usable features; others stay as of their last step."""
+    return jnp.where(align(usable, old), new.astype(old.dtype), old)
 
 
 def pool_patch(
@@ -131,26 +98,25 @@ def pool_patch(
 
 
 def remember_patch(
-    usable: Usable, share: jax.Array, patch: Params, d_mean: Params
+    usable: jax.Array, share: jax.Array, patch: Params, d_mean: Params
 ) -> Params:
     """The mean patch with the batch, p ← p + a (E[P] − p)."""
 
     def one(p, patch):
-        wide_p = p.astype(patch.dtype)
-        new = wide_p + align(share, p) * (patch - wide_p)
-        fits = align(usable.groups, p) & jnp.isfinite(new)
+        groups, wide_p = p.shape[-1], p.astype(patch.dtype)
+        new = wide_p + align(of_groups(share, groups), p) * (patch - wide_p)
+        fits = align(of_groups(usable, groups), p) & jnp.isfinite(new)
         return jnp.where(fits, new, wide_p).astype(p.dtype)
 
     return jax.tree.map(one, d_mean, patch)
 
 
 def carry_running(
-    usable: Usable, running: RunningMoments, shift: jax.Array, growth: jax.Array
+    usable: jax.Array, running: RunningMoments, shift: jax.Array, growth: jax.Array
 ) -> RunningMoments:
     """The averages for inference move with the weights, as the window does."""
     shift, growth = in_dtype(lax.stop_gradient((shift, growth)), running.mean.dtype)
-    known = usable.features & (running.steps > 0)
-    known &= jnp.isfinite(shift) & jnp.isfinite(growth)
+    known = usable & (running.steps > 0) & jnp.isfinite(growth)
     return running._replace(
         mean=running.mean + jnp.where(known, shift, 0.0),
         var=running.var * jnp.where(known, growth, 1.0),
@@ -194,10 +160,3 @@ def var_like(value: jax.Array, d_var: Params, params: Params) -> jax.Array:
 def _var_like(primals, tangents):
     value, d_var, _ = primals
     return var_like(*primals), inner(in_dtype(d_var, value.dtype), tangents[2])
-
-
-def per_feature(per_group: jax.Array, features: int) -> jax.Array:
-    """``[groups]`` as ``[C]``."""
-    groups = per_group.size
-    shape = groups, features // groups
-    return jnp.broadcast_to(per_group[:, None], shape).reshape(-1)

@@ -14,19 +14,17 @@ from cbn_jax.core.carrying import (
     empty_window,
     mean_like,
     no_patch,
-    per_feature,
     pool_patch,
-    pool_window,
     remember,
     remember_patch,
-    remember_window,
+    share_of,
     shift_of,
     usable_in,
 )
 from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import device_moments
+from cbn_jax.core.moments import Moments, device_moments, pool_two
 from cbn_jax.core.patches import product
 from cbn_jax.core.running import RunningMoments, init_running
 from cbn_jax.core.schedules import ScheduleFn
@@ -39,17 +37,15 @@ class CarriedState(NamedTuple):
 
     Attributes:
       running: averages of the window's moments, for inference.
-      window: moments of the exponential window at the parameters of the last step.
+      window: ``[5, C]``, the rows of a ``Window``: mean, variance and size of the
+        exponential window at the weights of the last step, and ⟨p, θ⟩ and ‖θ‖² (without
+        the bias) there.
       d_mean: p, the window's mean input patch, each leaf ``[*leaf.shape[:-1], groups]``.
-      mean_at: ``[C]``, ⟨p, θ⟩ at the parameters of the last step.
-      square: ``[C]``, ‖θ‖² of the last step, without the bias.
     """
 
     running: RunningMoments
-    window: Window
+    window: jax.Array
     d_mean: Params
-    mean_at: jax.Array
-    square: jax.Array
 
 
 @factory
@@ -113,8 +109,8 @@ def carried_batch_norm(
       >>> for kernel in (jnp.eye(2), 10 * jnp.eye(2)):  # the weights grow tenfold
       ...     x, source = cbn.run_layer(cbn.dense, kernel, z)
       ...     statistics, state = estimator.train(state, x, source)
-      >>> statistics.mean, state.window.var
-      (Array([20., 20.], dtype=float32), Array([100., 400.], dtype=float32))
+      >>> statistics.mean
+      Array([20., 20.], dtype=float32)
 
     Reference: the aim is that of Zhuliang Yao, Yue Cao, Shuxin Zheng, Gao Huang, Stephen
     Lin, "Cross-Iteration Batch Normalization", CVPR 2021, arXiv:2002.05712.
@@ -137,37 +133,34 @@ def carried_batch_norm(
     def step(state, x, source, axis_name, mask):
         part, patch = device_moments(x, mask), source.mean_patch(mask)
         batch, patch = pool_patch(part, patch, axis_name, state.running.mean)
-        old, params = in_dtype((state, source.params), batch.mean.dtype)
-        mean, of_batch = _means(old.d_mean, patch, params)
+        (_, rows, d_mean), params = in_dtype((state, source.params), batch.mean.dtype)
+        old = Window(*rows)
+        mean, of_batch = _means(d_mean, patch, params)
         shift, square = shift_of(mean, old.mean_at), _square(params)
-        growth = _growth(square, old.square)
+        growth = _growth(square, old.var_at)
         keep = decay_of(window, micro_batches, state.running.steps)
-        past = Window(
-            mean=mean_like(old.window.mean + shift, old.d_mean, params),
-            var=growth * old.window.var,
-            size=keep * old.window.size,
+        past = Moments(
+            mean=mean_like(old.mean + shift, d_mean, params),
+            var=growth * old.var,
+            size=keep * old.size,
         )
-        pooled = pool_window(batch, past)
+        pooled, share = pool_two(batch, past), share_of(batch, past)
         usable, running = usable_in(batch, pooled, square), state.running
         if not alone:
             running = carry_running(usable, running, shift, growth)
-        at = mean + per_feature(pooled.share, mean.size) * (of_batch - mean)
+        new = Window(*pooled, mean + share * (of_batch - mean), square)
         new = CarriedState(
             running=running,
-            window=remember_window(usable, pooled, state.window),
-            d_mean=remember_patch(usable, pooled.share, patch, state.d_mean),
-            mean_at=remember(usable, at, state.mean_at),
-            square=remember(usable, square, state.square),
+            window=remember(usable, jnp.stack(new), state.window),
+            d_mean=remember_patch(usable, share, patch, state.d_mean),
         )
-        return batch, pooled.moments, new
+        return batch, pooled, new
 
     def init_state(features, params, groups):
         return CarriedState(
             running=init_running(features),
-            window=empty_window(features, groups),
+            window=empty_window(features),
             d_mean=no_patch(params, groups),
-            mean_at=jnp.zeros(features, jnp.float32),
-            square=jnp.zeros(features, jnp.float32),
         )
 
     return windowed(

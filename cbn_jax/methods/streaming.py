@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming batch normalization: an exponential window that moves with the weights."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cbn_jax.core.carrying import (
-    Pooled,
-    Usable,
     Window,
     carry_running,
     decay_of,
     empty_window,
     mean_like,
     no_patch,
-    per_feature,
-    pool_window,
     remember,
     remember_patch,
-    remember_window,
+    share_of,
     shift_of,
     usable_in,
     var_like,
@@ -28,7 +26,7 @@ from cbn_jax.core.carrying import (
 from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import AxisName, Moments, align, count_values
+from cbn_jax.core.moments import AxisName, Moments, align, count_values, pool_two
 from cbn_jax.core.patches import (
     Sample,
     inner,
@@ -52,7 +50,7 @@ class PastRows(NamedTuple):
 
     Attributes:
       patches: P, each leaf ``[rows, *leaf.shape[:-1], groups]``.
-      x: ⟨P, θ⟩ ``[rows, C]``.
+      x: ⟨P − p, θ⟩ ``[rows, C]``.
     """
 
     patches: Params
@@ -60,25 +58,22 @@ class PastRows(NamedTuple):
 
 
 class StreamingState(NamedTuple):
-    """State of ``streaming_batch_norm``.
+    """State of ``streaming_batch_norm`` and ``small_batch_norm``.
 
     Attributes:
       running: averages of the window's moments, for inference.
-      window: moments of the exponential window at the parameters of the last step.
-      d_mean: p, their derivative ∂mean/∂θ, the mean input patch, each leaf
+      window: ``[5, C]``, the rows of a ``Window``: mean, variance and size of the
+        exponential window at the weights of the last step, and ⟨p, θ⟩ and ⟨G, θ⟩ there.
+      d_mean: p = ∂μ/∂θ, the window's mean input patch, each leaf
         ``[*leaf.shape[:-1], groups]``.
-      d_var: G, ∂var/∂θ, like θ.
-      mean_at: ``[C]``, ⟨p, θ⟩ at the parameters of the last step.
-      var_at: ``[C]``, ⟨G, θ⟩ there.
+      d_var: G = ∂σ²/∂θ, in the form of θ.
       rows: a few positions of past batches.
     """
 
     running: RunningMoments
-    window: Window
+    window: jax.Array
     d_mean: Params
     d_var: Params
-    mean_at: jax.Array
-    var_at: jax.Array
     rows: PastRows
 
 
@@ -196,35 +191,33 @@ def named_streaming(
 
     def step(state, x, source, axis_name, mask):
         batch, sample, patch = _look(source, x, samples, state, axis_name, mask)
-        old, params = in_dtype((state, source.params), batch.mean.dtype)
-        seen = _run(old, sample, patch, params)
+        now, params = in_dtype((state, source.params), batch.mean.dtype)
+        old = Window(*now.window)
+        seen = _run(now, old, sample, patch, params)
         keep = decay_of(window, micro_batches, state.running.steps)
-        size = _past_size(keep * old.window.size, batch, seen)
-        past = Window(old.window.mean + seen.shift, seen.var, size)
-        pooled = pool_window(lax.stop_gradient(batch), past)
-        cotangent, var_at = _factors(sample, seen, pooled)
-        usable = usable_in(batch, pooled, var_at)
-        d_var = _derivative(usable, pooled, old, sample, cotangent)
-        running = state.running
+        size = _past_size(keep * old.size, batch, seen, source.groups)
+        past = Moments(old.mean + seen.shift, seen.var, size)
+        fixed = lax.stop_gradient(batch)
+        pooled, share = pool_two(fixed, past), share_of(fixed, past)
+        cotangent, var_at = _factors(sample, seen, share)
+        usable, running = usable_in(batch, pooled, var_at), state.running
         if not alone:
-            growth = _growth(past.var, old.window.var)
+            growth = _growth(past.var, old.var)
             running = carry_running(usable, running, seen.shift, growth)
-        at = seen.mean + per_feature(pooled.share, seen.mean.size) * seen.of_batch
+        new = Window(*pooled, seen.mean + share * seen.of_batch, var_at)
         new = StreamingState(
             running=running,
-            window=remember_window(usable, pooled, state.window),
-            d_mean=remember_patch(usable, pooled.share, patch, state.d_mean),
-            d_var=d_var,
-            mean_at=remember(usable, at, state.mean_at),
-            var_at=remember(usable, var_at, state.var_at),
-            rows=_remember_rows(usable, state, sample, seen, mask is not None),
+            window=remember(usable, jnp.stack(new), state.window),
+            d_mean=remember_patch(usable, share, patch, state.d_mean),
+            d_var=_derivative(usable, share, state.d_var, seen, cotangent),
+            rows=_remember_rows(usable, share, state, sample, seen, mask is not None),
         )
         # The gradient goes through today's G, so that the last one need not be kept.
         past = past._replace(
-            mean=mean_like(past.mean, old.d_mean, params),
-            var=var_like(past.var, d_var, params),
+            mean=mean_like(past.mean, now.d_mean, params),
+            var=var_like(past.var, new.d_var, params),
         )
-        return batch, pool_window(batch, past).moments, new
+        return batch, pool_two(batch, past), new
 
     return windowed(
         name,
@@ -244,23 +237,22 @@ def _init_state(features: int, params: Params, groups: int) -> StreamingState:
     def rows(leaf):
         return jnp.zeros((many, *leaf.shape), jnp.float32)
 
-    zero = jnp.zeros(features, jnp.float32)
     d_mean = no_patch(params, groups)
     return StreamingState(
         running=init_running(features),
-        window=empty_window(features, groups),
+        window=empty_window(features),
         d_mean=d_mean,
         d_var=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
-        mean_at=zero,
-        var_at=jnp.zeros_like(zero),
-        rows=PastRows(jax.tree.map(rows, d_mean), rows(zero)),
+        rows=PastRows(jax.tree.map(rows, d_mean), jnp.zeros((many, features), jnp.float32)),
     )
 
 
 def _row_count(features: int, params: Params, groups: int) -> int:
-    """Eight; where features see many inputs, each its own, as many as fit in θ."""
+    """Eight; where features see many inputs, each its own, a power of two within θ."""
     inputs = sum(leaf.size for leaf in jax.tree.leaves(params)) // features
-    return ROWS if inputs <= FEW else min(ROWS, max(1, features // groups))
+    if inputs <= FEW:
+        return ROWS
+    return min(ROWS, 1 << max(1, features // groups).bit_length() - 1)
 
 
 def _look(
@@ -294,8 +286,8 @@ class _Seen(NamedTuple):
     """What the layer makes of patches under today's parameters, as constants.
 
     Attributes:
-      x: of the sample, less the mean, ``[n, C]``.
-      rows: of the past rows, less the mean, ``[rows, C]``.
+      patches: P − p of the sample and of the past rows, then p and E[P] − p.
+      x: ⟨·, θ⟩ of those, ``[n + rows + 2, C]``.
       moved: ⟨P − p, Δ⟩ of the past rows, ``[rows, C]``.
       mean: ⟨p, θ⟩.
       of_batch: ⟨E[P] − p, θ⟩.
@@ -305,8 +297,8 @@ class _Seen(NamedTuple):
       spread: E[⟨P − p, Δ⟩²].
     """
 
+    patches: Params
     x: jax.Array
-    rows: jax.Array
     moved: jax.Array
     mean: jax.Array
     of_batch: jax.Array
@@ -317,38 +309,37 @@ class _Seen(NamedTuple):
 
 
 @jax.named_scope("transport")
-def _run(old: StreamingState, sample: Sample, patch: Params, params: Params) -> _Seen:
+def _run(
+    now: StreamingState, old: Window, sample: Sample, patch: Params, params: Params
+) -> _Seen:
     """One product with θ for all patches, and one for G."""
     params = lax.stop_gradient(params)
-    patches = jax.tree.map(
-        lambda sample, rows, *means: jnp.concatenate([sample, rows, jnp.stack(means)]),
-        sample.patches,
-        old.rows.patches,
-        old.d_mean,
-        patch,
-    )
-    x, n = product(patches, params), sample.weight.shape[0]
-    mean, of_batch = x[-2], x[-1] - x[-2]
-    shift = shift_of(mean, old.mean_at)
-    moved = x[n:-2] - old.rows.x - shift[None]
+
+    def beside(sample, rows, p, patch):
+        return jnp.concatenate([sample - p, rows - p, p, patch - p])
+
+    means = jax.tree.map(lambda leaf: leaf[None], (now.d_mean, patch))
+    patches = jax.tree.map(beside, sample.patches, now.rows.patches, *means)
+    x = product(patches, params)
+    moved = x[len(sample.weight) : -2] - now.rows.x
     spread = jnp.square(moved).mean(axis=0)
-    var_at = inner(old.d_var, params)
-    var = jnp.maximum(old.window.var + (var_at - old.var_at) + spread, 0.0)
-    x = x[:-2] - mean[None]
-    return _Seen(x[:n], x[n:], moved, mean, of_batch, shift, var, var_at, spread)
+    var_at = inner(now.d_var, params)
+    var = jnp.maximum(old.var + (var_at - old.var_at) + spread, 0.0)
+    mean, of_batch = x[-2], x[-1]
+    shift = shift_of(mean, old.mean_at)
+    return _Seen(patches, x, moved, mean, of_batch, shift, var, var_at, spread)
 
 
-def _past_size(size: jax.Array, batch: Moments, seen: _Seen) -> jax.Array:
+def _past_size(size: jax.Array, batch: Moments, seen: _Seen, groups: int) -> jax.Array:
     """The weight of the past: at most as many batches as θ takes to turn by one radian.
 
     The same for all features of a group, which share p.
     """
-    moves = (seen.spread > 0) & (seen.var > 0)
-    turn = jnp.minimum(seen.spread / jnp.where(moves, seen.var, 1.0), 1.0)
-    turn = jnp.where(moves, turn, 0.0).reshape(size.size, -1).mean(axis=1)  # squared
-    here = batch.size[:: batch.size.size // size.size]
-    limit = here * lax.rsqrt(jnp.where(turn > 0, turn, 1.0))
-    return jnp.where((turn > 0) & (here > 0), jnp.minimum(size, limit), size)
+    turn = jnp.minimum(seen.spread, seen.var) / jnp.where(seen.var > 0, seen.var, 1.0)
+    turn = turn.reshape(groups, -1).mean(axis=1)  # squared
+    turn = jnp.repeat(turn, size.size // groups, total_repeat_length=size.size)
+    limit = batch.size * lax.rsqrt(jnp.where(turn > 0, turn, 1.0))
+    return jnp.where((turn > 0) & (limit > 0), jnp.minimum(size, limit), size)
 
 
 def _growth(var: jax.Array, last: jax.Array) -> jax.Array:
@@ -357,72 +348,67 @@ def _growth(var: jax.Array, last: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("derivatives")
-def _factors(sample: Sample, seen: _Seen, pooled: Pooled) -> tuple[jax.Array, jax.Array]:
+def _factors(sample: Sample, seen: _Seen, share: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What multiplies P − p in G, at the sample and at the past rows; and the new ⟨G, θ⟩.
 
     G ← (1 − a) G + 2 E[a (x − μ) (P − p)] + 2 (1 − a) E[⟨P − p, Δ⟩ (P − p)]
     """
-    a = per_feature(pooled.share, seen.mean.size)
     # The mean of the window with the batch, as these patches have it.
-    offset = seen.x - (a * seen.of_batch)[None]
-    now = 2.0 * a[None] * sample.weight * offset
-    past = (2.0 / len(seen.moved)) * (1.0 - a)[None] * seen.moved
-    cotangent = jnp.concatenate([now, past])
-    x = jnp.concatenate([seen.x, seen.rows])
-    return cotangent, (1.0 - a) * seen.var_at + (cotangent * x).sum(axis=0)
+    offset = seen.x[: len(sample.weight)] - (share * seen.of_batch)[None]
+    now = 2.0 * share[None] * sample.weight * offset
+    past = (2.0 / len(seen.moved)) * (1.0 - share)[None] * seen.moved
+    means = jnp.zeros_like(seen.x[-2:])  # have no part in it
+    cotangent = jnp.concatenate([now, past, means])
+    return cotangent, (1.0 - share) * seen.var_at + (cotangent * seen.x).sum(axis=0)
 
 
 @jax.named_scope("derivatives")
 def _derivative(
-    usable: Usable,
-    pooled: Pooled,
-    old: StreamingState,
-    sample: Sample,
-    cotangent: jax.Array,
+    usable: jax.Array, share: jax.Array, d_var: Params, seen: _Seen, cotangent: jax.Array
 ) -> Params:
     """The new G."""
-    a = per_feature(pooled.share, old.var_at.size)
-    patches = jax.tree.map(
-        lambda sample, rows, p: jnp.concatenate([sample, rows]) - p[None],
-        sample.patches,
-        old.rows.patches,
-        old.d_mean,
-    )
 
     def one(g, more):
-        new = align(1.0 - a, g) * g + more
-        fits = align(usable.features, g) & jnp.isfinite(new)
-        return jnp.where(fits, new, g).astype(jnp.float32)
+        new = align(1.0 - share, g) * g.astype(more.dtype) + more
+        fits = align(usable, g) & jnp.isfinite(new)
+        return jnp.where(fits, new.astype(g.dtype), g)
 
-    return jax.tree.map(one, old.d_var, pull(patches, cotangent))
+    return jax.tree.map(one, d_var, pull(seen.patches, cotangent))
 
 
 @jax.named_scope("remember")
 def _remember_rows(
-    usable: Usable, state: StreamingState, sample: Sample, seen: _Seen, masked: bool
+    usable: jax.Array,
+    share: jax.Array,
+    state: StreamingState,
+    sample: Sample,
+    seen: _Seen,
+    masked: bool,
 ) -> PastRows:
     """The past rows under today's parameters: all new at first, then one in every step."""
-    steps, old = state.running.steps[0], state.rows
-    many = old.x.shape[0]
-    slots = jnp.arange(many, dtype=steps.dtype)
-    write = (slots == steps % many) | (state.window.size.max() == 0)
-    write &= usable.groups.any()
-    which = _cycled(sample, many, masked)
+    old, n = state.rows, len(sample.weight)
+    many = len(old.x)
+    turn = state.running.steps[0].astype(jnp.int32) & (many - 1)
+    write = (jnp.arange(many, dtype=jnp.int32) == turn) | (state.window[2, 0] == 0)
+    write &= usable[0]
+    cycled = _cycled(sample, many, masked)
 
     def put(new, old):
-        return jnp.where(per_row(write[:, None], old), new[which].astype(old.dtype), old)
+        return jnp.where(per_row(write[:, None], old), cycled(new).astype(old.dtype), old)
 
-    x = (seen.rows + seen.mean[None]).astype(old.x.dtype)
+    x = seen.x - (share * seen.of_batch)[None]  # less the new mean
     return PastRows(
         patches=jax.tree.map(put, sample.patches, old.patches),
-        x=put(seen.x + seen.mean[None], jnp.where(usable.features[None], x, old.x)),
+        x=put(x[:n], remember(usable, x[n:-2], old.x)),
     )
 
 
-def _cycled(sample: Sample, many: int, masked: bool) -> jax.Array:
-    """So many rows of the sample, again and again those that count."""
-    rows = jnp.arange(many)
+def _cycled(sample: Sample, many: int, masked: bool) -> Callable[[jax.Array], jax.Array]:
+    """What takes so many rows of a leaf of the sample, again and again those that count."""
+    n = len(sample.weight)
+    rows = np.arange(many)
     if not masked:
-        return rows % sample.weight.shape[0]
+        return lambda leaf: leaf[:many] if n >= many else leaf[rows % n]
     counts = sample.weight[:, 0] > 0
-    return jnp.argsort(~counts, stable=True)[rows % jnp.maximum(counts.sum(), 1)]
+    which = jnp.argsort(~counts, stable=True)[rows % jnp.maximum(counts.sum(), 1)]
+    return lambda leaf: leaf[which]
