@@ -106,10 +106,10 @@ def test_with_multi_steps(key):
             params, opt_state, stats = micro_step(params, opt_state, stats, each)
     kernel = before["Dense_0"]
     last = z[-1].reshape(-1, F) @ kernel["kernel"] + kernel["bias"][None]
-    window = stats["Norm_0"]["window"]
+    window = cbn.Window(*stats["Norm_0"]["window"])
     # Three steps of eight examples: most of the window is the last.
-    assert np.abs(window["mean"] - last.mean(0)).max() < 3 * last.std() / np.sqrt(8)
-    np.testing.assert_allclose(window["size"], 8 * (1 + 0.75 + 0.75**2), rtol=1e-5)
+    assert np.abs(window.mean - last.mean(0)).max() < 3 * last.std() / np.sqrt(8)
+    np.testing.assert_allclose(window.size, 8 * (1 + 0.75 + 0.75**2), rtol=1e-5)
 
 
 def test_arguments():

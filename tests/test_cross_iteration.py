@@ -510,7 +510,9 @@ def test_a_state_of_another_window(key):
     estimator, _ = start(layer, key, window=8)
     _, state = start(layer, key, window=4)
     x, source = cbn.run_layer(layer.layer, layer.params(key), layer.data(key))
-    message = r"history\.mean of shape \(4, 4\), expected \(8, 4\) .*the same estimator"
+    message = (
+        r"history\.window of shape \(5, 4, 4\), expected \(5, 8, 4\) .*the same estimator"
+    )
     with pytest.raises(ValueError, match=message):
         estimator.train(state, x, source)
 

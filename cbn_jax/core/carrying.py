@@ -16,7 +16,7 @@ from .checks import in_dtype
 from .layers import Params
 from .moments import AxisName, Moments, Part, about_zero, align, pool_devices
 from .patches import inner, product
-from .running import RunningMoments
+from .running import RunningMoments, finite_moments
 
 
 class Window(NamedTuple):
@@ -74,10 +74,10 @@ def of_groups(per_feature: jax.Array, groups: int) -> jax.Array:
     return per_feature[:: per_feature.size // groups]
 
 
-def usable_in(batch: Moments, pooled: Moments, *more: jax.Array) -> jax.Array:
-    """The features ``[C]`` that have values and are finite with them, as are ``more``."""
-    finite = (jnp.isfinite(each) for each in (pooled.var, *more))
-    return functools.reduce(jnp.logical_and, finite, batch.size > 0)
+def usable_in(moments: Moments, *more: jax.Array) -> jax.Array:
+    """The features ``[C]`` whose moments a window may take in, with finite ``more``."""
+    finite = (jnp.isfinite(each) for each in more)
+    return functools.reduce(jnp.logical_and, finite, finite_moments(moments))
 
 
 def remember(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .carrying import Window, mean_at, of_groups, usable_in
+from .checks import in_dtype
 from .layers import Params
 from .moments import (
     AxisName,
@@ -18,7 +20,6 @@ from .moments import (
     pool_devices,
 )
 from .patches import inner, product, pull
-from .running import finite_moments
 from .source import Source
 from .statistics import std_of
 
@@ -30,30 +31,20 @@ class History(NamedTuple):
     θₛ are kept, not θₛ itself: ``⟨d, θ − θₛ⟩ = ⟨d, θ⟩ − ⟨d, θₛ⟩``.
 
     Attributes:
-      mean: ``[S, C]``, μₛ at θₛ.
-      var: ``[S, C]``, σ²ₛ at θₛ.
+      window: ``[5, S, C]``, the rows of a ``Window``: μₛ and σ²ₛ at θₛ, their number of
+        values, 0 for an empty slot, ⟨∂μₛ/∂θ, θₛ⟩ and ⟨∂σ²ₛ/∂θ, θₛ⟩.
       d_mean: ∂μₛ/∂θ, the mean input patch, each leaf ``[S, *leaf.shape[:-1], groups]``:
         the same for all features of a group.
       d_var: ∂σ²ₛ/∂θ, each leaf ``[S, *leaf.shape]``.
-      mean_at: ``[S, C]``, ⟨∂μₛ/∂θ, θₛ⟩.
-      var_at: ``[S, C]``, ⟨∂σ²ₛ/∂θ, θₛ⟩.
-      size: ``[S, C]``, values behind the moments; 0 for an empty slot.
     """
 
-    mean: jax.Array
-    var: jax.Array
+    window: jax.Array
     d_mean: Params
     d_var: Params
-    mean_at: jax.Array
-    var_at: jax.Array
-    size: jax.Array
 
 
 def empty_history(slots: int, features: int, params: Params, groups: int) -> History:
     """Slots in which nothing counts yet."""
-
-    def per_feature():
-        return jnp.zeros((slots, features), jnp.float32)
 
     def per_param(last):
         return jax.tree.map(
@@ -61,13 +52,9 @@ def empty_history(slots: int, features: int, params: Params, groups: int) -> His
         )
 
     return History(
-        mean=per_feature(),
-        var=per_feature(),
+        window=jnp.zeros((len(Window._fields), slots, features), jnp.float32),
         d_mean=per_param(groups),
         d_var=per_param(features),
-        mean_at=per_feature(),
-        var_at=per_feature(),
-        size=per_feature(),
     )
 
 
@@ -77,16 +64,12 @@ def transport(history: History, params: Params, rho: float, dtype: Any) -> Momen
 
     To first order: the variance may come out negative.
     """
-    history = jax.tree.map(lambda leaf: leaf.astype(dtype), history)
-    d_mean = rho * (product(history.d_mean, params) - history.mean_at)  # ρ ⟨∂μ/∂θ, Δθ⟩
-    d_var = rho * (_inner(history.d_var, params) - history.var_at)  # ρ ⟨∂σ²/∂θ, Δθ⟩
-    var = history.var + d_var - jnp.square(d_mean)  # ν − μ²
-    return Moments(history.mean + d_mean, var, history.size)
-
-
-def prepend(batch: Moments, past: Moments) -> Moments:
-    """The current iteration in front of the past ones, ``[1 + S, C]``."""
-    return jax.tree.map(lambda new, old: jnp.concatenate([new[None], old]), batch, past)
+    rows, d_mean, d_var = in_dtype(history, dtype)
+    old = Window(*rows)
+    shift = rho * (product(d_mean, params) - old.mean_at)  # ρ ⟨∂μ/∂θ, Δθ⟩
+    growth = rho * (_inner(d_var, params) - old.var_at)  # ρ ⟨∂σ²/∂θ, Δθ⟩
+    var = old.var + growth - jnp.square(shift)  # ν − μ²
+    return Moments(old.mean + shift, var, old.size)
 
 
 def this_iteration(
@@ -164,33 +147,32 @@ def _derivatives(
 
 def _slot(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> History:
     params = lax.stop_gradient(params)
-    moments, d_mean, d_var = jax.tree.map(
-        lambda leaf: lax.stop_gradient(leaf)[None], (moments, d_mean, d_var)
-    )
-    return History(
-        mean=moments.mean,
-        var=moments.var,
-        d_mean=d_mean,
-        d_var=d_var,
-        mean_at=product(d_mean, params),
-        var_at=_inner(d_var, params),
-        size=moments.size,
+    moments, d_mean, d_var = lax.stop_gradient((moments, d_mean, d_var))
+    window = Window(*moments, mean_at(d_mean, params), inner(d_var, params))
+    slot = History(jnp.stack(window), d_mean, d_var)
+    return slot._replace(
+        window=slot.window[:, None],
+        d_mean=jax.tree.map(lambda leaf: leaf[None], d_mean),
+        d_var=jax.tree.map(lambda leaf: leaf[None], d_var),
     )
 
 
 @jax.named_scope("remember")
 def push(history: History, entry: History, slot: jax.Array) -> History:
     """Overwrites one slot; features that are not finite leave theirs empty."""
-    usable = finite_moments(Moments(entry.mean, entry.var, entry.size))
-    usable &= jnp.isfinite(entry.mean_at) & jnp.isfinite(entry.var_at)
+    new, at = Window(*entry.window[:, 0]), slot.astype(int)
+    usable = usable_in(Moments(new.mean, new.var, new.size), new.mean_at, new.var_at)
 
-    def overwrite(ring, new):
-        # A mean patch belongs to all features of its group.
-        fits = usable.reshape(new.shape[-1], -1).any(axis=1)
+    def overwrite(ring, new, axis=0):
+        fits = of_groups(usable, new.shape[-1])
         new = jnp.where(align(fits, new), new, 0.0).astype(ring.dtype)
-        return lax.dynamic_update_slice_in_dim(ring, new, slot.astype(int), axis=0)
+        return lax.dynamic_update_slice_in_dim(ring, new, at, axis)
 
-    return jax.tree.map(overwrite, history, entry)
+    return History(
+        window=overwrite(history.window, entry.window, axis=1),
+        d_mean=jax.tree.map(overwrite, history.d_mean, entry.d_mean),
+        d_var=jax.tree.map(overwrite, history.d_var, entry.d_var),
+    )
 
 
 def _inner(derivative: Params, params: Params) -> jax.Array:

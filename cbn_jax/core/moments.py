@@ -57,12 +57,13 @@ def pool_moments(moments: Moments) -> Moments:
     mean, var, count = moments
     total = count.sum(axis=0)
     share = count / jnp.where(total > 0, total, 1.0)[None]
-    # Differences to one of the means keep the digits that a sum of large means would lose.
-    one = _of_largest(count, mean)
-    offset = jnp.where(count > 0, mean - one[None], 0.0)
+    mean = jnp.where(count > 0, mean, 0.0)
+    # Differences to the rounded mean keep the digits that a sum of large means would lose.
+    pivot = lax.stop_gradient((share * mean).sum(axis=0))
+    offset = jnp.where(count > 0, mean - pivot[None], 0.0)
     center = (share * offset).sum(axis=0)
     spread = jnp.where(count > 0, var + jnp.square(offset - center[None]), 0.0)
-    return Moments(one + center, (share * spread).sum(axis=0), total)
+    return Moments(pivot + center, (share * spread).sum(axis=0), total)
 
 
 def pool_two(current: Moments, past: Moments) -> Moments:
@@ -313,12 +314,6 @@ def _nothing(x: jax.Array) -> Part:
     """The part of a batch without a value."""
     zero = jnp.zeros(x.shape[-1], x.dtype)
     return Part(zero, Moments(zero, zero, zero))
-
-
-def _of_largest(count: jax.Array, values: jax.Array) -> jax.Array:
-    """The row of ``values`` ``[G, C]`` whose group holds most values, by feature."""
-    largest = count.argmax(axis=0)[None]
-    return jnp.take_along_axis(values, largest, axis=0)[0]
 
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:

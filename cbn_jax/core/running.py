@@ -126,10 +126,11 @@ def restarted(
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)
+    ratio = old.var / jnp.where(window.var > 0, window.var, 1.0)
     # Deviations in squared standard errors. That of the variance is (r − 1)² / r with the
     # ratio r of both, which is log(r)² for a small deviation.
     mean_off = jnp.square(window.mean - old.mean) * values > 9.0 * window.var
-    var_off = jnp.square(window.var - old.var) * values > 18.0 * window.var * old.var
+    var_off = jnp.square(ratio - 1.0) * values > 18.0 * ratio
     past = finite_moments(window) & (window.var > 0) & (values >= 8) & (mean_off | var_off)
     mean, var = in_dtype((window.mean, window.var), jnp.float32)
     return running._replace(

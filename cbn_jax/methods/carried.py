@@ -145,7 +145,7 @@ def carried_batch_norm(
             size=keep * old.size,
         )
         pooled, share = pool_two(batch, past), share_of(batch, past)
-        usable, running = usable_in(batch, pooled, square), state.running
+        usable, running = usable_in(batch, pooled.var, square), state.running
         if not alone:
             running = carry_running(usable, running, shift, growth)
         new = Window(*pooled, mean + share * (of_batch - mean), square)

@@ -12,12 +12,11 @@ from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.history import (
     History,
     empty_history,
-    prepend,
     push,
     this_iteration,
     transport,
 )
-from cbn_jax.core.moments import Moments, pool_moments
+from cbn_jax.core.moments import Moments, pool_moments, pool_two
 from cbn_jax.core.running import RunningMoments, init_running
 from cbn_jax.core.schedules import ScheduleFn, check_schedule
 from cbn_jax.core.values import factory
@@ -155,8 +154,8 @@ def cross_iteration_batch_norm(
         past = _GUARDS[guard](transport(history, params, rho, batch.mean.dtype))
         in_use = _in_use(state, window, share_of_past)
         past = past._replace(size=jnp.where(in_use, past.size, 0.0))
-        pooled = pool_moments(prepend(batch, past))
-        slot = (state.slot + 1) % window
+        pooled = pool_two(batch, pool_moments(past))
+        slot = jnp.where(state.slot + 1 < window, state.slot + 1, 0.0)
         return batch, pooled, state._replace(history=history, slot=slot)
 
     return windowed(
@@ -175,7 +174,8 @@ def _in_use(
     state: CrossIterationState, window: int, share_of_past: ScheduleFn
 ) -> jax.Array:
     """``[S, C]``, which past slots count: none but the youngest during a burn-in."""
-    age = (state.slot - jnp.arange(window, dtype=state.slot.dtype))[:, None] % window
+    age = (state.slot - jnp.arange(window, dtype=state.slot.dtype))[:, None]
+    age = jnp.where(age < 0, age + window, age)
     # A share that is a rounding error below a whole slot includes that slot.
     reach = jnp.floor((window - 1) * share_of_past(state.running.steps) + 1e-3)[None]
     return (age > 0) & (age <= reach)

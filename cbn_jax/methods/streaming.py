@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from cbn_jax.core.carrying import (
@@ -200,7 +199,7 @@ def named_streaming(
         fixed = lax.stop_gradient(batch)
         pooled, share = pool_two(fixed, past), share_of(fixed, past)
         cotangent, var_at = _factors(sample, seen, share)
-        usable, running = usable_in(batch, pooled, var_at), state.running
+        usable, running = usable_in(batch, pooled.var, var_at), state.running
         if not alone:
             growth = _growth(past.var, old.var)
             running = carry_running(usable, running, seen.shift, growth)
@@ -321,7 +320,7 @@ def _run(
     means = jax.tree.map(lambda leaf: leaf[None], (now.d_mean, patch))
     patches = jax.tree.map(beside, sample.patches, now.rows.patches, *means)
     x = product(patches, params)
-    moved = x[len(sample.weight) : -2] - now.rows.x
+    moved = x[sample.weight.shape[0] : -2] - now.rows.x
     spread = jnp.square(moved).mean(axis=0)
     var_at = inner(now.d_var, params)
     var = jnp.maximum(old.var + (var_at - old.var_at) + spread, 0.0)
@@ -354,7 +353,7 @@ def _factors(sample: Sample, seen: _Seen, share: jax.Array) -> tuple[jax.Array, 
     G ← (1 − a) G + 2 E[a (x − μ) (P − p)] + 2 (1 − a) E[⟨P − p, Δ⟩ (P − p)]
     """
     # The mean of the window with the batch, as these patches have it.
-    offset = seen.x[: len(sample.weight)] - (share * seen.of_batch)[None]
+    offset = seen.x[: sample.weight.shape[0]] - (share * seen.of_batch)[None]
     now = 2.0 * share[None] * sample.weight * offset
     past = (2.0 / len(seen.moved)) * (1.0 - share)[None] * seen.moved
     means = jnp.zeros_like(seen.x[-2:])  # have no part in it
@@ -386,7 +385,7 @@ def _remember_rows(
     masked: bool,
 ) -> PastRows:
     """The past rows under today's parameters: all new at first, then one in every step."""
-    old, n = state.rows, len(sample.weight)
+    old, n = state.rows, sample.weight.shape[0]
     many = len(old.x)
     turn = state.running.steps[0].astype(jnp.int32) & (many - 1)
     write = (jnp.arange(many, dtype=jnp.int32) == turn) | (state.window[2, 0] == 0)
@@ -405,10 +404,9 @@ def _remember_rows(
 
 def _cycled(sample: Sample, many: int, masked: bool) -> Callable[[jax.Array], jax.Array]:
     """What takes so many rows of a leaf of the sample, again and again those that count."""
-    n = len(sample.weight)
-    rows = np.arange(many)
+    n, rows = sample.weight.shape[0], jnp.arange(many)
     if not masked:
-        return lambda leaf: leaf[:many] if n >= many else leaf[rows % n]
+        return lambda leaf: leaf[:many] if n == many else leaf[rows % n]
     counts = sample.weight[:, 0] > 0
     which = jnp.argsort(~counts, stable=True)[rows % jnp.maximum(counts.sum(), 1)]
     return lambda leaf: leaf[which]
