@@ -123,10 +123,8 @@ class Averages:
         self.steps += 1
         if self.steps > 1:
             self.mean, self.var = self.mean + shift, self.var * ratio
-            errors = (
-                (mean - self.mean) ** 2 / var,
-                (self.var - var) ** 2 / (2 * self.var * var),
-            )
+            old, new = self.var + 1e-5, var + 1e-5
+            errors = (mean - self.mean) ** 2 / new, (old - new) ** 2 / (2 * old * new)
             far = (values >= 8) & (np.maximum(*errors) * values > 9)
             self.mean = np.where(far, mean, self.mean)
             self.var = np.where(far, var, self.var)

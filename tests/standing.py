@@ -63,8 +63,9 @@ class Running:
     def restart(self, window, positions):
         """Where the window contradicts the averages, they become its moments."""
         values = window.size / positions**0.5
-        far = (window.mean - self.mean) ** 2 * values > 9 * window.var
-        far |= (window.var - self.var) ** 2 * values > 18 * window.var * self.var
+        old, new = self.var + EPSILON, window.var + EPSILON
+        far = (window.mean - self.mean) ** 2 * values > 9 * new
+        far |= (new - old) ** 2 * values > 18 * new * old
         far &= (values >= 8) & (window.var > 0)
         self.mean = np.where(far, window.mean, self.mean)
         self.var = np.where(far, window.var, self.var)

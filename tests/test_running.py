@@ -174,13 +174,13 @@ def test_an_average_that_the_window_contradicts_restarts_with_it():
         var=jnp.float32([1.0, 1.0, 2.0, 3.0]),
         steps=jnp.full(4, 50.0, jnp.float32),
     )
-    new = restarted(running, window, jnp.full(4, 32.0, jnp.float32))
+    new = restarted(running, window, jnp.full(4, 32.0, jnp.float32), 1e-5)
     # Three standard errors of 32 values: 0.53 for the mean, a factor of 2.1 in variance.
     np.testing.assert_allclose(new.mean, [0.5, 0.0, 0.0, 0.0])
     np.testing.assert_allclose(new.var, [1.0, 1.0, 2.0, 1.0])
     np.testing.assert_array_equal(new.steps, running.steps)
     far = running._replace(mean=running.mean + 5.0)
-    few = restarted(far, window, jnp.full(4, 7.0, jnp.float32))
+    few = restarted(far, window, jnp.full(4, 7.0, jnp.float32), 1e-5)
     jax.tree.map(np.testing.assert_array_equal, few, far)
 
 

@@ -109,7 +109,7 @@ def independent(x: jax.Array, window: Moments) -> jax.Array:
 
 
 def restarted(
-    running: RunningMoments, window: Moments, values: jax.Array
+    running: RunningMoments, window: Moments, values: jax.Array, epsilon: float
 ) -> RunningMoments:
     """Restarts the running moments of features where the window contradicts them.
 
@@ -123,13 +123,15 @@ def restarted(
       window: the window's moments, ``[C]``.
       values: ``[C]``, the number of independent values in the window. With fewer than
         eight nothing restarts.
+      epsilon: ε. Variances with it are compared, because those normalize.
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)
-    ratio = old.var / jnp.where(window.var > 0, window.var, 1.0)
+    inv_std = lax.rsqrt(window.var + epsilon)
     # Deviations in squared standard errors. That of the variance is (r − 1)² / r with the
     # ratio r of both, which is log(r)² for a small deviation.
-    mean_off = jnp.square(window.mean - old.mean) * values > 9.0 * window.var
+    ratio = (old.var + epsilon) * jnp.square(inv_std)
+    mean_off = jnp.square((window.mean - old.mean) * inv_std) * values > 9.0
     var_off = jnp.square(ratio - 1.0) * values > 18.0 * ratio
     past = finite_moments(window) & (window.var > 0) & (values >= 8) & (mean_off | var_off)
     mean, var = in_dtype((window.mean, window.var), jnp.float32)

@@ -84,7 +84,8 @@ def windowed(
         if running == "window":
             seen = pooled if mask is None else _if_any(batch, pooled)
             if not callable(momentum):
-                averages = restarted(averages, pooled, independent(x, pooled))
+                values = independent(x, pooled)
+                averages = restarted(averages, pooled, values, epsilon)
         if mask is not None or not several_values(x, axis_name):
             pooled = known_moments(pooled, state.running)
         new = new._replace(running=update_running(averages, seen, average))

@@ -136,7 +136,8 @@ def bidirectional_batch_norm(
         size = count_values(x, mask)
         statistics = attach(rule, x, mask, statistics_of(used, epsilon), size, backward)
         if not callable(momentum):  # a schedule is followed to the letter
-            running = restarted(state.running, pooled, independent(x, pooled))
+            values = independent(x, pooled)
+            running = restarted(state.running, pooled, values, epsilon)
             state = state._replace(running=running)
         return statistics, _remembered(state, batch, pooled, average)
 
