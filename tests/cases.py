@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import cbn_jax as cbn
 
@@ -230,3 +231,28 @@ normalize = jax.jit(cbn.normalize)
 def apply(layer, params, z):
     """The layer's output."""
     return layer.fn(params, z)
+
+
+@functools.cache
+def started(estimator, name):
+    """A training call of a layer, one for all tests, and the state before the first."""
+    layer = LAYERS[name]
+
+    def step(state, params, z):
+        return train(estimator, state, layer, params, z)
+
+    return step, init(estimator, layer, layer.params(jax.random.key(0)))
+
+
+def path(layer, key, steps, size=0.3, examples=(2,)):
+    """(params, inputs) of a run with moving weights."""
+    params = layer.params(key)
+    for step in range(steps):
+        n = examples[step % len(examples)]
+        yield params, layer.data(jax.random.fold_in(key, step), examples=n)
+        params = drift(params, jax.random.fold_in(key, 100 + step), size)
+
+
+def variance(statistics):
+    """σ² of statistics with the usual ε, in float64."""
+    return 1 / np.square(np.float64(statistics.inv_std)) - 1e-5

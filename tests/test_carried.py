@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import LAYERS, apply, drift, init, train
+from cases import LAYERS, apply, drift, init, path, started, train, variance
 from jax.test_util import check_vjp
 
 import cbn_jax as cbn
@@ -14,33 +14,12 @@ import cbn_jax as cbn
 SOME = ["dense", "conv-strided", "conv-grouped"]
 layers = pytest.mark.parametrize("name", LAYERS)
 some_layers = pytest.mark.parametrize("name", SOME)
-EPSILON = 1e-5
 batch_moments = jax.jit(cbn.batch_moments)
 
 
-def variance(statistics):
-    return 1 / np.square(np.float64(statistics.inv_std)) - EPSILON
-
-
-@functools.cache
 def start(name, window=4):
     """A training call, compiled once for all tests, and the state before the first."""
-    layer = LAYERS[name]
-    estimator = cbn.carried_batch_norm(window, momentum=0.9)
-
-    def step(state, params, z):
-        return train(estimator, state, layer, params, z)
-
-    return step, init(estimator, layer, layer.params(jax.random.key(0)))
-
-
-def path(layer, key, steps, size=0.3, examples=(2,)):
-    """(params, inputs) of a run with moving weights."""
-    params = layer.params(key)
-    for step in range(steps):
-        n = examples[step % len(examples)]
-        yield params, layer.data(jax.random.fold_in(key, step), examples=n)
-        params = drift(params, jax.random.fold_in(key, 100 + step), size)
+    return started(cbn.carried_batch_norm(window, momentum=0.9), name)
 
 
 def scaled(params, factor):

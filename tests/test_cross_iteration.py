@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import LAYERS, apply, drift, infer, init, normalize, train
+from cases import LAYERS, apply, drift, infer, init, normalize, train, variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -16,10 +16,6 @@ import cbn_jax as cbn
 layers = pytest.mark.parametrize("name", LAYERS)
 EPSILON = 1e-5
 batch_moments = jax.jit(cbn.batch_moments)
-
-
-def variance(statistics):
-    return 1 / np.square(np.float64(statistics.inv_std)) - EPSILON
 
 
 def path(layer, key, steps, size=0.05, examples=None):

@@ -6,30 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import ALL, LAYERS, apply, drift, init, normalize, train
+from cases import ALL, LAYERS, apply, drift, init, normalize, path, started, train, variance
 from jax.test_util import check_grads
 
 import cbn_jax as cbn
 
 layers = pytest.mark.parametrize("name", LAYERS)
 some_layers = pytest.mark.parametrize("name", ["dense", "conv-strided", "conv-grouped"])
-EPSILON = 1e-5
 
 
-def variance(statistics):
-    return 1 / np.square(np.float64(statistics.inv_std)) - EPSILON
-
-
-@functools.cache
 def start(name, window=4):
     """A training call, compiled once for all tests, and the state before the first."""
-    layer = LAYERS[name]
-    estimator = cbn.replay_batch_norm(window, samples=ALL, momentum=0.9)
-
-    def step(state, params, z):
-        return train(estimator, state, layer, params, z)
-
-    return step, init(estimator, layer, layer.params(jax.random.key(0)))
+    return started(cbn.replay_batch_norm(window, samples=ALL, momentum=0.9), name)
 
 
 def moments(layer, params, batches):
@@ -37,15 +25,6 @@ def moments(layer, params, batches):
     x = [np.float64(apply(layer, params, z)).reshape(-1, layer.features) for z in batches]
     x = np.concatenate(x)
     return x.mean(0), x.var(0)
-
-
-def path(layer, key, steps, size=0.3, examples=(2,)):
-    """(params, inputs) of a run with moving weights."""
-    params = layer.params(key)
-    for step in range(steps):
-        n = examples[step % len(examples)]
-        yield params, layer.data(jax.random.fold_in(key, step), examples=n)
-        params = drift(params, jax.random.fold_in(key, 100 + step), size)
 
 
 def at_step(state, step):

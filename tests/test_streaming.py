@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import LAYERS, apply, drift, init, normalize, train
+from cases import LAYERS, apply, drift, init, normalize, path, started, train, variance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_vjp
@@ -25,29 +25,9 @@ def size_of(state):
     return cbn.Window(*state.window).size
 
 
-def variance(statistics):
-    return 1 / np.square(np.float64(statistics.inv_std)) - EPSILON
-
-
-@functools.cache
 def start(name, window=4):
     """A training call, compiled once for all tests, and the state before the first."""
-    layer = LAYERS[name]
-    estimator = cbn.streaming_batch_norm(window, samples=None, momentum=0.9)
-
-    def step(state, params, z):
-        return train(estimator, state, layer, params, z)
-
-    return step, init(estimator, layer, layer.params(jax.random.key(0)))
-
-
-def path(layer, key, steps, size=0.3, examples=(2,)):
-    """(params, inputs) of a run with moving weights."""
-    params = layer.params(key)
-    for step in range(steps):
-        n = examples[step % len(examples)]
-        yield params, layer.data(jax.random.fold_in(key, step), examples=n)
-        params = drift(params, jax.random.fold_in(key, 100 + step), size)
+    return started(cbn.streaming_batch_norm(window, samples=None, momentum=0.9), name)
 
 
 def at_step(state, step):

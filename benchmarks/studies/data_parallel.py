@@ -91,7 +91,7 @@ def updated(
     batch_stats: Any,
 ) -> TrainState:
     """The state after a step of the optimizer."""
-    updates, opt_state = optimizer.update(gradients, state.opt_state)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state)
 
 

@@ -129,12 +129,13 @@ def _derivatives(
 ) -> tuple[Params, Params]:
     """∂μ and ∂σ² of this device's values."""
     (mean, var, count), x = seen
-    x = x.astype(mean.dtype)
     # A layer in half precision takes the cotangent in it: 1/N would underflow there, and a
     # sum without it overflow, as would large deviations. So deviations go in by their size
     # and with 1/√N, and the rest follows.
-    root, size = jnp.sqrt(jnp.maximum(count[0], 1.0)), std_of(var)
-    size = jnp.where(size > 0, size, 1.0)
+    root, size = jnp.sqrt(jnp.maximum(count[0], 1.0)), jnp.ones_like(var)
+    if x.dtype != mean.dtype:
+        size = std_of(jnp.where(var > 0, var, 1.0))
+    x = x.astype(mean.dtype)
     cotangent = (x - align(mean, x)) / align(size * root, x)
     if mask is not None:
         cotangent = jnp.where(mask, cotangent, 0.0)

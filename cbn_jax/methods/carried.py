@@ -75,7 +75,7 @@ def carried_batch_norm(
     strength, and so has no part along the weights of a feature, as in batch norm.
 
     Prefer it with 1 to 8 examples per step where memory, compile time or step time count.
-    Its state is one patch and seven numbers per feature. ``streaming_batch_norm`` moves
+    Its state is one patch and eight numbers per feature. ``streaming_batch_norm`` moves
     the variance exactly.
 
     Args:
