@@ -306,7 +306,10 @@ def _statistics(stats: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def with_window(stats: Mapping[str, Any]) -> dict[str, Any]:
     """Statistics with the moments of the window in place of the running averages."""
     if "window" in stats:
-        return {**stats, **{name: stats["window"][name] for name in ("mean", "var")}}
+        window = stats["window"]
+        if not isinstance(window, Mapping):
+            window = cbn_jax.Window(*window)._asdict()
+        return {**stats, **{name: window[name] for name in ("mean", "var")}}
     return {
         name: with_window(each) if isinstance(each, Mapping) else each
         for name, each in stats.items()
