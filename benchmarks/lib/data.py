@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image classification data through tensorflow-datasets, without TensorFlow.
+"""Data sets by name: embedded, from packages, your own, or from tensorflow-datasets.
 
 ``digits`` is embedded (scikit-learn ships it), ``fashion_mnist`` is read from its four IDX
-files where they lie on the machine, and any other name is a tensorflow-datasets one.
+files where they lie on the machine, and ``packaged.py`` has what other packages bring. A
+folder or a file of arrays is read as it is. Any other name is a tensorflow-datasets one,
+read without TensorFlow.
 """
 
+import functools
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,29 +21,31 @@ with needed_for("benchmarks"):
     import tensorflow_datasets as tfds
     from sklearn.datasets import load_digits
 
-EMBEDDED = ("digits", "fashion_mnist")
+from benchmarks.lib import own, packaged
+from benchmarks.lib.dataset import Dataset
+
+# What other packages bring.
+PACKAGED: dict[str, Callable[[], Dataset]] = {
+    "emoji_google": functools.partial(packaged.emoji, "google"),
+    "emoji_twitter": functools.partial(packaged.emoji, "twitter"),
+    "solar_cells": packaged.solar_cells,
+    "earth_west": functools.partial(packaged.earth, "west"),
+    "earth_east": functools.partial(packaged.earth, "east"),
+    "brain": packaged.brain,
+}
+KNOWN = ("digits", "fashion_mnist", *PACKAGED)
 IDX_FOLDERS = (
     Path("data/fashion-mnist"),
     Path("/usr/share/datasets/fashion-mnist"),  # Debian: apt install dataset-fashion-mnist
 )
 
 
-class Dataset(NamedTuple):
-    """Images scaled to [0, 1], ``[N, H, W, C]`` float32, and int32 labels."""
-
-    name: str
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    classes: int
-
-
 def load(name: str, data_dir: Path | None = None, examples: int | None = None) -> Dataset:
     """Loads a data set by name, preparing it on first use.
 
     Args:
-      name: ``digits``, ``fashion_mnist``, or an image classification set of
+      name: one of ``KNOWN``; a folder with a folder of images for each class; a file
+        ``*.npz`` with images and labels; or an image classification set of
         tensorflow-datasets with splits ``train`` and ``test`` and images of one size.
       data_dir: where prepared data is kept; None for tensorflow-datasets' own default.
       examples: at most so many images of each split, the first ones; None for all.
@@ -49,8 +54,28 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
       The data set in memory.
 
     Raises:
-      ValueError: the name is unknown, or the set is not one of image classification.
+      ValueError: the name is unknown, its package is not installed, or the set is not one
+        of image classification.
     """
+    if name in PACKAGED:
+        return first(PACKAGED[name](), examples)
+    if name.endswith(".npz") or Path(name).is_dir():
+        return first(own.load(Path(name)), examples)
+    return _prepared(name, data_dir, examples)
+
+
+def first(dataset: Dataset, most: int | None) -> Dataset:
+    """At most so many examples of each split."""
+    arrays = {
+        field: value[:most]
+        for field, value in dataset._asdict().items()
+        if isinstance(value, np.ndarray)
+    }
+    return dataset._replace(**arrays)
+
+
+def _prepared(name: str, data_dir: Path | None, examples: int | None) -> Dataset:
+    """A data set that tensorflow-datasets keeps."""
     tfds.disable_progress_bar()
     builder = _builder(name, data_dir)
     builder.download_and_prepare(file_format="array_record")
@@ -63,11 +88,9 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
             f"{sorted(builder.info.splits)}, expected image and label, train and test; "
             "choose an image classification set such as mnist or cifar10."
         )
+    train, test = (_arrays(builder, split, examples) for split in ("train", "test"))
     return Dataset(
-        name,
-        *_arrays(builder, "train", examples),
-        *_arrays(builder, "test", examples),
-        classes=features["label"].num_classes,
+        name, *train, *test, classes=features["label"].num_classes, train_groups=train[1]
     )
 
 
@@ -80,8 +103,9 @@ def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
-            f"dataset {name!r} is unknown; known are {', '.join(EMBEDDED)} and the image "
-            "classification sets of tensorflow-datasets, such as mnist or cifar10."
+            f"dataset {name!r} is unknown; known are {', '.join(KNOWN)}, a folder with a "
+            "folder of images for each class, a file of arrays such as images.npz, and the "
+            "image classification sets of tensorflow-datasets, such as mnist or cifar10."
         ) from error
 
 

