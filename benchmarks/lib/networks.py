@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks, written once for every normalizer.
 
-``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it. Layers
-compute in ``dtype``, as in ``nn.Dense``; parameters and logits are float32 in any case.
+``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it. A
+method that activates too has ``norm.active(layer=..., train=...)`` in the place of norm and
+ReLU. Layers compute in ``dtype``, as in ``nn.Dense``; parameters and logits are float32 in
+any case.
 """
 
 import functools
@@ -19,6 +21,14 @@ with needed_for("benchmarks"):
     from flax import linen as nn
 
 NormFn = Callable[..., nn.Module]
+
+
+def active(norm: NormFn, layer: nn.Module, train: bool) -> Callable[[jax.Array], jax.Array]:
+    """Layer, norm and ReLU, or what a method has in their place."""
+    if hasattr(norm, "active"):
+        return norm.active(layer=layer, train=train)
+    normalized = norm(layer=layer, train=train)
+    return lambda z: nn.relu(normalized(z))
 
 
 class MLP(nn.Module):
@@ -40,7 +50,7 @@ class MLP(nn.Module):
             if self.normalize_last:
                 z = self.norm(layer=None, train=train)(nn.relu(layer(z)))
             else:
-                z = nn.relu(self.norm(layer=layer, train=train)(z))
+                z = active(self.norm, layer, train)(z)
         return _logits(self, z)
 
 
@@ -59,20 +69,59 @@ class ResidualCNN(nn.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Logits ``[N, classes]``."""
 
-        def conv(features: int, size: int = 3, stride: int = 1):
-            layer = nn.Conv(
-                features, (size, size), stride, use_bias=False, dtype=self.dtype
-            )
-            return self.norm(layer=layer, train=train)
+        def layer(features: int, size: int = 3, stride: int = 1) -> nn.Module:
+            return nn.Conv(features, (size, size), stride, use_bias=False, dtype=self.dtype)
 
-        z = nn.relu(conv(self.width, stride=self.stem_stride)(images))
+        def conv(*options: int):
+            return self.norm(layer=layer(*options), train=train)
+
+        z = active(self.norm, layer(self.width, 3, self.stem_stride), train)(images)
         for stage, block in itertools.product(range(self.stages), range(self.blocks)):
             features = self.width * 2**stage
             stride = 2 if stage > 0 and block == 0 else 1
             shortcut = z if stride == 1 else conv(features, 1, stride)(z)
-            z = nn.relu(conv(features, 3, stride)(z))
+            z = active(self.norm, layer(features, 3, stride), train)(z)
             z = nn.relu(shortcut + conv(features)(z))
         return _logits(self, z.mean((1, 2)))
+
+
+class UNet(nn.Module):
+    """A class for every position: down by strides, up by transposed convolutions.
+
+    Each level adds what it had on the way down to what comes up.
+    """
+
+    norm: NormFn
+    classes: int
+    width: int = 16
+    levels: int = 3
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Logits ``[N, *space, classes]``; sides divide by 2 ** (levels − 1)."""
+        rank = images.ndim - 2
+
+        def conv(features: int, stride: int = 1):
+            size, strides = (3,) * rank, (stride,) * rank
+            layer = nn.Conv(features, size, strides, use_bias=False, dtype=self.dtype)
+            return active(self.norm, layer, train)
+
+        def up(features: int):
+            sides = (2,) * rank
+            layer = nn.ConvTranspose(
+                features, sides, sides, use_bias=False, dtype=self.dtype
+            )
+            return active(self.norm, layer, train)
+
+        z, left = conv(self.width)(images), []
+        for level in range(1, self.levels):
+            left.append(z)
+            z = conv(self.width * 2**level)(conv(self.width * 2**level, 2)(z))
+        for level in reversed(range(self.levels - 1)):
+            z = up(self.width * 2**level)(z) + left[level]
+            z = conv(self.width * 2**level)(z)
+        return _logits(self, z)
 
 
 class PreActivation(nn.Module):
@@ -149,6 +198,8 @@ NETWORKS = {
     "mlp300_normalized_last": functools.partial(
         MLP, width=300, depth=2, normalize_last=True
     ),
+    "resnet20": functools.partial(ResidualCNN, blocks=3),
+    "unet": UNet,
     "deep": functools.partial(ResidualCNN, width=16, stages=4, blocks=2),
     "preactivation": PreActivation,
     "stage": functools.partial(ResidualCNN, width=64, stages=1, blocks=2),

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods of the study of norm batches, with decays that fit the batch size."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+import cbn_jax
+from benchmarks.lib.optional import needed_for
+
+with needed_for("benchmarks"):
+    from flax import linen as nn
+
+    from cbn_jax.linen import TLU, EvoNormS0, Norm
+
+GROUPS = 8  # of group norm, as the networks are narrow
+
+
+def _momentum(size: int) -> float:
+    """Averages look back over as many examples at every batch size."""
+    return cbn_jax.rescale_decay(0.9, size)
+
+
+def _window(size: int) -> int:
+    return max(1, -(-32 // size))
+
+
+class Made(NamedTuple):
+    """A method in a network: ``norm(layer=..., train=...)`` with a norm and its kernels."""
+
+    estimator: Any
+    kernel: Any = None
+
+    def __call__(self, layer: nn.Module, train: bool) -> nn.Module:
+        """The module that runs the layer and normalizes."""
+        return Norm(self.estimator, layer, self.kernel, use_running_average=not train)
+
+
+class _Threshold(nn.Module):
+    """Filter response norm and its activation."""
+
+    norm: nn.Module
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return TLU()(self.norm(z))
+
+
+class FilterResponse(Made):
+    """Filter response norm, with the thresholded unit in the place of ReLU."""
+
+    def active(self, layer: nn.Module, train: bool) -> nn.Module:
+        """Norm and activation."""
+        return _Threshold(self(layer, train))
+
+
+class Evolved(Made):
+    """EvoNorm-S0: group norm where no activation follows."""
+
+    def active(self, layer: nn.Module, train: bool) -> nn.Module:
+        """Norm and activation in one."""
+        return EvoNormS0(self.estimator, layer, use_running_average=not train)
+
+
+def _published(size: int) -> Any:
+    """Window 8; a single example has no variance of its own to average."""
+    running = "batch" if size > 1 else "window"
+    momentum = _momentum(size)
+    return cbn_jax.cross_iteration_batch_norm(8, running=running, momentum=momentum)
+
+
+# Name -> (norm batch, steps of the run) -> method.
+METHODS: dict[str, Any] = {
+    "batch_norm": lambda n, steps: Made(cbn_jax.batch_norm(_momentum(n))),
+    "group_norm": lambda n, steps: Made(cbn_jax.group_norm(GROUPS)),
+    "group_norm-standardize": lambda n, steps: Made(
+        cbn_jax.group_norm(GROUPS), cbn_jax.standardize
+    ),
+    "batch_renorm": lambda n, steps: Made(
+        cbn_jax.batch_renorm(_momentum(n), warmup_steps=max(1, steps // 20))
+    ),
+    "moving_average_batch_norm": lambda n, steps: Made(
+        cbn_jax.moving_average_batch_norm(_window(n)), cbn_jax.center
+    ),
+    "online_norm": lambda n, steps: Made(cbn_jax.online_norm()),
+    "filter_response_norm": lambda n, steps: FilterResponse(cbn_jax.filter_response_norm()),
+    "EvoNormS0": lambda n, steps: Evolved(cbn_jax.group_norm(GROUPS)),
+    "cross_iteration_batch_norm": lambda n, steps: Made(_published(n)),
+    # The window of ours as it is: moments of past batches under their own weights.
+    "momentum_batch_norm": lambda n, steps: Made(
+        cbn_jax.momentum_batch_norm(1 - 1 / _window(n), momentum=_momentum(n))
+    ),
+    "carried_batch_norm": lambda n, steps: Made(
+        cbn_jax.carried_batch_norm(_window(n), momentum=_momentum(n))
+    ),
+    "small_batch_norm": lambda n, steps: Made(
+        cbn_jax.small_batch_norm(n, momentum=_momentum(n))
+    ),
+    "small_batch_norm-standardize": lambda n, steps: Made(
+        cbn_jax.small_batch_norm(n, momentum=_momentum(n)), cbn_jax.standardize
+    ),
+}

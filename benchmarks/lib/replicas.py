@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in replicas: norm batches that are normalized by themselves, in one step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cbn_jax
+from benchmarks.lib.optional import needed_for
+
+with needed_for("benchmarks"):
+    import optax
+    from flax import linen as nn
+
+    from cbn_jax.optax import with_backward_statistics
+
+
+class State(NamedTuple):
+    """Everything that a step changes; ``batch_stats`` has a first axis of replicas."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class Trainer(NamedTuple):
+    """The pure functions of all runs that differ in rate and seed alone.
+
+    Attributes:
+      init: ``(key, rate) -> state``.
+      step: ``(state, images, labels, rows) -> (state, loss)``. ``rows`` is ``[replicas,
+        norm batch]``. It takes the state over.
+      confusion: ``(state, images, labels) -> [classes, classes]``, how often each class
+        (row) was taken for each (column), with the mean state of all replicas.
+    """
+
+    init: Any
+    step: Any
+    confusion: Any
+
+
+def make_trainer(
+    model: nn.Module, shape: tuple[int, ...], classes: int, replicas: int, optimizer: Any
+) -> Trainer:
+    """A trainer on images of one shape; the peak rate is in the optimizer's state."""
+    optimizer = with_backward_statistics(optimizer)
+
+    def init(key, rate):
+        variables = model.init(key, jnp.ones((2, *shape)), train=False)
+        params, stats = variables["params"], variables.get("batch_stats", {})
+        stats = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], replicas, 0), stats)
+        opt_state: Any = optimizer.init(params)
+        opt_state.hyperparams["rate"] = rate
+        return State(params, stats, opt_state)
+
+    def step(state, images, labels, rows):
+        def replica(params, stats, rows):
+            variables = {"params": params, "batch_stats": stats}
+            logits, updates = model.apply(
+                variables, images[rows], train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+            return losses.mean(), updates.get("batch_stats", {})
+
+        def loss_fn(params):
+            losses, stats = _each(replica, params, state.batch_stats, rows)
+            return losses.mean(), stats
+
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, stats), gradients = gradient(state.params)
+        gradients = _mean_backward(gradients, replicas)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return State(optax.apply_updates(state.params, updates), stats, opt_state), loss
+
+    def confusion(state, images, labels):
+        stats = jax.tree.map(lambda leaf: leaf.mean(0), state.batch_stats)
+        variables = {"params": state.params, "batch_stats": stats}
+        logits: Any = model.apply(variables, images, train=False)
+        pairs = classes * labels.reshape(-1) + logits.argmax(-1).reshape(-1)
+        counts = jnp.zeros(classes**2, int).at[pairs].add(1)
+        return counts.reshape(classes, classes)
+
+    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(confusion))
+
+
+def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:
+    """Every replica; a single one without ``vmap``, which would cost time."""
+    if len(rows) > 1:
+        return jax.vmap(replica, (None, 0, 0))(params, stats, rows)
+    one = replica(params, jax.tree.map(lambda leaf: leaf[0], stats), rows[0])
+    return jax.tree.map(lambda leaf: leaf[None], one)
+
+
+def _mean_backward(gradients: Any, replicas: int) -> Any:
+    """Backward statistics come as the sum over replicas."""
+
+    def one(path, leaf):
+        backward = any(getattr(key, "key", None) == "backward" for key in path)
+        return leaf / replicas if backward else leaf
+
+    return jax.tree.map_with_path(one, gradients)
+
+
+def make_optimizer(name: str, steps: int, batch_size: int) -> Any:
+    """SGD with momentum or Adam, with a cosine schedule and a peak rate in its state."""
+    # Adam looks back over as many examples at every batch size.
+    b2 = cbn_jax.rescale_decay(0.98, batch_size)
+
+    def make(rate):
+        scaled = {"sgd": optax.trace(0.9), "adam": optax.scale_by_adam(b2=b2)}[name]
+        schedule = optax.cosine_decay_schedule(1.0, steps)
+        return optax.chain(scaled, optax.scale_by_schedule(schedule), optax.scale(-rate))
+
+    return optax.inject_hyperparams(make)(rate=0.0)
+
+
+def counted(
+    trainer: Trainer, state: State, images: np.ndarray, labels: np.ndarray, part: int = 500
+) -> np.ndarray:
+    """Confusions over all examples, so many at a time; the last part may be smaller."""
+    slices = [slice(i, i + part) for i in range(0, len(images), part)]
+    found = [trainer.confusion(state, images[each], labels[each]) for each in slices]
+    return np.sum(jax.device_get(found), axis=0)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the study of norm batches trains on: data, a network for it, and a measure."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.lib import data
+from benchmarks.lib.dataset import Dataset, one_in
+
+VALIDATION = 8  # one in so many training examples chooses the rate
+
+
+class Task(NamedTuple):
+    """Real data and the training of a network on it.
+
+    Attributes:
+      dataset: by name.
+      network: by name.
+      epochs: passes over the training examples.
+      width: of the network.
+      halved: whether images are averaged to half their sides first.
+      dense: whether every position has a label; the measure is then the mean intersection
+        over union, and the accuracy otherwise.
+    """
+
+    dataset: str
+    network: str
+    epochs: int
+    width: int
+    halved: bool = False
+    dense: bool = False
+
+
+TASKS = {
+    "digits": Task("digits", "mlp", 4, 128),
+    "gray_mlp": Task("fashion_mnist", "mlp", 1, 256, halved=True),
+    "gray_resnet": Task("fashion_mnist", "resnet20", 2, 16, halved=True),
+    "emoji": Task("emoji_google", "resnet20", 12, 16, halved=True),
+    "cells": Task("solar_cells", "cnn", 10, 16, halved=True),
+    "earth": Task("earth_west", "unet", 8, 16, dense=True),
+    "brain": Task("brain", "unet", 2, 8, dense=True),
+}
+
+
+class Parts(NamedTuple):
+    """Examples for training, for choosing rates and for testing."""
+
+    train: Dataset
+    validation: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+
+
+def load(task: Task, examples: int | None = None) -> Parts:
+    """The data of a task; at most so many examples of each split."""
+    dataset = data.load(task.dataset, examples=examples)
+    images, test = dataset.train_images, dataset.test_images
+    if task.halved:
+        images, test = _halved(images), _halved(test)
+    chosen = one_in(len(images), VALIDATION)
+    train = dataset._replace(
+        train_images=images[~chosen],
+        train_labels=dataset.train_labels[~chosen],
+        train_groups=dataset.train_groups[~chosen],
+        test_images=test,
+    )
+    validation = images[chosen], dataset.train_labels[chosen]
+    return Parts(train, validation, (test, dataset.test_labels))
+
+
+def _halved(images: np.ndarray) -> np.ndarray:
+    """Means over squares of two by two."""
+    n, height, width, channels = images.shape
+    return images.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def batches(
+    groups: np.ndarray | None, count: int, shape: tuple[int, int], epochs: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Rows of every step, ``[replicas, norm batch]``, each epoch in a new order.
+
+    Args:
+      groups: which examples are alike, to fill each norm batch from one group; None for
+        independent examples.
+      count: how many examples there are.
+      shape: replicas and norm batch.
+      epochs: passes over the examples.
+      seed: of the order.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(count).astype(np.int32)
+        if groups is None:
+            rows = _whole(order, shape[1])
+        else:
+            alike = [order[groups[order] == group] for group in np.unique(groups)]
+            rows = np.concatenate([_whole(each, shape[1]) for each in alike])
+            rows = rng.permutation(rows)
+        yield from _whole(rows, shape[0])
+
+
+def _whole(rows: np.ndarray, size: int) -> np.ndarray:
+    """Rows in parts of one size; what is left is dropped."""
+    return rows[: len(rows) - len(rows) % size].reshape(-1, size, *rows.shape[1:])
+
+
+def score(counts: np.ndarray, dense: bool) -> float:
+    """Accuracy, or the mean intersection over union."""
+    right = np.diag(counts)
+    if not dense:
+        return float(right.sum() / counts.sum())
+    union = counts.sum(0) + counts.sum(1) - right
+    there = union > 0
+    return float((right[there] / union[there]).mean())

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which method trains with few examples per norm batch?
+
+Trains networks on real data: gray and color images, solar cells, maps, a brain. A norm
+batch is what statistics are taken over. A gradient batch is what a step of the optimizer
+takes: the same, or 32 examples in norm batches that are normalized by themselves, each by a
+state of its own. Norm batches hold independent examples or examples that are alike: of one
+class, neighbors on a map. Every method gets its own rate in every cell. Validation data and
+three seeds choose it from a grid that grows until the best rate lies inside. Other seeds
+are tested.
+
+Finished runs are taken from the results and not run again. Run it with ``python -m
+benchmarks.studies.norm_batch``.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.lib.optional import needed_for
+
+with needed_for("benchmarks"):
+    import tyro
+    from rich.console import Console
+
+from benchmarks.lib import compared, networks, replicas, report, runs, study, tasks
+from benchmarks.studies.norm_batch_report import (
+    Cell,
+    Found,
+    Run,
+    markdown,
+    plain,
+    runs_of,
+)
+
+Pairing = Literal["independent", "alike"]
+Optimizer = Literal["sgd", "adam"]
+COMMITTED = Path(__file__).parent.parent / "results/norm_batch/results.json"
+REFERENCE = "batch_norm@32"  # batch norm over 32 examples, in steps of 32
+FACTOR = 4.0  # between rates of the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of the comparison."""
+
+    tasks: tuple[str, ...] = tuple(tasks.TASKS)
+    """Tasks: digits (embedded), gray_mlp, gray_resnet, emoji, cells, earth, brain."""
+    norm_batches: tuple[int, ...] = (1, 2, 4, 8)
+    """Examples over which statistics are taken."""
+    gradient_batches: tuple[int, ...] = (0, 32)
+    """Examples per step of the optimizer; 0 for those of the norm batch."""
+    pairings: tuple[Pairing, ...] = ("independent", "alike")
+    """What a norm batch holds."""
+    optimizers: tuple[Optimizer, ...] = ("sgd",)
+    """SGD with momentum 0.9, or Adam."""
+    methods: tuple[str, ...] = (
+        "batch_norm",
+        "group_norm",
+        "group_norm-standardize",
+        "batch_renorm",
+        "moving_average_batch_norm",
+        "online_norm",
+        "filter_response_norm",
+        "EvoNormS0",
+        "cross_iteration_batch_norm",
+        "momentum_batch_norm",
+        "carried_batch_norm",
+        "small_batch_norm",
+        "small_batch_norm-standardize",
+    )
+    """Methods to compare, beside batch norm at 32."""
+    learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4)
+    """The grid at first: rates for steps of 32 examples, scaled in proportion to the step;
+    those of Adam are a hundredth, scaled by the root of the step."""
+    tuning_seeds: tuple[int, ...] = (100, 101, 102)
+    """Runs that choose the rate, on validation data."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Runs that are tested, at the rate chosen."""
+    epochs: float = 1.0
+    """How many times the usual passes of each task."""
+    examples: int | None = 20000
+    """At most so many examples for training, and for testing."""
+    workers: int = 2
+    """Processes, each on a core of its own; 0 runs all in this process, as a GPU wants."""
+    resume: Annotated[Path, tyro.conf.arg(metavar="FILE")] = COMMITTED
+    """Results whose runs are not run again, where their options agree."""
+    output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/norm_batch")
+    """Folder for results.json and table.md."""
+
+
+QUICK = Config(
+    tasks=("digits",),
+    norm_batches=(2,),
+    gradient_batches=(0, 32),
+    pairings=("alike",),
+    methods=("batch_norm", "carried_batch_norm"),
+    learning_rates=(0.05, 0.2),
+    tuning_seeds=(100,),
+    seeds=(0, 1),
+    epochs=0.25,
+    examples=300,
+    workers=0,
+)
+
+
+# One training.
+
+
+@functools.lru_cache(maxsize=2)
+def _data(task: str, examples: int | None) -> tasks.Parts:
+    return tasks.load(tasks.TASKS[task], examples)
+
+
+@functools.lru_cache(maxsize=2)
+def _trainer(cell: Cell, method: str, steps: int, examples: int | None) -> replicas.Trainer:
+    task, train = tasks.TASKS[cell.task], _data(cell.task, examples).train
+    norm = compared.METHODS[method](cell.norm_batch, steps)
+    model = networks.NETWORKS[task.network](
+        norm=norm, classes=train.classes, width=task.width
+    )
+    return replicas.make_trainer(
+        model,
+        train.train_images.shape[1:],
+        train.classes,
+        cell.shape[0],
+        replicas.make_optimizer(cell.optimizer, steps, cell.gradient_batch),
+    )
+
+
+def peak(cell: Cell, rate: float) -> float:
+    """The rate of a step, from that of a step of 32 examples."""
+    share = cell.gradient_batch / 32
+    return rate * share if cell.optimizer == "sgd" else 0.01 * rate * share**0.5
+
+
+def _rows(config: Config, cell: Cell, seed: int) -> list[np.ndarray]:
+    """Rows of every step; a share of a pass, or several passes."""
+    train = _data(cell.task, config.examples).train
+    groups = train.train_groups if cell.pairing == "alike" else None
+    passes, count = tasks.TASKS[cell.task].epochs * config.epochs, len(train.train_labels)
+    whole = math.ceil(passes)
+    rows = list(tasks.batches(groups, count, cell.shape, whole, seed))
+    return rows[: max(1, round(len(rows) * passes / whole))]
+
+
+def trained(config: Config, run: Run) -> dict[str, float]:
+    """One run: its scores on validation and on test data, and whether it was lost."""
+    cell, parts = run.cell, _data(run.cell.task, config.examples)
+    rows = _rows(config, cell, run.seed)
+    trainer = _trainer(cell, run.method, len(rows), config.examples)
+    rate = jnp.float32(peak(cell, run.rate))
+    state, loss = trainer.init(jax.random.key(run.seed), rate), jnp.zeros(())
+    data = jax.device_put((parts.train.train_images, parts.train.train_labels))
+    for chosen in rows:
+        state, loss = trainer.step(state, *data, chosen)
+    dense = tasks.TASKS[cell.task].dense
+    found = {
+        name: tasks.score(replicas.counted(trainer, state, *pair), dense)
+        for name, pair in (("validation", parts.validation), ("test", parts.test))
+    }
+    return {**found, "lost": float(not np.isfinite(float(loss)))}
+
+
+# All of them.
+
+
+def main(config: Config, console: Console) -> dict:
+    """Runs what has no result yet, writes it as it comes, and shows all results."""
+    _check(config)
+    found, cells = _resumed(config), list(_cells(config))
+    pairs = [pair for pair in itertools.product(cells, config.methods) if _possible(*pair)]
+    pairs += [(cell, REFERENCE) for cell in _references(cells)]
+    with runs.Bar(console, len(pairs)) as bar, _pool(config) as pool:
+        jobs = {pool.submit(_pair, config, pair, _of(found, pair)): pair for pair in pairs}
+        for job in concurrent.futures.as_completed(jobs):
+            found.update(job.result())
+            cell, method = jobs[job]
+            bar.advance(1, f"{cell.task} {cell.norm_batch} {method}")
+            _write(config, found)
+    return study.publish(config, plain(found), console, markdown)
+
+
+def _check(config: Config) -> None:
+    """Tasks and methods are known."""
+    for kind, names, known in (
+        ("task", config.tasks, tasks.TASKS),
+        ("method", config.methods, compared.METHODS),
+    ):
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{kind} {name!r} is unknown; known are {', '.join(known)}."
+                )
+
+
+def _cells(config: Config) -> Iterator[Cell]:
+    for task, norm, gradient, pairing, optimizer in itertools.product(
+        config.tasks,
+        config.norm_batches,
+        config.gradient_batches,
+        config.pairings,
+        config.optimizers,
+    ):
+        if not (norm == 1 and pairing == "alike"):  # one example is like itself
+            yield Cell(task, norm, gradient or norm, pairing, optimizer)
+
+
+def _references(cells: Sequence[Cell]) -> list[Cell]:
+    """Batch norm over 32 examples, for each task and optimizer."""
+    every = {(cell.task, cell.optimizer) for cell in cells}
+    return [Cell(task, 32, 32, "independent", kind) for task, kind in sorted(every)]
+
+
+def _possible(cell: Cell, method: str) -> bool:
+    """Batch norm cannot train dense layers with one value per feature."""
+    dense = tasks.TASKS[cell.task].network == "mlp"
+    needs_two = method in ("batch_norm", "batch_renorm", "cross_iteration_batch_norm")
+    return not (cell.norm_batch == 1 and dense and needs_two)
+
+
+class _Here(concurrent.futures.Executor):
+    """Runs jobs at once, in this process."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        """The result, as a future that is done."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _pool(config: Config) -> concurrent.futures.Executor:
+    if not config.workers:
+        return _Here()
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    return concurrent.futures.ProcessPoolExecutor(
+        config.workers, context, initializer=_on_own_core, initargs=(counter,)
+    )
+
+
+def _on_own_core(counter: Any) -> None:
+    """Small operations gain nothing from threads; a run on each core does."""
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def _of(found: Found, pair: tuple[Cell, str]) -> Found:
+    """The runs of a method in a cell."""
+    cell, method = pair[0], _name(pair[1])
+    return {run: found[run] for run in found if (run.cell, run.method) == (cell, method)}
+
+
+def _name(method: str) -> str:
+    return method.partition("@")[0]
+
+
+def _pair(config: Config, pair: tuple[Cell, str], found: Found) -> Found:
+    """All runs of a method in a cell: rates until the best lies inside, then seeds."""
+    cell, name = pair[0], _name(pair[1])
+    new: Found = {}
+
+    def scores(rate: float, seeds: Sequence[int]) -> list[dict[str, float]]:
+        for seed in seeds:
+            run = Run(cell, name, rate, seed)
+            if run not in found and run not in new:
+                new[run] = trained(config, run)
+        asked = (Run(cell, name, rate, seed) for seed in seeds)
+        return [new[run] if run in new else found[run] for run in asked]
+
+    def validation(rate: float) -> float:
+        found = scores(rate, config.tuning_seeds)
+        return float(np.mean([each["validation"] for each in found]))
+
+    scores(best_rate(validation, config.learning_rates), config.seeds)
+    return new
+
+
+def best_rate(validation: Any, grid: Sequence[float], most: int = 4) -> float:
+    """The best rate of a grid, which grows while the best lies at an edge."""
+    found = {rate: validation(rate) for rate in sorted(grid)}
+    for _ in range(most):
+        best = max(found, key=found.__getitem__)
+        if best not in (min(found), max(found)) or len(found) == 1:
+            break
+        new = best * FACTOR if best == max(found) else best / FACTOR
+        new = float(f"{new:.6g}")
+        found[new] = validation(new)
+    return max(found, key=found.__getitem__)
+
+
+# Results as files.
+
+
+def _write(config: Config, found: Found) -> None:
+    """What there is so far, to be taken up again."""
+    results = {"config": report.plain(config), "environment": report.environment()}
+    report.write_results(config.output / "results.json", {**results, **plain(found)})
+
+
+def _resumed(config: Config) -> Found:
+    """Runs of earlier calls, of this output folder and of the committed results."""
+    found: Found = {}
+    for path in (config.resume, config.output / "results.json"):
+        if path.exists():
+            results = json.loads(path.read_text())
+            same = all(
+                results["config"][name] == getattr(config, name)
+                for name in ("epochs", "examples")
+            )
+            found.update(runs_of(results) if same else {})
+    return found
+
+
+def cli(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    study.cli(Config, main, arguments, QUICK)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the study of norm batches."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.lib import report, study, tasks
+
+
+class Cell(NamedTuple):
+    """A place in the tables: what is trained, and on what batches."""
+
+    task: str
+    norm_batch: int
+    gradient_batch: int
+    pairing: str
+    optimizer: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Replicas and norm batch."""
+        return self.gradient_batch // self.norm_batch, self.norm_batch
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    cell: Cell
+    method: str
+    rate: float
+    seed: int
+
+
+Found = dict[Run, dict[str, float]]
+
+
+def plain(found: Found) -> dict:
+    """Runs as JSON holds them, in a fixed order."""
+    rows = [
+        {**run.cell._asdict(), **run._replace(cell=None)._asdict(), **result}
+        for run, result in found.items()
+    ]
+    for row in rows:
+        del row["cell"]
+    names = (*Cell._fields, *Run._fields[1:])
+    rows.sort(key=lambda row: [str(row[name]) for name in names])
+    return {"runs": rows}
+
+
+def runs_of(results: dict) -> Found:
+    """The runs of results."""
+    scores = ("validation", "test", "lost")
+    return {
+        Run(
+            Cell(*(row[name] for name in Cell._fields)),
+            *(row[name] for name in Run._fields[1:]),
+        ): {name: row[name] for name in scores}
+        for row in results["runs"]
+    }
+
+
+class Tested(NamedTuple):
+    """A method in a cell, at the rate chosen."""
+
+    rate: float
+    scores: list[float]  # in %, on test data, one a seed
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.scores))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return report.standard_error(self.scores)
+
+
+def tested(results: dict) -> dict[Cell, dict[str, Tested]]:
+    """By cell and method; what is not finished is left out."""
+    config, found = results["config"], runs_of(results)
+    tuned: dict[tuple[Cell, str], dict[float, list[float]]] = {}
+    for run, result in found.items():
+        if run.seed in config["tuning_seeds"]:
+            rates = tuned.setdefault((run.cell, run.method), {})
+            rates.setdefault(run.rate, []).append(result["validation"])
+    cells: dict[Cell, dict[str, Tested]] = {}
+    for (cell, method), rates in tuned.items():
+        rate = max(rates, key=lambda rate: np.mean(rates[rate]))
+        chosen = [Run(cell, method, rate, seed) for seed in config["seeds"]]
+        if all(run in found for run in chosen):
+            scores = [100 * found[run]["test"] for run in chosen]
+            cells.setdefault(cell, {})[method] = Tested(rate, scores)
+    return dict(sorted(cells.items()))
+
+
+def markdown(results: dict) -> str:
+    """The verdict, then a table for each task; methods by rows, norm batches by columns."""
+    cells = tested(results)
+    parts = [verdict(results)]
+    for task in sorted({cell.task for cell in cells}):
+        parts.append(f"{_title(task)}\n\n{_table(task, cells)}")
+    return "\n\n".join([*parts, _legend(results)]) + "\n"
+
+
+def _title(task: str) -> str:
+    chosen = tasks.TASKS[task]
+    measure = "mean intersection over union" if chosen.dense else "test accuracy"
+    return f"**{task}**: {chosen.network} on {chosen.dataset}, {measure} in %:"
+
+
+def _table(task: str, cells: dict[Cell, dict[str, Tested]]) -> str:
+    """One row for optimizer, gradient batch, pairing and method."""
+    here = {cell: found for cell, found in cells.items() if cell.task == task}
+    sizes = sorted({cell.norm_batch for cell in here if cell.norm_batch < 32})
+    rows = []
+    for optimizer, gradient, pairing in _blocks(here):
+        block = {
+            cell.norm_batch: found
+            for cell, found in here.items()
+            if _block(cell) == (optimizer, gradient, pairing)
+        }
+        names = dict.fromkeys(name for found in block.values() for name in found)
+        for name in names:
+            scores = [_shown(block.get(size, {}), name) for size in sizes]
+            rows.append((optimizer, gradient, pairing, name, *scores))
+    headings = ("optimizer", "gradient batch", "norm batch holds", "method")
+    return report.markdown_table((*headings, *(f"norm batch {n}" for n in sizes)), rows)
+
+
+def _block(cell: Cell) -> tuple[str, str, str]:
+    gradient = "the norm batch" if cell.gradient_batch == cell.norm_batch else "32"
+    return cell.optimizer, gradient, cell.pairing
+
+
+def _blocks(cells: Any) -> list[tuple[str, str, str]]:
+    return list(dict.fromkeys(_block(cell) for cell in cells if cell.norm_batch < 32))
+
+
+def _shown(found: dict[str, Tested], name: str) -> str:
+    """Mean and spread, bold within two standard errors of the best of the cell."""
+    if name not in found:
+        return ""
+    text = f"{report.spread(found[name].scores, 1)} ({found[name].rate:g})"
+    gap, error = behind(found, name)
+    return f"**{text}**" if gap <= 2 * error else text
+
+
+def behind(found: dict[str, Tested], name: str) -> tuple[float, float]:
+    """How far a method is behind the best of a cell, and the standard error of that."""
+    best = max(found.values(), key=lambda each: each.mean)
+    own = found[name]
+    return best.mean - own.mean, float(np.hypot(best.error, own.error))
+
+
+def verdict(results: dict) -> str:
+    """In how many cells each method is as good as the best, and where it is worst."""
+    cells = {cell: found for cell, found in tested(results).items() if cell.norm_batch < 32}
+    names = dict.fromkeys(name for found in cells.values() for name in found)
+    rows = []
+    for name in names:
+        gaps = {cell: behind(found, name) for cell, found in cells.items() if name in found}
+        good = sum(gap <= 2 * error for gap, error in gaps.values())
+        worst = max(gaps, key=lambda cell: gaps[cell][0])
+        where = (
+            f"{worst.task}, {worst.norm_batch} of {worst.gradient_batch}, {worst.pairing}"
+        )
+        rows.append((-good / len(gaps), name, good, len(gaps), gaps[worst][0], where))
+    return report.markdown_table(
+        ("method", "within two standard errors of the best", "worst cell", "points behind"),
+        [
+            (name, f"{good} of {count} cells", where, f"{gap:.1f}")
+            for _, name, good, count, gap, where in sorted(rows)
+        ],
+    )
+
+
+def _legend(results: dict) -> str:
+    config = results["config"]
+    return (
+        f"Mean ± standard deviation over {len(config['seeds'])} seeds, and the rate of a "
+        f"step of 32 examples. Validation data and {len(config['tuning_seeds'])} other "
+        "seeds chose the rate. Bold: within two standard errors of the best in the cell. "
+        "Norm batch: examples that are normalized together; gradient batch: those of a "
+        "step of the optimizer; alike: a norm batch holds one class, or neighbors. "
+        f"{study.measured_on(results)}"
+    )

@@ -1,0 +1,227 @@
+"""The study of norm batches: its batches, its replicas, its choices, its files."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+import cbn_jax
+from benchmarks.lib import compared, networks, replicas, tasks
+from benchmarks.studies import norm_batch, norm_batch_report
+from benchmarks.studies.norm_batch_report import Cell, Run
+
+pytestmark = [
+    pytest.mark.studies,
+    pytest.mark.usefixtures("loose"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_batches(alike):
+    """Nothing twice in a pass; norm batches of one group, whose rest is left out."""
+    groups = np.array([0] * 7 + [1] * 9 + [2])
+    made = list(tasks.batches(groups if alike else None, 17, (2, 3), 2, seed=0))
+    assert {rows.shape for rows in made} == {(2, 3)}
+    assert len(made) == 2 * 2
+    for each in (made[:2], made[2:]):
+        assert len(np.unique(each)) == 12
+    if alike:
+        assert all(len(set(groups[norm])) == 1 for rows in made for norm in rows)
+    again = list(tasks.batches(groups if alike else None, 17, (2, 3), 2, seed=0))
+    np.testing.assert_array_equal(again, made)
+
+
+def test_scores():
+    counts = np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
+    assert tasks.score(counts, dense=False) == pytest.approx(5 / 6)
+    # Of the classes that are there: 3 of 4, and 2 of 3.
+    assert tasks.score(counts, dense=True) == pytest.approx((3 / 4 + 2 / 3) / 2)
+
+
+def test_the_grid_grows_until_the_best_rate_lies_inside():
+    asked = []
+
+    def validation(rate):
+        asked.append(rate)
+        return -abs(np.log(rate / 3.0))
+
+    assert norm_batch.best_rate(validation, (0.025, 0.1, 0.4)) == pytest.approx(1.6)
+    assert asked == pytest.approx([0.025, 0.1, 0.4, 1.6, 6.4])
+    asked.clear()
+    assert norm_batch.best_rate(validation, (3.0, 12.0)) == pytest.approx(3.0)
+    assert min(asked) == pytest.approx(0.75)
+
+
+def trainer(estimator, count):
+    norm = compared.Made(estimator)
+    model = networks.MLP(norm=norm, classes=3, width=4, depth=1)
+    optimizer = replicas.make_optimizer("sgd", 10, 2 * count)
+    return replicas.make_trainer(model, (2, 2, 1), 3, count, optimizer)
+
+
+@functools.cache
+def examples():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(8, 2, 2, 1)).astype(np.float32), rng.integers(0, 3, 8)
+
+
+def test_replicas_normalize_by_themselves_and_step_together(key):
+    """The step of two replicas is the mean of their own steps."""
+    images, labels = examples()
+    rows = np.array([[0, 1], [2, 3]])
+    single, double = (trainer(cbn_jax.batch_norm(), count) for count in (1, 2))
+    start = jax.device_get(single.init(key, jnp.float32(0.1)))
+    own = [
+        single.step(single.init(key, jnp.float32(0.1)), images, labels, rows[i : i + 1])
+        for i in range(2)
+    ]
+    state, loss = double.step(double.init(key, jnp.float32(0.1)), images, labels, rows)
+    np.testing.assert_allclose(loss, np.mean([each[1] for each in own]), rtol=1e-5)
+    jax.tree.map(
+        lambda together, *each: np.testing.assert_allclose(
+            together, np.mean(each, axis=0), rtol=1e-4, atol=1e-6
+        ),
+        state.params,
+        *(each[0].params for each in own),
+    )
+    jax.tree.map(
+        lambda together, *each: np.testing.assert_allclose(
+            together, np.concatenate(each), rtol=1e-5, atol=1e-6
+        ),
+        state.batch_stats,
+        *(each[0].batch_stats for each in own),
+    )
+    moved = np.abs(state.params["Dense_0"]["kernel"] - start.params["Dense_0"]["kernel"])
+    assert moved.max() > 0
+
+
+def test_backward_statistics_are_those_of_a_replica(key):
+    """Two replicas that see the same have the statistics of one."""
+    images, labels = examples()
+    estimator = cbn_jax.bidirectional_batch_norm(4)
+    found = []
+    for count in (1, 2):
+        made = trainer(estimator, count)
+        rows = np.tile([[0, 1]], (count, 1))
+        state, _ = made.step(made.init(key, jnp.float32(0.1)), images, labels, rows)
+        found.append(state.params["Norm_0"]["backward"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *found)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(found)) > 0
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_unet_has_a_class_for_every_position(rank, key):
+    norm = compared.METHODS["carried_batch_norm"](1, 10)
+    model = networks.UNet(norm=norm, classes=3, width=4, levels=2)
+    images = jnp.ones((1, *(4,) * rank, 2))
+    logits = jax.eval_shape(lambda key: model.init_with_output(key, images, True)[0], key)
+    assert logits.shape == (1, *(4,) * rank, 3)
+
+
+@pytest.mark.parametrize("method", list(compared.METHODS))
+def test_every_method_trains(method, key):
+    images, labels = examples()
+    norm = compared.METHODS[method](2, 10)
+    model = networks.ResidualCNN(norm=norm, classes=3, width=8, stages=2)
+    optimizer = replicas.make_optimizer("adam", 10, 4)
+    made = replicas.make_trainer(model, (2, 2, 1), 3, 2, optimizer)
+    state = made.init(key, jnp.float32(0.01))
+    state, loss = made.step(state, images, labels, np.array([[0, 1], [2, 3]]))
+    assert np.isfinite(loss)
+    assert replicas.counted(made, state, images, labels, part=3).sum() == 8
+
+
+@pytest.fixture
+def quick(tmp_path, data_dir, monkeypatch):
+    load = functools.partial(norm_batch.tasks.data.load, data_dir=data_dir)
+    monkeypatch.setattr(norm_batch.tasks.data, "load", load)
+    norm_batch._data.cache_clear()
+    options = {"resume": tmp_path / "absent.json", "output": tmp_path}
+    return dataclasses.replace(norm_batch.QUICK, **options)
+
+
+def test_results_are_written_and_taken_up_again(quick, monkeypatch):
+    quick = dataclasses.replace(quick, gradient_batches=(0,))
+    results = norm_batch.main(quick, Console(quiet=True))
+    assert {row["norm_batch"] for row in results["runs"]} == {2, 32}
+    assert (quick.output / "table.md").read_text() == norm_batch_report.markdown(results)
+    monkeypatch.setattr(norm_batch, "trained", None)
+    assert norm_batch.main(quick, Console(quiet=True)) == results
+    elsewhere = dataclasses.replace(
+        quick, output=quick.output / "again", resume=quick.output / "results.json"
+    )
+    again = norm_batch.main(elsewhere, Console(quiet=True))
+    assert again["runs"] == results["runs"]
+
+
+def test_processes_give_what_one_gives(quick):
+    """The arithmetic may be in another order on a core of its own."""
+    quick = dataclasses.replace(quick, gradient_batches=(0,), methods=("batch_norm",))
+    here = norm_batch.main(quick, Console(quiet=True))
+    there = dataclasses.replace(quick, workers=1, output=quick.output / "there")
+    found = norm_batch.main(there, Console(quiet=True))
+    for one, other in zip(here["runs"], found["runs"], strict=True):
+        assert (one["rate"], one["seed"]) == (other["rate"], other["seed"])
+        assert one["test"] == pytest.approx(other["test"], abs=0.1)
+
+
+def results_of(scores):
+    """Results of two methods in one cell, tuned at two rates."""
+    cell = Cell("digits", 2, 2, "alike", "sgd")
+    found = {}
+    for method, tests in scores.items():
+        for rate in (0.1, 0.4):
+            for seed in (100, 101):
+                found[Run(cell, method, rate, seed)] = {
+                    "validation": 0.5 + rate,
+                    "test": 0.0,
+                    "lost": 0.0,
+                }
+        for seed, test in enumerate(tests):
+            found[Run(cell, method, 0.4, seed)] = {
+                "validation": 0.0,
+                "test": test,
+                "lost": 0.0,
+            }
+    config = {"tuning_seeds": [100, 101], "seeds": [0, 1, 2]}
+    environment = dict.fromkeys(("jax", "flax", "python", "device", "processor"), "x")
+    results = norm_batch_report.plain(found)
+    return {"config": config, "environment": environment, **results}, cell
+
+
+def test_tables():
+    results, cell = results_of(
+        {"batch_norm": (0.5, 0.6, 0.7), "online_norm": (0.90, 0.91, 0.92), "frn": (0.8,)}
+    )
+    assert (
+        norm_batch_report.plain(norm_batch_report.runs_of(results))["runs"]
+        == (results["runs"])
+    )
+    cells = norm_batch_report.tested(results)
+    assert set(cells[cell]) == {"batch_norm", "online_norm"}  # one has no seeds yet
+    gap, error = norm_batch_report.behind(cells[cell], "batch_norm")
+    assert gap == pytest.approx(31.0)
+    assert error == pytest.approx(np.hypot(10, 1) / 3**0.5)
+    text = norm_batch_report.markdown(results)
+    assert "| online_norm | 1 of 1 cells |" in text
+    assert "| batch_norm | 0 of 1 cells | digits, 2 of 2, alike | 31.0 |" in text
+    assert "**91.0 ± 0.8 (0.4)**" in text
+    assert "| 60.0 ± 8.2 (0.4) |" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ("cats",)}, "task 'cats' is unknown; known are digits, gray_mlp"),
+        ({"methods": ("none",)}, "method 'none' is unknown; known are batch_norm"),
+    ],
+)
+def test_unknown_names(quick, options, message):
+    with pytest.raises(ValueError, match=message):
+        norm_batch.main(dataclasses.replace(quick, **options), Console(quiet=True))
