@@ -187,6 +187,16 @@ def test_devices_that_normalize_alone_average_once(name, eight_devices):
     mean = jax.tree.map(lambda leaf: leaf.mean(0), each)
     chex.assert_trees_all_close(write(backward, mean), expected, rtol=1e-5, atol=1e-6)
 
+    @jax.jit
+    @jax.grad
+    def together(backward):
+        loss = jax.vmap(lambda x, g: value(estimator, x, backward, state, g)[0])
+        return loss(x[:, None], g[:, None]).sum()
+
+    summed = together(backward)
+    np.testing.assert_array_equal(summed.steps, N)
+    chex.assert_trees_all_close(write(backward, summed), expected, rtol=1e-5, atol=1e-6)
+
 
 @methods
 def test_a_factor_of_the_loss_changes_nothing_but_the_gradient(name):

@@ -70,7 +70,6 @@ def make_trainer(
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, stats), gradients = gradient(state.params)
-        gradients = _mean_backward(gradients, replicas)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), stats, opt_state), loss
 
@@ -91,16 +90,6 @@ def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:
         return jax.vmap(replica, (None, 0, 0))(params, stats, rows)
     one = replica(params, jax.tree.map(lambda leaf: leaf[0], stats), rows[0])
     return jax.tree.map(lambda leaf: leaf[None], one)
-
-
-def _mean_backward(gradients: Any, replicas: int) -> Any:
-    """Backward statistics come as the sum over replicas."""
-
-    def one(path, leaf):
-        backward = any(getattr(key, "key", None) == "backward" for key in path)
-        return leaf / replicas if backward else leaf
-
-    return jax.tree.map_with_path(one, gradients)
 
 
 def make_optimizer(name: str, steps: int, batch_size: int) -> Any:

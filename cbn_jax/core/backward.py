@@ -158,7 +158,10 @@ def attach(
     statistics, size, context, backward = _spread_like(x, (*constants, backward))
     broken = jnp.where(_is_written(backward.steps), 0.0, jnp.nan)
     broken = lax.stop_gradient(broken)
-    statistics = jax.tree.map(lambda leaf: leaf + align(broken, leaf), statistics)
+    mean, inv_std = jax.tree.map(lambda leaf: leaf + align(broken, leaf), statistics)
+    # Under vmap a constant mean would count as shared, and its cotangent as a sum.
+    never = jnp.zeros((), bool)
+    statistics = Statistics(jnp.where(never, inv_std, mean), inv_std)
     return _attached(rule, x, mask, statistics, size, backward, context)
 
 
