@@ -40,7 +40,7 @@ TASKS = {
     "emoji": Task("emoji_google", "resnet20", 12, 16, halved=True),
     "cells": Task("solar_cells", "cnn", 10, 16, halved=True),
     "earth": Task("earth_west", "unet", 8, 16, dense=True),
-    "brain": Task("brain", "unet", 2, 8, dense=True),
+    "brain": Task("brain", "unet", 1, 4, dense=True),
 }
 
 
