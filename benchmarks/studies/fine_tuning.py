@@ -79,6 +79,7 @@ METHODS = {
     "batch_norm": lambda size: cbn_jax.batch_norm(),
     "frozen": lambda size: cbn_jax.frozen(cbn_jax.batch_norm(), after=0),
     "batch_renorm": lambda size: cbn_jax.batch_renorm(warmup_steps=0),
+    "carried_batch_norm": lambda size: cbn_jax.carried_batch_norm(-(-32 // size)),
     "small_batch_norm": cbn_jax.small_batch_norm,
     "bidirectional_batch_norm": lambda size: cbn_jax.bidirectional_batch_norm(),
 }
