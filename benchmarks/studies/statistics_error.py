@@ -196,7 +196,8 @@ def markdown(results: dict) -> str:
         f"{report.markdown_table(HEADINGS, _rows(results))}\n"
         "Error of the mean in true standard deviations, of the scale as the log of the "
         "ratio to the true one; RMS over features, mean over layers and measurements; mean "
-        "± standard deviation over seeds. The truth: "
+        "± standard deviation over seeds. A measurement at which no feature of a layer "
+        "varies is left out. The truth: "
         f"{config['reference']} training images under the same weights. Networks are "
         f"normalized by {USE}; window {config['window']} for all but batch. "
         f"JAX {versions['jax']}, Flax {versions['flax']}, Python {versions['python']}, "
@@ -222,7 +223,7 @@ def _cells(results: dict) -> dict[tuple[str, float], list[dict]]:
 
 def mean_error(run: dict, method: str, kind: str) -> float:
     """Mean over layers and measurements."""
-    return float(np.mean([layer[method][kind] for layer in run["errors"].values()]))
+    return float(np.nanmean([layer[method][kind] for layer in run["errors"].values()]))
 
 
 def figure(results: dict, path: Path) -> None:
@@ -238,7 +239,7 @@ def figure(results: dict, path: Path) -> None:
     def at(i, seeds):
         return {
             method: Errors(
-                *(float(np.mean([s[method][k][i] for s in seeds])) for k in Errors._fields)
+                *(np.nanmean([s[method][k][i] for s in seeds]) for k in Errors._fields)
             )
             for method in seeds[0]
         }
