@@ -27,7 +27,7 @@ def traces():
     chex.clear_trace_counter()
 
 
-def assert_close(actual, expected, rtol=1e-4, atol=5e-5):
+def assert_close(actual, expected, rtol=1e-4, atol=1e-4):
     chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 

@@ -42,6 +42,7 @@ EXPLICIT = {
     "diminishing_batch_norm",
     "filter_response_norm",
     "frozen",
+    "group_batch_norm",
     "group_norm",
     "group_norm_plus",
     "mixed_inference",
