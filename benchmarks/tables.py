@@ -37,6 +37,7 @@ from benchmarks.studies import (
     frameworks,
     ideas,
     landscape,
+    norm_batch_report,
     robustness,
     samples,
     scaling,
@@ -50,6 +51,7 @@ ROOT = Path(__file__).parent.parent
 STUDIES: dict[str, ModuleType] = {
     "small_batch": report,
     "small_batch_bfloat16": report,
+    "norm_batch": norm_batch_report,
     "batch_size": batch_size_report,
     "batch_size_fashion_mnist": batch_size_report,
     "claims": claims,
