@@ -61,7 +61,7 @@ def decay_of(window: int, micro_batches: int, steps: jax.Array) -> float | jax.A
 
 
 def share_of(batch: Moments, past: Moments) -> jax.Array:
-    """A ``[C]``, the share of the batch in a window of both."""
+    """The share of the batch in a window of both, a ``[C]``."""
     size = batch.size + past.size
     return batch.size / jnp.where(size > 0, size, 1.0)
 
