@@ -225,10 +225,14 @@ def _references(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _possible(cell: Cell, method: str) -> bool:
-    """Batch norm cannot train dense layers with one value per feature."""
-    dense = tasks.TASKS[cell.task].network == "mlp"
+    """A dense layer has one value per feature and example.
+
+    Batch norm needs two values. Filter response norm is over an example's positions.
+    """
+    if tasks.TASKS[cell.task].network != "mlp":
+        return True
     needs_two = method in ("batch_norm", "batch_renorm", "cross_iteration_batch_norm")
-    return not (cell.norm_batch == 1 and dense and needs_two)
+    return method != "filter_response_norm" and not (needs_two and cell.norm_batch == 1)
 
 
 class _Here(concurrent.futures.Executor):

@@ -101,7 +101,7 @@ def markdown(results: dict) -> str:
     parts = [verdict(results)]
     for task in sorted({cell.task for cell in cells}):
         parts.append(f"{_title(task)}\n\n{_table(task, cells)}")
-    return "\n\n".join([*parts, _legend(results)]) + "\n"
+    return "\n\n".join(part.strip() for part in [*parts, _legend(results)]) + "\n"
 
 
 def _title(task: str) -> str:
