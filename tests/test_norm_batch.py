@@ -173,6 +173,24 @@ def test_processes_give_what_one_gives(quick):
         assert one[run]["test"] == pytest.approx(other[run]["test"], abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("task", "size", "method", "possible"),
+    [
+        ("digits", 1, "batch_norm", False),
+        ("digits", 2, "batch_norm", True),
+        ("digits", 1, "small_batch_norm", True),
+        ("digits", 2, "filter_response_norm", False),
+        ("earth", 1, "batch_norm", True),
+        ("earth", 1, "filter_response_norm", True),
+    ],
+)
+def test_cells_in_which_a_method_has_no_statistics_are_left_out(
+    task, size, method, possible
+):
+    cell = Cell(task, size, size, "independent", "sgd")
+    assert norm_batch._possible(cell, method) == possible
+
+
 def results_of(scores):
     """Results of two methods in one cell, tuned at two rates."""
     cell = Cell("digits", 2, 2, "alike", "sgd")
