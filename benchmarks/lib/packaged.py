@@ -13,6 +13,7 @@ import itertools
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def _packed(package: str) -> Path:
     return found[-1]
 
 
-def _member(archive: tarfile.TarFile, name: str) -> io.BufferedIOBase:
+def _member(archive: tarfile.TarFile, name: str) -> io.BytesIO:
     member = archive.extractfile(name)
     assert member is not None, name
     return io.BytesIO(member.read())
@@ -155,8 +156,7 @@ def brain() -> Dataset:
     """
     name = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
     head, gray, white = (
-        np.asarray(nibabel.load(_installed("nilearn", name.format(kind))).dataobj)
-        for kind in ("t1", "gm", "wm")
+        _volume(_installed("nilearn", name.format(kind))) for kind in ("t1", "gm", "wm")
     )
     marks = np.where(gray > 127, 1, np.where(white > 127, 2, 0)).astype(np.uint8)
     back = head.shape[1] * 3 // 10
@@ -172,8 +172,13 @@ def brain() -> Dataset:
     )
     tested = np.array([corners[i][1] for i in kept])
     blocks = np.array([corners[i][0] for i in kept]) // (2 * CUBE)
-    groups = np.ravel_multi_index(tuple(blocks.T), (8, 8, 8))
+    groups = blocks @ np.array([64, 8, 1])
     return split("brain", images[..., None], labels, tested, 3, groups)
+
+
+def _volume(path: Path) -> np.ndarray:
+    image: Any = nibabel.load(path)
+    return np.asarray(image.dataobj)
 
 
 def _corners(shape: tuple[int, ...], step: int, first: int, end: int | None) -> list:
