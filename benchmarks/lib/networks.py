@@ -25,8 +25,9 @@ NormFn = Callable[..., nn.Module]
 
 def active(norm: NormFn, layer: nn.Module, train: bool) -> Callable[[jax.Array], jax.Array]:
     """Layer, norm and ReLU, or what a method has in their place."""
-    if hasattr(norm, "active"):
-        return norm.active(layer=layer, train=train)
+    make: NormFn | None = getattr(norm, "active", None)
+    if make is not None:
+        return make(layer=layer, train=train)
     normalized = norm(layer=layer, train=train)
     return lambda z: nn.relu(normalized(z))
 
