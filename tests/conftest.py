@@ -47,9 +47,11 @@ def optimizations(request):
 STUDIES = [
     "test_benchmarks.py",
     "test_colabs.py",
+    "test_data.py",
     "test_data_parallel.py",
     "test_examples.py",
     "test_landscape.py",
+    "test_norm_batch.py",
     "test_packaging.py",
     "test_processes.py",
     "test_resume.py",
