@@ -346,7 +346,7 @@ def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
     ]
     baseline, ours, small = results["cells"]
     assert ours["flops"] <= 1.02 * baseline["flops"]
-    assert 1.0 < small["flops"] / baseline["flops"] < 5.0
+    assert 1.0 < small["flops"] / baseline["flops"] < 5.5
     assert 0.9 < small["state"] / small["params"] < 1.2
     assert small["memory"] > 2 * small["state"]  # the gradients, for one
     assert small["compile"] > 0
@@ -767,7 +767,7 @@ def test_unknown_method():
 
 def test_unknown_dataset(tmp_path):
     message = refuse("--dataset", "fashon", "--data-dir", str(tmp_path))
-    assert "dataset 'fashon' is unknown; known are digits, fashion_mnist and" in message
+    assert "dataset 'fashon' is unknown; known are digits, fashion_mnist, " in message
 
 
 def test_unknown_network(tmp_path):
