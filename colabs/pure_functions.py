@@ -462,9 +462,9 @@ for name, estimator in methods.items():
     print(f"{name:28} {all_reduces(estimator)} all-reduces in 3 layers")
 
 # %% [markdown]
-# Two for each layer, whatever the method. The second stands in a branch. It runs where a
-# mean is more than eight standard deviations from the running mean, because sums about that
-# have lost digits. So a step usually takes one for each layer.
+# The program has two for each layer, with every method. The second one runs only if a mean
+# is more than eight standard deviations from the running mean, where the first sums are not
+# exact enough. A step therefore usually runs one for each layer.
 #
 # ## What to remember
 #

@@ -3,7 +3,7 @@
 
 ``pip``, ``npm`` or ``apt`` brings the files; nothing of the packages is run. Every loader
 says what to install where the files are missing, checks how many examples it found, and
-splits by a fixed rule. Pictures that are the same are taken once.
+splits by a fixed rule. Duplicate pictures are dropped.
 """
 
 import gzip
@@ -133,7 +133,7 @@ def earth(region: str = "west") -> Dataset:
 
 
 def _tiles(picture: np.ndarray) -> np.ndarray:
-    """``[rows, columns, TILE, TILE, ...]``; what is left at the edges is dropped."""
+    """``[rows, columns, TILE, TILE, ...]``; incomplete tiles at the edges are dropped."""
     rows, columns = (side // TILE for side in picture.shape[:2])
     whole = picture[: rows * TILE, : columns * TILE]
     whole = whole.reshape(rows, TILE, columns, TILE, *picture.shape[2:])

@@ -101,7 +101,7 @@ def batches(
 
 
 def _whole(rows: np.ndarray, size: int) -> np.ndarray:
-    """Rows in parts of one size; what is left is dropped."""
+    """Rows in parts of one size; an incomplete part is dropped."""
     return rows[: len(rows) - len(rows) % size].reshape(-1, size, *rows.shape[1:])
 
 

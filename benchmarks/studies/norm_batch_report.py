@@ -9,7 +9,7 @@ from benchmarks.lib import report, study, tasks
 
 
 class Cell(NamedTuple):
-    """A place in the tables: what is trained, and on what batches."""
+    """One setting of the comparison: the task, its batches and the optimizer."""
 
     task: str
     norm_batch: int
@@ -78,7 +78,7 @@ class Tested(NamedTuple):
 
 
 def tested(results: dict) -> dict[Cell, dict[str, Tested]]:
-    """By cell and method; what is not finished is left out."""
+    """The tested methods of every cell, without those that are unfinished."""
     config, found = results["config"], runs_of(results)
     tuned: dict[tuple[Cell, str], dict[float, list[float]]] = {}
     for run, result in found.items():
