@@ -36,7 +36,7 @@ class Task(NamedTuple):
 TASKS = {
     "digits": Task("digits", "mlp", 4, 128),
     "gray_mlp": Task("fashion_mnist", "mlp", 1, 256, halved=True),
-    "gray_resnet": Task("fashion_mnist", "resnet20", 2, 16, halved=True),
+    "gray_resnet": Task("fashion_mnist", "resnet20", 1, 16, halved=True),
     "emoji": Task("emoji_google", "resnet20", 12, 16, halved=True),
     "cells": Task("solar_cells", "cnn", 10, 16, halved=True),
     "earth": Task("earth_west", "unet", 8, 16, dense=True),
