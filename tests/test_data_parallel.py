@@ -70,6 +70,22 @@ def test_a_step_is_that_of_one_device(way, name):
     assert moved > 0.01
 
 
+@pytest.mark.program
+def test_positions_of_a_few_examples_cost_no_collective_of_their_own():
+    """Under ``jit`` the devices send patches with the sums of the batch."""
+    images = np.zeros((DEVICES, 6, 6, 1), np.float32)
+
+    def all_reduces(estimator):
+        model = data_parallel.Network(estimator, classes=3, features=(4, 4))
+        ways = data_parallel.make_ways(model, OPTIMIZER, DEVICES)
+        way, state = ways["sharded jit"], data_parallel.init(model, OPTIMIZER, images, 0)
+        state = way.to_devices(state)
+        compiled = way.forward.lower(state.params, state.batch_stats, way.split(images))
+        return data_parallel.all_reduces(compiled.compile())
+
+    assert all_reduces(cbn.streaming_batch_norm(4)) == all_reduces(cbn.batch_norm()) == 6
+
+
 def test_the_study(tmp_path, capsys):
     """Every way beside one device, as a table and as results."""
     arguments = ["--devices", "8", "--methods", "batch_norm", "--epochs", "1"]

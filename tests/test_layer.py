@@ -38,7 +38,7 @@ class Run(NamedTuple):
     params: dict
     x: jax.Array
     expected: jax.Array  # by Flax
-    patches: dict  # at all positions, each example's in an order of its own
+    patches: dict  # at all positions, in some order
     there: jax.Array  # x in that order
 
 
@@ -52,12 +52,10 @@ def run(layer, module, params, z):
     @jax.jit
     def compute(params, z):
         x, source = cbn.run_layer(layer, params, z)
-        rows = x.reshape(len(x), -1, x.shape[-1])
-        orders = np.tile(np.arange(rows.shape[1], dtype=np.int32), (len(x), 1))
-        index = jnp.asarray(np.random.default_rng(0).permuted(orders, axis=1))
-        there = jnp.take_along_axis(rows, index[..., None], 1).reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
+        place = jnp.asarray(np.random.default_rng(0).permutation(len(rows)))
         expected = module.apply({"params": params}, z)
-        return Run(params, x, expected, source.patches(index), there)
+        return Run(params, x, expected, source.patches(place), rows[place])
 
     return compute(params, z)
 
@@ -104,13 +102,11 @@ def test_patches_are_the_derivative(name):
     kernel = jnp.asarray(normal(*size, 4 // layer.groups, 8))
     z = jnp.asarray(normal(2, 7, 6, 4))
     source = cbn.run_layer(layer, kernel, z)[1]
-    index = jnp.array([[3], [0]], jnp.int32)
-    jacobian = jax.jit(jax.jacobian(lambda k: layer.apply(k, z).reshape(2, -1, 8)))(kernel)
-    for example, position, patch in zip(
-        range(2), index[:, 0], source.patches(index), strict=True
-    ):
+    place = jnp.array([3, 12], jnp.int32)
+    jacobian = jax.jit(jax.jacobian(lambda k: layer.apply(k, z).reshape(-1, 8)))(kernel)
+    for row, patch in zip(place, source.patches(place), strict=True):
         for feature in range(8):
-            own = jacobian[example, position, feature][..., feature]
+            own = jacobian[row, feature][..., feature]
             group = feature * layer.groups // 8
             np.testing.assert_array_equal(patch[..., group], own)
 
@@ -140,8 +136,8 @@ def test_parameters_may_be_the_kernel_alone(layer, size, shape):
     x, source = cbn.run_layer(layer, kernel, z)
     same, with_name = cbn.run_layer(layer, {"kernel": kernel}, z)
     np.testing.assert_array_equal(x, same)
-    index = jnp.zeros((len(x), 1), jnp.int32)
-    patches = source.patches(index)
-    np.testing.assert_array_equal(patches, with_name.patches(index)["kernel"])
-    first = x.reshape(len(x), -1, 3)[:, 0]
-    np.testing.assert_allclose(product(patches, kernel), first, rtol=1e-4, atol=1e-5)
+    place = jnp.array([1, 0], jnp.int32)
+    patches = source.patches(place)
+    np.testing.assert_array_equal(patches, with_name.patches(place)["kernel"])
+    there = x.reshape(-1, 3)[place]
+    np.testing.assert_allclose(product(patches, kernel), there, rtol=1e-4, atol=1e-5)

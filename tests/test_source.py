@@ -52,9 +52,8 @@ def test_one_pullback_holds_the_derivatives_of_all_features(name, key):
 
 def all_patches(source, x):
     """Patches of every position, and the positions in the same order."""
-    positions = x[0, ..., 0].size
-    index = jnp.broadcast_to(jnp.arange(positions), (len(x), positions))
-    return source.patches(index), x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    return source.patches(jnp.arange(len(rows))), rows
 
 
 @layers
@@ -178,7 +177,7 @@ def test_neither_pullback_nor_patches_carry_a_gradient(key):
     def f(params, z):
         x, source = cbn.run_layer(layer.layer, params, z)
         pulled, mean = source.pullback(jnp.ones_like(x)), source.mean_patch(None)
-        patches = source.patches(jnp.zeros((len(x), 1), jnp.int32))
+        patches = source.patches(jnp.zeros(1, jnp.int32))
         return sum(leaf.sum() for leaf in jax.tree.leaves((pulled, mean, patches)))
 
     gradients = jax.jit(jax.grad(f, (0, 1)))(layer.params(key), layer.data(key))
@@ -189,10 +188,10 @@ def test_neither_pullback_nor_patches_carry_a_gradient(key):
 def test_a_grouped_layer_must_say_so(key):
     """Else its derivative would be taken with another group's inputs."""
     layer = LAYERS["conv-grouped"]
-    x, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
+    _, source = cbn.run_layer(layer.fn, layer.params(key), layer.data(key))
     for look in (
         lambda: source.mean_patch(None),
-        lambda: source.patches(jnp.zeros((len(x), 1), jnp.int32)),
+        lambda: source.patches(jnp.zeros(1, jnp.int32)),
     ):
         with pytest.raises(
             ValueError, match=r"groups=1 .*one feature per group.*groups=\.\.\."
@@ -204,13 +203,14 @@ def test_an_unbatched_image_has_patches_by_differentiation(key):
     layer = LAYERS["conv-strided"]
     params, z = layer.params(key), layer.data(key)[0]
     x, source = cbn.run_layer(lambda p, z: layer.fn(p, z[None])[0], params, z)
-    index = jnp.array([[2], [0], [1]], jnp.int32)
-    there = product(source.patches(index), params)
-    np.testing.assert_allclose(there, x[jnp.arange(3), index[:, 0]], rtol=1e-5, atol=1e-5)
+    place = jnp.array([2, 8, 1], jnp.int32)
+    there = product(source.patches(place), params)
+    expected = x.reshape(-1, x.shape[-1])[place]
+    np.testing.assert_allclose(there, expected, rtol=1e-5, atol=1e-5)
     spec = layer.layer._replace(apply=lambda p, z: layer.fn(p, z[None])[0])
     x, source = cbn.run_layer(spec, params, z)
     with pytest.raises(ValueError, match=r"shape \(7, 7, 2\), .*inputs\[None\]"):
-        source.patches(index)
+        source.patches(place)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -220,14 +220,12 @@ def test_a_plain_function_has_the_patches_of_its_layer(name, key):
     params, z = layer.params(key), layer.data(key)
     plain = layer.layer._replace(patches=None)
     x, source = cbn.run_layer(layer.layer, params, z)
-    index = jnp.asarray(
-        np.random.default_rng(0).integers(0, x[0, ..., 0].size, (len(x), 3))
-    )
+    place = jnp.asarray(np.random.default_rng(0).integers(0, x[..., 0].size, 6))
     _, same = cbn.run_layer(plain, params, z)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        jax.jit(same.patches)(index),
-        source.patches(index),
+        jax.jit(same.patches)(place),
+        source.patches(place),
     )
 
 
@@ -235,8 +233,7 @@ def test_one_position_that_is_not_finite_stays_out_of_the_others(key):
     layer = LAYERS["conv"]
     params, z = layer.params(key), layer.data(key).at[0, 0, 0, 0].set(jnp.nan)
     _, source = cbn.run_layer(layer.fn, params, z)
-    index = jnp.full((len(z), 1), 24, jnp.int32)  # far from it
-    patches = source.patches(index)
+    patches = source.patches(jnp.array([24, 30], jnp.int32))  # far from it
     assert np.isfinite(patches["kernel"]).all()
 
 
@@ -275,7 +272,7 @@ def test_a_position_that_rounds_up_stays_inside(monkeypatch):
     monkeypatch.setattr(
         patches_module,
         "_sequence",
-        lambda step, example, part: jnp.full((1, part.size), almost),
+        lambda step, example, part: jnp.full(part.shape, almost),
     )
     layer = cbn.convolution()
     params, z = jnp.ones((1, 1, 1, 2)), jnp.ones((1, 40, 40, 1))

@@ -245,7 +245,7 @@ class Config(study.Options):
     methods: tuple[str, ...] = (
         "batch_norm",
         "cross_iteration_batch_norm",
-        "streaming_batch_norm-all",
+        "small_batch_norm",
     )
     """Normalizers, all with statistics over a batch; NAME@SIZE sets a batch size of its
     own."""
@@ -311,7 +311,7 @@ def estimator_of(method: methods.Method, steps: int) -> Any:
         raise ValueError(
             f"method {method.label!r} takes no statistics over devices, expected one that "
             "does; write batch_norm, cross_iteration_batch_norm or "
-            "streaming_batch_norm-all."
+            "small_batch_norm."
         )
     return method.estimator(steps)
 

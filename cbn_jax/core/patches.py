@@ -60,26 +60,30 @@ def moments_and_sample(
     patches are less than the derivatives, as large as θ, that each would make of its own.
     """
     part = device_moments(x, mask)
-    positions = math.prod(x.shape[1:-1])
-    n = per_example(x.shape[0], positions, samples, axis_name)
-    index = _strata(x.shape[0], positions, n, step, axis_name)
-    sample = _take(source, lax.stop_gradient(x), index, mask)
-    place, there = _places(x.shape[0] * n, n, samples, step, axis_name)
-    if place is not None:
-        sample = jax.tree.map(lambda leaf: _rows_at(leaf, place, there), sample)
+    place, here = _places(x.shape[:-1], samples, step, axis_name)
+    sample = _take(source, lax.stop_gradient(x), place, here, mask)
     moments, (sample, sums) = pool_devices(part, (sample, sums), axis_name, pivot)
     total = jnp.maximum(sample.weight.sum(), 1.0)
     return moments, sample._replace(weight=sample.weight / total), sums
 
 
-def _take(source: Source, x: jax.Array, index: jax.Array, mask: jax.Array | None) -> Sample:
-    """The positions ``index`` ``[N, n]`` of this device, with weights 1 and 0."""
+def _take(
+    source: Source,
+    x: jax.Array,
+    place: jax.Array,
+    here: jax.Array | None,
+    mask: jax.Array | None,
+) -> Sample:
+    """The positions of this device, with weights 1; zeros for those of other devices."""
     dtype = wide(x.dtype)
-    patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(index))
-    if mask is None:
-        return Sample(patches, jnp.ones((index.size, 1), dtype))
-    counts = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool)
-    counts = jnp.take_along_axis(counts.reshape(x.shape[0], -1), index, 1).reshape(-1, 1)
+    patches = jax.tree.map(lambda p: p.astype(dtype), source.patches(place))
+    counts = here
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(bool).reshape(-1)[place]
+        counts = mask if here is None else mask & here
+    if counts is None:
+        return Sample(patches, jnp.ones((place.size, 1), dtype))
+    counts = counts[:, None]
     patches = jax.tree.map(lambda p: jnp.where(per_row(counts, p), p, 0.0), patches)
     return Sample(patches, counts.astype(dtype))
 
@@ -94,22 +98,52 @@ def per_example(
     return min_dim(positions, max_dim(1, share))  # also symbolic sizes
 
 
-def _strata(
-    examples: int, positions: int, n: int, step: jax.Array, axis_name: AxisName
+def _places(
+    shape: tuple[int, ...], samples: int | None, step: jax.Array, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array | None]:
+    """Rows ``[n]`` of this device's ``x`` as a matrix, and which of them it has.
+
+    Examples are counted over all devices, so that many look where one would. A device
+    without an example of the sample takes any other in its place.
+    """
+    examples, positions = shape[0], math.prod(shape[1:])
+    n = per_example(examples, positions, samples, axis_name)
+    rows = _rows(examples * device_count(axis_name), n, samples, step)
+    example, part = rows // n, rows % n
+    position = _position(example, part, n, positions, step)
+    if axis_name is None:
+        return example * positions + position, None
+    own = example - lax.axis_index(axis_name) * examples
+    here = (own >= 0) & (own < examples)
+    return jnp.clip(own, 0, examples - 1) * positions + position, here
+
+
+def _rows(examples: int, n: int, samples: int | None, step: jax.Array) -> jax.Array:
+    """The rows of the sample, n of each example.
+
+    Of more examples than samples, evenly many are taken, others in every step.
+    """
+    known = isinstance(examples, int)  # no symbolic size
+    if samples is None or not known or examples <= samples:
+        return jnp.arange(examples * n)
+    # Another sequence than that of the positions: their pairs fill the square.
+    shift = _sequence(jnp.uint32(0), jnp.uint32(0), step.astype(jnp.uint32)) * examples
+    return (jnp.arange(samples) * examples // samples + shift.astype(int)) % examples
+
+
+def _position(
+    example: jax.Array, part: jax.Array, n: int, positions: int, step: jax.Array
 ) -> jax.Array:
-    """Positions ``[examples, n]``, one in each of n equal parts of ``range(positions)``.
+    """A position in one of n equal parts of ``range(positions)``.
 
     Where in its part follows a sequence of low discrepancy, which costs no random numbers.
-    Examples are counted over all devices, so that many look where one would.
     """
     if n == positions:
-        return jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (examples, n))
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * examples
-    example = (first + jnp.arange(examples)).astype(jnp.uint32)
-    turns = _sequence(step, example[:, None], jnp.arange(n, dtype=jnp.uint32)[None])
+        return part
+    turns = _sequence(step, example.astype(jnp.uint32), part.astype(jnp.uint32))
     width = jnp.asarray(positions, jnp.float32) / jnp.asarray(n, jnp.float32)
-    index = (jnp.arange(n, dtype=jnp.float32)[None] + turns) * width
-    return jnp.minimum(index.astype(jnp.int32), positions - 1)
+    place = ((part.astype(jnp.float32) + turns) * width).astype(part.dtype)
+    return jnp.minimum(place, positions - 1)
 
 
 def _sequence(step: jax.Array, example: jax.Array, part: jax.Array) -> jax.Array:
@@ -121,34 +155,6 @@ def _sequence(step: jax.Array, example: jax.Array, part: jax.Array) -> jax.Array
     a, b, c = (jnp.uint32(each) for each in (3518319155, 2882110345, 2360945575))
     turns = a * step.astype(jnp.uint32) + b * example + c * part
     return turns.astype(jnp.float32) * 2.0**-32
-
-
-def _places(
-    here: int, n: int, samples: int | None, step: jax.Array, axis_name: AxisName
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Which of this device's rows stand at each row of the sample, and whether any does.
-
-    Of more examples than samples, evenly many are taken, others in every step.
-    """
-    every = here * device_count(axis_name)
-    most = every if samples is None else samples
-    few = n == 1 and isinstance(every, int) and every > most
-    if axis_name is None and not few:
-        return None, None
-    rows = jnp.arange(every)
-    if few:
-        # Another sequence than that of the positions: their pairs fill the square.
-        shift = _sequence(jnp.uint32(0), jnp.uint32(0), step.astype(jnp.uint32)) * every
-        rows = (jnp.arange(most) * every // most + shift.astype(int)) % every
-    if axis_name is None:
-        return rows, None
-    place = rows - lax.axis_index(axis_name) * here
-    return jnp.clip(place, 0, here - 1), (place >= 0) & (place < here)
-
-
-def _rows_at(leaf: jax.Array, place: jax.Array, there: jax.Array | None) -> jax.Array:
-    rows = leaf[place]
-    return rows if there is None else jnp.where(per_row(there, rows), rows, 0.0)
 
 
 def product(patches: Params, params: Params) -> jax.Array:

@@ -30,7 +30,7 @@ class Source(NamedTuple):
       mean_patch: ``mask`` ↦ E[P], the mean of ∂x/∂θ over this device's positions that
         count, in float32. Leaves are ``[*leaf.shape[:-1], groups]``, the same for every
         feature of a group. ``mask`` is None or ``[..., 1]``.
-      patches: ``index`` ``[N, n]`` ↦ ∂x/∂θ at those positions of ``x``, see ``Layer``.
+      patches: ``place`` ``[n]`` ↦ ∂x/∂θ at those rows of ``x`` as a matrix ``[-1, C]``.
       groups: of the layer.
     """
 
@@ -91,13 +91,13 @@ def source_of(layer: Layer, params: Params, inputs: Any, x: jax.Array) -> Source
         weight = None if mask is None else _weight(x, mask)
         return known.mean(fixed, seen, grid, weight)
 
-    def patches(index: jax.Array) -> Params:
+    def patches(place: jax.Array) -> Params:
         if known is not None:
-            return known.at(fixed, inputs, index, x.shape[1:-1])
+            return known.at(fixed, inputs, place, x.shape[1:-1])
         narrow = one_per_group(fixed, layer.groups)
         _check_narrow(layer, narrow, inputs, (*x.shape[:-1], layer.groups))
         differentiate = patches_by_position(layer.apply, layer.groups)
-        return differentiate(_varying(fixed, x), inputs, index, x.shape[1:-1])
+        return differentiate(_varying(fixed, x), inputs, place, x.shape[1:-1])
 
     return Source(params, pullback, mean_patch, patches, layer.groups)
 

@@ -2,7 +2,6 @@
 """What layers see: the input patch of a position, P = ∂x/∂θ, and its mean."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from .moments import wide
 Params = Any  # a pytree whose leaves have features last
 Padding = str | int | Sequence[int | tuple[int, int]]
 LayerFn = Callable[[Params, Any], jax.Array]
-#: ``(params, inputs, index, grid) -> P`` at some positions.
+#: ``(params, inputs, place, grid) -> P`` at some positions.
 At = Callable[[Params, Any, jax.Array, tuple[int, ...]], Params]
 #: ``(params, inputs, grid, weight) -> E[P]``.
 Mean = Callable[[Params, Any, tuple[int, ...], jax.Array | None], Params]
@@ -26,9 +25,9 @@ class Patches(NamedTuple):
     """What a layer sees, in the form of its parameters.
 
     Attributes:
-      at: ``(params, inputs, index, grid) -> P``. ``index`` is ``[N, n]``, positions in
-        ``grid = x.shape[1:-1]`` of each entry of the first axis. Leaves are
-        ``[N · n, *leaf.shape[:-1], groups]``.
+      at: ``(params, inputs, place, grid) -> P``. ``place`` is ``[n]``, rows of ``x`` as a
+        matrix ``[N · positions, C]``, and ``grid = x.shape[1:-1]``. Leaves are
+        ``[n, *leaf.shape[:-1], groups]``.
       mean: ``(params, inputs, grid, weight) -> E[P]`` in float32. ``weight`` is ``[N,
         *grid]``, sums to one, and is None for the plain mean. Leaves are
         ``[*leaf.shape[:-1], groups]``.
@@ -63,8 +62,8 @@ def conv_patches(
             pads = lax.padtype_to_pads(space, extent, stride, pads)
         return _Windows(inputs, window, extent, pads, stride, spread, apart)
 
-    def at(params, inputs, index, grid):
-        cuts = _cut(windows(params, inputs), index, grid)
+    def at(params, inputs, place, grid):
+        cuts = _cut(windows(params, inputs), place, grid)
         return _like(params, _by_group(cuts, groups))
 
     def mean(params, inputs, grid, weight):
@@ -90,29 +89,26 @@ class _Windows(NamedTuple):
     apart: Sequence[int]
 
 
-def _cut(windows: _Windows, index: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-    """The windows ``[N · n, *window, in]`` at some positions."""
+def _cut(windows: _Windows, place: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+    """The windows ``[n, *window, in]`` at some positions."""
     inputs, rank = windows.inputs, len(windows.window)
-    # Further batch axes of the inputs come first in the grid.
-    rows = inputs.reshape(index.shape[0], -1, *inputs.shape[-1 - rank :])
-    zero = jnp.zeros((), rows.dtype)
+    each = inputs.reshape(-1, *inputs.shape[-1 - rank :])  # with further batch axes
+    zero = jnp.zeros((), each.dtype)
     around = [
         (*pad, each - 1) for pad, each in zip(windows.pads, windows.apart, strict=True)
     ]
-    padded = lax.pad(rows, zero, [(0, 0, 0), (0, 0, 0), *around, (0, 0, 0)])
-    other, *place = jnp.unravel_index(index, (rows.shape[1], *grid[-rank:]))
-    start = [each * step for each, step in zip(place, windows.stride, strict=True)]
+    padded = lax.pad(each, zero, [(0, 0, 0), *around, (0, 0, 0)])
+    example, *there = jnp.unravel_index(place, (each.shape[0], *grid[-rank:]))
+    start = [axis * step for axis, step in zip(there, windows.stride, strict=True)]
     every = tuple(slice(None, None, step) for step in windows.spread)
 
-    def cut(example, other, *start):
-        corner = (other, *start, jnp.zeros_like(other))
-        size = (1, *windows.extent, example.shape[-1])
-        return lax.dynamic_slice(example, corner, size)[(0, *every)]
+    def cut(example, *start):
+        corner = (example, *start, jnp.zeros_like(example))
+        size = (1, *windows.extent, padded.shape[-1])
+        return lax.dynamic_slice(padded, corner, size)[(0, *every)]
 
-    # Mapped over the examples, so that a batch spread over devices stays there.
-    per_position = jax.vmap(cut, (None, *[0] * (rank + 1)))
-    cuts = jax.vmap(per_position)(padded, other, *start)
-    return cuts.reshape(index.size, *windows.window, -1)
+    # One gather: devices that share a batch add up what each of them has.
+    return jax.vmap(cut)(example, *start)
 
 
 def _mean_window(windows: _Windows, grid: tuple[int, ...]) -> jax.Array:
@@ -177,11 +173,10 @@ def _by_group(cuts: jax.Array, groups: int) -> jax.Array:
     return jnp.swapaxes(cuts.reshape(*cuts.shape[:-1], groups, -1), -1, -2)
 
 
-def _dense_at(params, inputs, index, grid):
+def _dense_at(params, inputs, place, grid):
     del grid
-    rows = inputs.reshape(index.shape[0], -1, inputs.shape[-1])
-    cut = jnp.take_along_axis(rows, index[..., None], axis=1)
-    return _like(params, cut.reshape(index.size, -1, 1))
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return _like(params, rows[place][..., None])
 
 
 def _dense_mean(params, inputs, grid, weight):
@@ -220,16 +215,13 @@ def patches_by_position(apply: LayerFn, groups: int) -> At:
     wrongly where a batch is spread over devices under ``jit``.
     """
 
-    def patches(params, inputs, index, grid):
+    def patches(params, inputs, place, grid):
         del grid
         # Zero times NaN is NaN: one bad position would spoil all the others.
         inputs = jax.tree.map(finite, inputs)
         narrow = one_per_group(params, groups)
         x, back = jax.vjp(lambda params: apply(params, inputs), narrow)
-        positions = math.prod(x.shape[:-1])
-        first = jnp.arange(index.shape[0])[:, None] * (positions // index.shape[0])
-        place = (first + index).reshape(-1)
-        zeros = lax.full_like(x, 0).reshape(positions, groups)  # spread over devices as x
+        zeros = lax.full_like(x, 0).reshape(-1, groups)  # spread over devices as x
 
         def at(place):
             hot = zeros.at[place].set(1.0)
