@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What small batches do: the same small networks with different normalizers.
+"""Two images a step: which normalizer trains a network?
 
-Trains an MLP and a residual CNN on real images at batch size 2 with batch norm, group
-norm, cross-iteration batch norm and the recommended method, with batch norm at 32 as the
-mark to reach; prints a table and draws the learning curves. Finished runs are kept in the
-output folder and taken up again by the next call with the same options and code; with
---checkpoint-dir an interrupted run is too.
+Trains an MLP and a residual CNN on real images at batch size 2. The two images of a step
+are independent, or they are of one class, as neighboring frames and patches are. Batch norm
+at 32 independent images is the mark to reach. Prints a table and draws the learning curves.
+
+The output folder keeps finished runs. The next call with the same options and code does not
+run them again. With --checkpoint-dir an interrupted run goes on from its last checkpoint.
 
 Run it with ``python -m benchmarks.small_batch``.
 """
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -39,17 +41,19 @@ class Config:
     methods: tuple[str, ...] = (
         "batch_norm",
         "nn.GroupNorm",
-        "cross_iteration_batch_norm",
-        "cross_iteration_batch_norm-burn_in",
+        "group_norm-standardize",
         "small_batch_norm",
         "batch_norm@32",
     )
-    """Normalizers to compare; NAME@SIZE sets a batch size of its own."""
+    """Normalizers to compare; NAME@SIZE sets a batch size of its own, and then takes
+    independent images alone."""
+    pairings: tuple[training.Pairing, ...] = ("independent", "one class")
+    """What the images of a step are."""
     networks: tuple[str, ...] = ("mlp", "cnn")
     """Networks to train."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each; a seed fixes the initial weights and the order of the examples."""
-    epochs: int = 4
+    epochs: int = 3
     """Passes over the training images."""
     learning_rate: float = 0.1
     """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
@@ -80,9 +84,11 @@ def main(config: Config, console: Console) -> dict:
         )
     runs.check_networks(config.networks)
     dataset = data.load(config.dataset, config.data_dir, config.examples)
-    total = sum(
-        training.count_steps(dataset, method.batch_size, config.epochs) for method in chosen
-    ) * (len(config.seeds) * len(config.networks))
+    total = len(config.seeds) * sum(
+        run.steps(dataset)
+        for network in config.networks
+        for run in _runs(config, network, chosen)
+    )
     if config.checkpoint_dir is not None:
         options = {k: v for k, v in report.plain(config).items() if k not in _AROUND}
         checkpoints.claim(config.checkpoint_dir, options)
@@ -110,20 +116,32 @@ def _baseline(config: Config) -> str:
     return "batch_norm" if "batch_norm" in config.methods else config.methods[0]
 
 
-def _cells(config, network, chosen, dataset, bar) -> list[dict]:
-    """One network with every method: step times side by side, then the curves."""
-    run_of = {
-        method: runs.Run(
+def _runs(config: Config, network: str, chosen: list[methods.Method]) -> list[runs.Run]:
+    """One for each pairing and method, then the references."""
+
+    def run(method, pairing):
+        return runs.Run(
             network,
             method,
             config.learning_rate,
             config.epochs,
-            seed=0,
+            config.seeds[0],
             precision=config.precision,
+            pairing=pairing,
         )
-        for method in chosen
-    }
-    trainers = {method: run.trainer(dataset) for method, run in run_of.items()}
+
+    compared = [method for method in chosen if method.batch_size == config.batch_size]
+    references = [method for method in chosen if method not in compared]
+    pairs = itertools.product(config.pairings, compared)
+    made = [run(method, pairing) for pairing, method in pairs]
+    return made + [run(method, "independent") for method in references]
+
+
+def _cells(config, network, chosen, dataset, bar) -> list[dict]:
+    """One network with every method: step times side by side, then the curves."""
+    every = _runs(config, network, chosen)
+    firsts = {run.method: run for run in reversed(every)}
+    trainers = {method: run.trainer(dataset) for method, run in firsts.items()}
     runners = timing.make_runners(
         {str(method): (trainers[method], method.batch_size) for method in chosen},
         dataset.train_images,
@@ -137,15 +155,16 @@ def _cells(config, network, chosen, dataset, bar) -> list[dict]:
     return [
         {
             "network": network,
-            "label": str(method),
-            "method": method.name,
-            "batch_size": method.batch_size,
-            "step_time": times[str(method)]._asdict(),
-            "state_bytes": _state_bytes(trainers[method]),
+            "pairing": run.pairing,
+            "label": str(run.method),
+            "method": run.method.name,
+            "batch_size": run.method.batch_size,
+            "step_time": times[str(run.method)]._asdict(),
+            "state_bytes": _state_bytes(trainers[run.method]),
             "curves": [
                 runs.curve(
-                    run_of[method]._replace(seed=seed),
-                    trainers[method],
+                    run._replace(seed=seed),
+                    trainers[run.method],
                     dataset,
                     config.output / "runs",
                     bar.advance,
@@ -154,7 +173,7 @@ def _cells(config, network, chosen, dataset, bar) -> list[dict]:
                 for seed in config.seeds
             ],
         }
-        for method in chosen
+        for run in every
     ]
 
 
@@ -173,7 +192,8 @@ def compare(results: dict, usual: dict) -> str:
         ]
         difference = ends[0].mean() - ends[1].mean()
         error = np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends))
-        text = f"{cell['label']} {difference:+.1f} ± {error:.1f} ({cell['network']})"
+        where = f"{cell['network']}, {cell['pairing']}"
+        text = f"{cell['label']} {difference:+.1f} ± {error:.1f} ({where})"
         if cell["method"] == "small_batch_norm":
             recommended.append(text)
         if difference < -2 * error:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import re
 import struct
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 import cbn_jax
@@ -112,8 +115,13 @@ def test_main_job_writes_results_and_takes_them_up_again(small):
     )
     console = Console(width=80)
     results = small_batch.main(small, console)
-    labels = [cell["label"] for cell in results["cells"]]
-    assert labels == list(small.methods)
+    cells = [(cell["pairing"], cell["label"]) for cell in results["cells"]]
+    compared = small.methods[:2]
+    assert cells == [
+        *(("independent", label) for label in compared),
+        *(("one class", label) for label in compared),
+        ("independent", "batch_norm@4"),
+    ]
     for cell in results["cells"]:
         assert np.isfinite(cell["curves"][0][-1]["loss"])
         assert cell["step_time"]["ratio"] > 0
@@ -123,10 +131,40 @@ def test_main_job_writes_results_and_takes_them_up_again(small):
     )
     assert (small.output / "table.md").read_text() == report.markdown(results)
     files = {path: path.stat().st_mtime_ns for path in (small.output / "runs").iterdir()}
-    assert len(files) == len(labels)
+    assert len(files) == len(cells)
     again = small_batch.main(small, console)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert [c["curves"] for c in again["cells"]] == [c["curves"] for c in results["cells"]]
+
+
+def test_the_figure_says_where_batch_norm_fails():
+    def cell(pairing, label, accuracy, size=2):
+        curve = [{"accuracy": accuracy}]
+        where = {"network": "mlp", "pairing": pairing, "batch_size": size}
+        return {**where, "label": label, "curves": [curve]}
+
+    cells = [
+        cell("independent", "batch_norm", 0.5),
+        cell("independent", "small_batch_norm", 0.9),
+        cell("one class", "batch_norm", 0.1),
+        cell("one class", "small_batch_norm", 0.8),
+        cell("independent", "batch_norm", 0.95, 32),
+    ]
+    assert report.message({"cells": cells}) == (
+        "MLP, 2 images of one class a step: batch_norm ends at 10 %, "
+        "small_batch_norm at 80 %"
+    )
+
+
+@given(values=st.lists(st.floats(-100, 100), max_size=6))
+def test_names_at_the_ends_of_lines_do_not_overlap(values):
+    values = sorted(values)
+    places = report.spread_apart(values, gap=2.0)
+    assert all(b - a > 2.0 - 1e-9 for a, b in itertools.pairwise(places))
+    if all(b - a >= 2.0 for a, b in itertools.pairwise(values)):
+        np.testing.assert_allclose(places, values, atol=1e-9)
+    if values:  # moved to both sides alike
+        assert np.mean(places) == pytest.approx(np.mean(values), abs=1e-9)
 
 
 def test_seeds_are_reproducible(tmp_path, data_dir):
@@ -851,7 +889,7 @@ def test_fine_tuning(tmp_path, data_dir):
 
 def test_pairs_are_of_one_class():
     labels = np.array([0, 1, 0, 1, 1, 2, 2, 0])
-    rows = np.stack([*without_layer.rows_of_pairs(labels, 2, 3, seed=0)])
+    rows = np.stack([*training.batches_of_one_class(labels, 2, 3, seed=0)])
     assert rows.shape == (9, 2)  # an odd one of each class is left out
     assert (labels[rows[:, 0]] == labels[rows[:, 1]]).all()
     assert (rows[:, 0] != rows[:, 1]).all()

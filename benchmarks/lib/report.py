@@ -160,6 +160,7 @@ _PLACES = {
     "streaming_batch_norm": 2,
     "nn.GroupNorm": 3,
     "cross_iteration_batch_norm-burn_in": 4,
+    "group_norm-standardize": 4,
     "batch_norm+sgd_centralized": 4,
     "group_batch_norm": 5,
     "replay_batch_norm": 5,
@@ -174,7 +175,7 @@ def look_of(label: str, index: int) -> dict[str, Any]:
     return look(_PLACES.get(label, index))
 
 
-HEADINGS = ("net", "method", "train loss", "test, %", "step / BN", "state")
+HEADINGS = ("net", "a step holds", "method", "test, %", "step / BN", "state")
 
 
 def rows(results: dict) -> list[tuple[str, ...]]:
@@ -186,14 +187,21 @@ def rows(results: dict) -> list[tuple[str, ...]]:
         made.append(
             (
                 cell["network"],
+                f"{cell['batch_size']} {_held(cell['pairing'])}",
                 cell["label"],
-                spread([point["loss"] for point in last], 2),
                 spread([100 * point["accuracy"] for point in last], 1),
                 f"{time['ratio']:.1f} ({time['ratio_low']:.1f}–{time['ratio_high']:.1f})",
                 size(cell["state_bytes"]),
             )
         )
     return made
+
+
+def _held(pairing: str, what: str = "") -> str:
+    """What a step holds."""
+    if pairing == "independent":
+        return f"independent{what}"
+    return f"{what} of one class".strip()
 
 
 def title(results: dict) -> str:
@@ -228,7 +236,7 @@ def table(results: dict) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    made.columns[1].overflow = "fold"  # a name cut short cannot be typed again
+    made.columns[2].overflow = "fold"  # a name cut short cannot be typed again
     for row in rows(results):
         made.add_row(*row)
     return made
@@ -242,34 +250,110 @@ def markdown(results: dict) -> str:
 
 @drawn
 def figure(results: dict) -> Any:
-    """Learning curves, one panel a network: mean over seeds, band from least to most."""
-    networks = list(dict.fromkeys(cell["network"] for cell in results["cells"]))
-    made = matplotlib.figure.Figure((4.8 * len(networks), 3.6))
-    axes = made.subplots(1, len(networks), sharey=True, squeeze=False)[0]
-    methods = list(dict.fromkeys(cell["label"] for cell in results["cells"]))
-    for axis, network in zip(axes, networks, strict=True):
-        for cell in (c for c in results["cells"] if c["network"] == network):
-            _curve(axis, cell, methods.index(cell["label"]))
-        axis.set_title(network.upper())
-        axis.set_xlabel("training examples seen")
-    axes[0].set_ylabel("test accuracy, %")
-    axes[-1].legend(loc="lower right")
-    made.suptitle(title(results))
+    """Learning curves: mean over seeds, band from least to most.
+
+    A row for each network, and a column for what the images of a step are.
+    """
+    cells = results["cells"]
+    networks = list(dict.fromkeys(cell["network"] for cell in cells))
+    pairings = results["config"]["pairings"]
+    made = matplotlib.figure.Figure((4.8 * len(pairings), 0.6 + 2.8 * len(networks)))
+    axes = made.subplots(len(networks), len(pairings), sharey=True, squeeze=False)
+    size = results["config"]["batch_size"]
+    for row, network in zip(axes, networks, strict=True):
+        for axis, pairing in zip(row, pairings, strict=True):
+            _panel(axis, [cell for cell in cells if _belongs(cell, network, pairing, size)])
+        row[0].set_ylabel(f"{network.upper()}: test accuracy, %")
+    for axis, pairing in zip(axes[0], pairings, strict=True):
+        axis.set_title(f"{size} {_held(pairing, ' images')} a step")
+    for axis in axes[-1]:
+        axis.set_xlabel("training images seen")
+    made.suptitle(message(results))
     return made
 
 
-def _curve(axis, cell: dict, index: int) -> None:
-    examples = [cell["batch_size"] * point["step"] for point in cell["curves"][0]]
-    accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
-    line = {
-        **look_of(cell["label"], index),
-        "linestyle": "--" if "@" in cell["label"] else "-",
-        "markevery": (index, 8),  # here and there, not all in one place
-        "label": cell["label"],
+def _belongs(cell: dict, network: str, pairing: str, size: int) -> bool:
+    """References are in all panels of a network."""
+    return cell["network"] == network and (
+        cell["pairing"] == pairing or cell["batch_size"] != size
+    )
+
+
+def message(results: dict) -> str:
+    """What the figure shows: where batch norm and the recommended method differ most."""
+    ends: dict[tuple, dict[str, float]] = {}
+    for cell in results["cells"]:
+        where = cell["network"], cell["pairing"], cell["batch_size"]
+        last = np.mean([curve[-1]["accuracy"] for curve in cell["curves"]])
+        ends.setdefault(where, {})[cell["label"]] = 100 * float(last)
+    both = {
+        where: (found["batch_norm"], found["small_batch_norm"])
+        for where, found in ends.items()
+        if {"batch_norm", "small_batch_norm"} <= set(found)
     }
-    axis.plot(examples, accuracy.mean(0), **line)
-    low, high = accuracy.min(0), accuracy.max(0)
-    axis.fill_between(examples, low, high, color=line["color"], alpha=0.15, lw=0)
+    if not both:
+        return title(results)
+    where = max(both, key=lambda where: both[where][1] - both[where][0])
+    (network, pairing, size), (batch, ours) = where, both[where]
+    return (
+        f"{network.upper()}, {size} {_held(pairing, ' images')} a step: "
+        f"batch_norm ends at {batch:.0f} %, small_batch_norm at {ours:.0f} %"
+    )
+
+
+def _panel(axis: Any, cells: list[dict]) -> None:
+    """Curves, with their names at their ends."""
+    ends = {}
+    for index, cell in enumerate(cells):
+        examples = [cell["batch_size"] * point["step"] for point in cell["curves"][0]]
+        accuracy = 100 * np.array([[p["accuracy"] for p in c] for c in cell["curves"]])
+        color = look_of(cell["label"], index)["color"]
+        dashed = "--" if "@" in cell["label"] else "-"
+        axis.plot(examples, accuracy.mean(0), color=color, linestyle=dashed)
+        low, high = accuracy.min(0), accuracy.max(0)
+        axis.fill_between(examples, low, high, color=color, alpha=0.15, lw=0)
+        ends[cell["label"]] = (examples[-1], float(accuracy[:, -1].mean()), color)
+    name_ends(axis, ends)
+
+
+def name_ends(axis: Any, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Names beside the ends of lines, moved apart where they would overlap.
+
+    Args:
+      axis: of matplotlib.
+      ends: by name, the last point of its line and its color.
+    """
+    axis.autoscale_view()
+    height = axis.get_ylim()[1] - axis.get_ylim()[0]
+    points = axis.get_position().height * axis.figure.get_figheight() * 72
+    gap = 9.5 * height / points  # of two lines of text
+    names = sorted(ends, key=lambda name: ends[name][1])
+    places = spread_apart([ends[name][1] for name in names], gap)
+    for name, place in zip(names, places, strict=True):
+        x, y, color = ends[name]
+        axis.annotate(
+            name,
+            (x, y),
+            (6, (place - y) * points / height),
+            textcoords="offset points",
+            color=color,
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def spread_apart(values: Sequence[float], gap: float) -> list[float]:
+    """Rising values, moved as little as keeps each pair of neighbors a gap apart."""
+    # Without its gaps a sequence need not fall: the nearest such one is found by pooling.
+    groups: list[list[float]] = []
+    for index, value in enumerate(values):
+        groups.append([value - index * gap])
+        while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):
+            last = groups.pop()
+            groups[-1].extend(last)
+    level = [float(np.mean(group)) for group in groups for _ in group]
+    return [each + index * gap for index, each in enumerate(level)]
 
 
 # Name of the file -> what draws it from the results.

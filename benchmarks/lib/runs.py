@@ -40,10 +40,12 @@ class Run(NamedTuple):
     seed: int
     reports: int = 20
     precision: Precision = "float32"  # of activations and products
+    pairing: training.Pairing = "independent"
 
     def steps(self, dataset: data.Dataset) -> int:
         """Steps of the run."""
-        return training.count_steps(dataset, self.method.batch_size, self.epochs)
+        size, epochs = self.method.batch_size, self.epochs
+        return len(training.rows_of(dataset, self.pairing, size, epochs, self.seed))
 
     def trainer(self, dataset: data.Dataset) -> training.Trainer:
         """Its pure functions; runs that differ in the seed alone can share them."""
@@ -88,7 +90,8 @@ def curve(
         "examples": [len(dataset.train_labels), len(dataset.test_labels)],
     }
 
-    name = f"{run.network}-{run.method}-{run.seed}".replace("/", "_")
+    paired = "-pairs" if run.pairing == "one class" else ""
+    name = f"{run.network}-{run.method}{paired}-{run.seed}".replace("/", "_")
 
     def points() -> list[dict]:
         found, done = [], 0
@@ -141,6 +144,7 @@ def _points(run, trainer, dataset, checkpoints) -> Iterator[training.Progress]:
         batch_size=run.method.batch_size,
         epochs=run.epochs,
         seed=run.seed,
+        pairing=run.pairing,
         reports=run.reports,
         checkpoints=checkpoints,
     )

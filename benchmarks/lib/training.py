@@ -3,7 +3,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ with needed_for("benchmarks"):
 from benchmarks.lib.checkpoints import Checkpoints
 from benchmarks.lib.data import Dataset
 
+Pairing = Literal["independent", "one class"]  # what the batches hold
 Optimizer = Callable[[float, int], optax.GradientTransformation]
 
 
@@ -117,6 +118,30 @@ def batches(examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[
         yield from order[: examples - examples % batch_size].reshape(-1, batch_size)
 
 
+def batches_of_one_class(
+    labels: np.ndarray, batch_size: int, epochs: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Rows of every step, each of one class; incomplete batches of a class are dropped."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        rows = []
+        for label in np.unique(labels):
+            own = rng.permutation(np.flatnonzero(labels == label)).astype(np.int32)
+            rows.extend(own[: len(own) - len(own) % batch_size].reshape(-1, batch_size))
+        yield from rng.permutation(np.stack(rows))
+
+
+def rows_of(
+    dataset: Dataset, pairing: Pairing, batch_size: int, epochs: int, seed: int
+) -> list[np.ndarray]:
+    """Rows of every step of a run."""
+    count_steps(dataset, batch_size, epochs)
+    if pairing == "one class":
+        labels = dataset.train_labels
+        return list(batches_of_one_class(labels, batch_size, epochs, seed))
+    return list(batches(len(dataset.train_labels), batch_size, epochs, seed))
+
+
 def count_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
     """Steps of a run."""
     steps = len(dataset.train_labels) // batch_size * epochs
@@ -145,6 +170,7 @@ def run(
     batch_size: int,
     epochs: int,
     seed: int,
+    pairing: Pairing = "independent",
     reports: int = 20,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Progress]:
@@ -153,7 +179,8 @@ def run(
     With checkpoints every fifth report is saved, along with the state and the reports
     before; what is saved is not run again.
     """
-    steps = count_steps(dataset, batch_size, epochs)
+    rows = rows_of(dataset, pairing, batch_size, epochs, seed)
+    steps, losses = len(rows), []
     marks = set(np.linspace(0, steps, reports + 1).round().astype(int)[1:].tolist())
     test = jax.device_put((dataset.test_images, dataset.test_labels))
     start, curve = trainer.init(jax.random.key(seed)), []
@@ -162,9 +189,8 @@ def run(
         curve = list(itertools.starmap(Progress, saved))
         yield from curve
     done = curve[-1].step if curve else 0
-    rows, losses = batches(len(dataset.train_labels), batch_size, epochs, seed), []
-    rows = itertools.islice(rows, done, None)
-    for step, (state, loss) in enumerate(train(trainer, dataset, rows, start), done + 1):
+    rest = train(trainer, dataset, rows[done:], start)
+    for step, (state, loss) in enumerate(rest, done + 1):
         losses.append(loss)
         if step in marks:
             accuracy = trainer.evaluate(state, *test)

@@ -36,7 +36,6 @@ with needed_for("benchmarks"):
     from cbn_jax.linen import from_batch_norm, replace_batch_norm
 
 from benchmarks.lib import data, report, runs, study, training
-from benchmarks.studies import without_layer
 
 REFERENCE = 32  # images a step of the first training, and of the row to compare with
 HELD_OUT = 5  # one in so many training images chooses the rate
@@ -100,7 +99,7 @@ class Config(study.Options):
     """Methods to fine-tune with."""
     batch_size: int = 2
     """Images per step of fine-tuning; even, for pairs."""
-    pairings: tuple[without_layer.Pairing, ...] = ("independent", "one class")
+    pairings: tuple[training.Pairing, ...] = ("independent", "one class")
     """What a step holds: independent images, or images of one class."""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Rates for steps of 32 images; scaled in proportion to the step."""
@@ -139,7 +138,7 @@ class Setting(NamedTuple):
     """What is fine-tuned, and how."""
 
     network: str
-    pairing: str
+    pairing: training.Pairing
     batch_size: int
     label: str
     rate: float
@@ -288,7 +287,9 @@ def _measure(config: Config, setting: Setting, domains, make, starts, bar) -> di
 def _tuned(config: Config, setting: Setting, domains, trainer, start, seed: int) -> dict:
     """Accuracies of one run: at the marks on the test images, and on held out ones."""
     target, found = domains.target, collections.defaultdict(list)
-    rows = list(_rows(setting, target.train_labels, config.passes, seed))
+    size, passes = setting.batch_size, config.passes
+    # Another order than in the first training.
+    rows = training.rows_of(target, setting.pairing, size, passes, 1000 + seed)
     marks = _marks(config, setting.batch_size, len(rows))
     test = _test(target)
     state = start()
@@ -319,13 +320,6 @@ def with_window(stats: Mapping[str, Any]) -> dict[str, Any]:
         name: with_window(each) if isinstance(each, Mapping) else each
         for name, each in stats.items()
     }
-
-
-def _rows(setting: Setting, labels, passes: int, seed: int) -> Iterator:
-    """Rows of every step, in another order than in the first training."""
-    pairs, independent = without_layer.rows_of_pairs, without_layer.independent_rows
-    make = pairs if setting.pairing == "one class" else independent
-    return make(labels, setting.batch_size, passes, 1000 + seed)
 
 
 def _marks(config: Config, batch_size: int, steps: int) -> list[int]:

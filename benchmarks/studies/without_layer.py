@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -28,8 +28,6 @@ with needed_for("benchmarks"):
     from rich.console import Console
 
 from benchmarks.lib import data, methods, networks, report, runs, study, training
-
-Pairing = Literal["independent", "one class"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,7 @@ class Config(study.Options):
     """Normalizers to compare."""
     batch_size: int = 2
     """Examples per norm batch; even, for pairs."""
-    pairings: tuple[Pairing, ...] = ("independent", "one class")
+    pairings: tuple[training.Pairing, ...] = ("independent", "one class")
     """What a batch holds: independent examples, or pairs of one class."""
     accumulate: tuple[int, ...] = (1, 16)
     """Batches per step of the optimizer."""
@@ -129,31 +127,14 @@ def _trainer(config: Config, setting: dict, dataset, steps: int) -> training.Tra
 
 
 def _accuracy(config: Config, setting: dict, trainer, dataset, seed: int) -> dict:
-    make = rows_of_pairs if setting["pairing"] == "one class" else independent_rows
-    rows = make(dataset.train_labels, config.batch_size, config.epochs, seed)
+    size, epochs = config.batch_size, config.epochs
+    rows = training.rows_of(dataset, setting["pairing"], size, epochs, seed)
     start = trainer.init(jax.random.key(seed))
     (last,) = collections.deque(training.train(trainer, dataset, rows, start), maxlen=1)
     state, loss = last
     test = jax.device_put((dataset.test_images, dataset.test_labels))
     lost = not np.isfinite(float(loss))
     return {"accuracy": float(trainer.evaluate(state, *test)), "lost": int(lost)}
-
-
-def independent_rows(labels, batch_size: int, epochs: int, seed: int) -> Iterator:
-    """Rows of every step, in random order."""
-    return training.batches(len(labels), batch_size, epochs, seed)
-
-
-def rows_of_pairs(labels, batch_size: int, epochs: int, seed: int) -> Iterator:
-    """Rows of every step: batches of one class, in random order."""
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        batches = []
-        for label in np.unique(labels):
-            rows = rng.permutation(np.flatnonzero(labels == label)).astype(np.int32)
-            whole = rows[: len(rows) - len(rows) % batch_size]
-            batches.extend(whole.reshape(-1, batch_size))
-        yield from rng.permutation(np.stack(batches))
 
 
 def markdown(results: dict) -> str:
