@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import cbn_jax
-from benchmarks.lib import compared, networks, replicas, tasks
+from benchmarks.lib import bases, compared, networks, replicas, tasks
 from benchmarks.studies import norm_batch, norm_batch_report
 from benchmarks.studies.norm_batch_report import Cell, Run
 
@@ -173,9 +174,61 @@ def test_processes_give_what_one_gives(quick):
         assert one[run]["test"] == pytest.approx(other[run]["test"], abs=0.1)
 
 
+def test_a_task_may_hold_some_classes_and_few_examples(data_dir, monkeypatch):
+    load = functools.partial(tasks.data.load, data_dir=data_dir)
+    monkeypatch.setattr(tasks.data, "load", load)
+    task = tasks.TASKS["digits_new_classes"]._replace(examples=50)
+    parts, whole = tasks.load(task), tasks.load(tasks.TASKS["digits"])
+    assert parts.train.classes == 5
+    assert parts.train.train_images.shape == (50, 8, 8, 1)
+    assert len(parts.train.train_labels) == len(parts.train.train_groups) == 50
+    images, labels = whole.test
+    np.testing.assert_array_equal(parts.test[0], images[labels >= 5])
+    np.testing.assert_array_equal(parts.test[1], labels[labels >= 5] - 5)
+
+
+def test_methods_start_from_a_trained_network(quick, tmp_path):
+    """Its parameters and statistics, but a head of its own where the classes are new."""
+    task, cell = (
+        tasks.TASKS["digits_new_classes"],
+        Cell("digits_new_classes", 2, 2, "independent", "sgd"),
+    )
+    base = bases.kept("digits_first", 0, 200, tmp_path)
+    for method in ("small_batch_norm", "group_norm", "online_norm"):
+        trainer = norm_batch._trainer(cell, method, 10, 200)
+        fresh = trainer.init(jax.random.key(0), jnp.float32(0.1))
+        state = bases.started(fresh, method, task, 0, 200, tmp_path)
+        chex.assert_trees_all_equal(state.params["Dense_0"], base["params"]["Dense_0"])
+        chex.assert_trees_all_equal(state.params["Dense_3"], fresh.params["Dense_3"])
+        assert jax.tree.structure(state) == jax.tree.structure(fresh)
+        if method == "small_batch_norm":
+            own = state.batch_stats["_FlaxBatchNorm_1"]["BatchNorm_0"]
+            trained = base["batch_stats"]["_FlaxBatchNorm_1"]["BatchNorm_0"]
+            np.testing.assert_array_equal(own["mean"][0], trained["mean"])
+    again = bases.kept.__wrapped__("digits_first", 0, 200, tmp_path)
+    chex.assert_trees_all_equal(again, base)  # from its file
+
+
+def test_fine_tuning(quick):
+    """From end to end; methods with kernels of their own are left out."""
+    quick = dataclasses.replace(
+        quick,
+        tasks=("digits_new_classes",),
+        gradient_batches=(0,),
+        methods=("frozen", "small_batch_norm", "small_batch_norm-standardize"),
+    )
+    results = norm_batch.main(quick, Console(quiet=True))
+    names = {row["method"] for row in results["runs"]}
+    assert names == {"frozen", "small_batch_norm", "batch_norm"}
+    assert "fine-tunes digits_first" in norm_batch_report.markdown(results)
+
+
 @pytest.mark.parametrize(
     ("task", "size", "method", "possible"),
     [
+        ("digits", 2, "frozen", False),
+        ("digits_new_classes", 2, "frozen", True),
+        ("digits_new_classes", 2, "EvoNormS0", False),
         ("digits", 1, "batch_norm", False),
         ("digits", 2, "batch_norm", True),
         ("digits", 1, "small_batch_norm", True),
@@ -238,7 +291,7 @@ def test_tables():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": ("cats",)}, "task 'cats' is unknown; known are digits, gray_mlp"),
+        ({"tasks": ("cats",)}, "task 'cats' is unknown; known are digits, digits_first"),
         ({"methods": ("none",)}, "method 'none' is unknown; known are batch_norm"),
     ],
 )

@@ -69,9 +69,26 @@ def _published(size: int) -> Any:
     return cbn_jax.cross_iteration_batch_norm(8, running=running, momentum=momentum)
 
 
+class _FlaxBatchNorm(nn.Module):
+    """A layer and ``nn.BatchNorm``, as models have them."""
+
+    layer: nn.Module
+    train: bool
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return nn.BatchNorm(not self.train, momentum=0.9)(self.layer(z))
+
+
+def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
+    """What networks are trained with before they are fine-tuned, at steps of 32."""
+    return _FlaxBatchNorm(layer, train)
+
+
 # Name -> (norm batch, steps of the run) -> method.
 METHODS: dict[str, Any] = {
     "batch_norm": lambda n, steps: Made(cbn_jax.batch_norm(_momentum(n))),
+    "frozen": lambda n, steps: Made(cbn_jax.frozen(cbn_jax.batch_norm(), after=0)),
     "group_norm": lambda n, steps: Made(cbn_jax.group_norm(GROUPS)),
     "group_norm-standardize": lambda n, steps: Made(
         cbn_jax.group_norm(GROUPS), cbn_jax.standardize
@@ -99,4 +116,13 @@ METHODS: dict[str, Any] = {
     "small_batch_norm-standardize": lambda n, steps: Made(
         cbn_jax.small_batch_norm(n, momentum=_momentum(n)), cbn_jax.standardize
     ),
+}
+
+# Those that take no statistics over from a trained batch norm.
+WITHOUT_AVERAGES = {"group_norm", "online_norm"}
+# Those with kernels or activations of their own are no drop-in for a trained batch norm.
+OTHER_NETWORKS = {
+    name
+    for name, make in METHODS.items()
+    if make(2, 1).kernel is not None or type(make(2, 1)) is not Made
 }

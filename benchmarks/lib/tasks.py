@@ -23,6 +23,10 @@ class Task(NamedTuple):
       halved: whether images are averaged to half their sides first.
       dense: whether every position has a label; the measure is then the mean intersection
         over union, and the accuracy otherwise.
+      before: a task on which ``nn.BatchNorm`` has trained the network, at steps of 32; the
+        methods fine-tune it. Empty where they train from scratch.
+      labels: the classes from the first to before the second, all others left out.
+      examples: at most so many for training.
     """
 
     dataset: str
@@ -31,15 +35,45 @@ class Task(NamedTuple):
     width: int
     halved: bool = False
     dense: bool = False
+    before: str = ""
+    labels: tuple[int, int] | None = None
+    examples: int | None = None
+
+    @property
+    def new_classes(self) -> bool:
+        """Whether the network was trained on other classes."""
+        return bool(self.before) and self.labels != TASKS[self.before].labels
 
 
 TASKS = {
     "digits": Task("digits", "mlp", 4, 128),
+    "digits_first": Task("digits", "mlp", 1, 128, labels=(0, 5)),
+    "digits_new_classes": Task(
+        "digits", "mlp", 1, 128, before="digits_first", labels=(5, 10)
+    ),
     "gray_mlp": Task("fashion_mnist", "mlp", 1, 256, halved=True),
     "gray_resnet": Task("fashion_mnist", "resnet20", 1, 16, halved=True),
+    "gray_first": Task("fashion_mnist", "resnet20", 2, 16, halved=True, labels=(0, 5)),
+    "gray_new_classes": Task(
+        "fashion_mnist",
+        "resnet20",
+        1,
+        16,
+        halved=True,
+        before="gray_first",
+        labels=(5, 10),
+        examples=2000,
+    ),
     "emoji": Task("emoji_google", "resnet20", 12, 16, halved=True),
+    "emoji_new_domain": Task(
+        "emoji_twitter", "resnet20", 1, 16, halved=True, before="emoji"
+    ),
+    "emoji_new_domain_few": Task(
+        "emoji_twitter", "resnet20", 4, 16, halved=True, before="emoji", examples=200
+    ),
     "cells": Task("solar_cells", "cnn", 10, 16, halved=True),
     "earth": Task("earth_west", "unet", 8, 16, dense=True),
+    "earth_new_domain": Task("earth_east", "unet", 2, 16, dense=True, before="earth"),
     "brain": Task("brain", "unet", 1, 4, dense=True),
 }
 
@@ -55,18 +89,36 @@ class Parts(NamedTuple):
 def load(task: Task, examples: int | None = None) -> Parts:
     """The data of a task; at most so many examples of each split."""
     dataset = data.load(task.dataset, examples=examples)
+    if task.labels is not None:
+        dataset = _of_classes(dataset, *task.labels)
     images, test = dataset.train_images, dataset.test_images
     if task.halved:
         images, test = _halved(images), _halved(test)
     chosen = one_in(len(images), VALIDATION)
     train = dataset._replace(
-        train_images=images[~chosen],
-        train_labels=dataset.train_labels[~chosen],
-        train_groups=dataset.train_groups[~chosen],
+        train_images=images[~chosen][: task.examples],
+        train_labels=dataset.train_labels[~chosen][: task.examples],
+        train_groups=dataset.train_groups[~chosen][: task.examples],
         test_images=test,
     )
     validation = images[chosen], dataset.train_labels[chosen]
     return Parts(train, validation, (test, dataset.test_labels))
+
+
+def _of_classes(dataset: Dataset, low: int, high: int) -> Dataset:
+    """The examples of some classes, which count from 0."""
+    train, test = (
+        (labels >= low) & (labels < high)
+        for labels in (dataset.train_labels, dataset.test_labels)
+    )
+    return dataset._replace(
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train] - low,
+        train_groups=dataset.train_groups[train],
+        test_images=dataset.test_images[test],
+        test_labels=dataset.test_labels[test] - low,
+        classes=high - low,
+    )
 
 
 def _halved(images: np.ndarray) -> np.ndarray:

@@ -9,6 +9,9 @@ class, neighbors on a map. Every method gets its own rate in every cell. Validat
 three seeds choose it from a grid that grows until the best rate lies inside. Other seeds
 are tested.
 
+Some tasks fine-tune: ``nn.BatchNorm`` has trained the network at steps of 32, on other
+pictures or other classes, and each method takes its place by ``replace_batch_norm``.
+
 Finished runs are taken from the results and not run again. Run it with ``python -m
 benchmarks.studies.norm_batch``.
 """
@@ -35,7 +38,9 @@ with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from benchmarks.lib import compared, networks, replicas, report, runs, study, tasks
+    from cbn_jax.linen import replace_batch_norm
+
+from benchmarks.lib import bases, compared, networks, replicas, report, runs, study, tasks
 from benchmarks.studies.norm_batch_report import (
     Cell,
     Found,
@@ -56,8 +61,12 @@ FACTOR = 4.0  # between rates of the grid
 class Config:
     """Options of the comparison."""
 
-    tasks: tuple[str, ...] = tuple(tasks.TASKS)
-    """Tasks: digits (embedded), gray_mlp, gray_resnet, emoji, cells, earth, brain."""
+    tasks: tuple[str, ...] = tuple(
+        name for name in tasks.TASKS if not name.endswith("_first")
+    )
+    """Tasks: digits (embedded), gray_mlp, gray_resnet, emoji, cells, earth, brain; and, to
+    fine-tune, digits_new_classes (embedded), gray_new_classes, emoji_new_domain,
+    emoji_new_domain_few, earth_new_domain."""
     norm_batches: tuple[int, ...] = (1, 2, 4, 8)
     """Examples over which statistics are taken."""
     gradient_batches: tuple[int, ...] = (0, 32)
@@ -68,6 +77,7 @@ class Config:
     """SGD with momentum 0.9, or Adam."""
     methods: tuple[str, ...] = (
         "batch_norm",
+        "frozen",
         "group_norm",
         "group_norm-standardize",
         "batch_renorm",
@@ -128,9 +138,13 @@ def _data(task: str, examples: int | None) -> tasks.Parts:
 def _trainer(cell: Cell, method: str, steps: int, examples: int | None) -> replicas.Trainer:
     task, train = tasks.TASKS[cell.task], _data(cell.task, examples).train
     norm = compared.METHODS[method](cell.norm_batch, steps)
-    model = networks.NETWORKS[task.network](
-        norm=norm, classes=train.classes, width=task.width
+    make = functools.partial(
+        networks.NETWORKS[task.network], classes=train.classes, width=task.width
     )
+    if task.before:
+        model = replace_batch_norm(make(norm=compared.flax_batch_norm), norm.estimator)
+    else:
+        model = make(norm=norm)
     return replicas.make_trainer(
         model,
         train.train_images.shape[1:],
@@ -163,12 +177,15 @@ def trained(config: Config, run: Run) -> dict[str, float]:
     trainer = _trainer(cell, run.method, len(rows), config.examples)
     rate = jnp.float32(peak(cell, run.rate))
     state, loss = trainer.init(jax.random.key(run.seed), rate), jnp.zeros(())
+    task = tasks.TASKS[cell.task]
+    if task.before:
+        given = run.seed, config.examples, config.output
+        state = bases.started(state, run.method, task, *given)
     data = jax.device_put((parts.train.train_images, parts.train.train_labels))
     for chosen in rows:
         state, loss = trainer.step(state, *data, chosen)
-    dense = tasks.TASKS[cell.task].dense
     found = {
-        name: tasks.score(replicas.counted(trainer, state, *pair), dense)
+        name: tasks.score(replicas.counted(trainer, state, *pair), task.dense)
         for name, pair in (("validation", parts.validation), ("test", parts.test))
     }
     return {**found, "lost": float(not np.isfinite(float(loss)))}
@@ -184,6 +201,8 @@ def main(config: Config, console: Console) -> dict:
     pairs = [pair for pair in itertools.product(cells, config.methods) if _possible(*pair)]
     pairs += [(cell, REFERENCE) for cell in _references(cells)]
     with runs.Bar(console, len(pairs)) as bar, _pool(config) as pool:
+        bar.advance(0, "networks to fine-tune")
+        list(pool.map(functools.partial(_trained_before, config), *_bases(config)))
         jobs = {pool.submit(_pair, config, pair, _of(found, pair)): pair for pair in pairs}
         for job in concurrent.futures.as_completed(jobs):
             found.update(job.result())
@@ -218,6 +237,17 @@ def _cells(config: Config) -> Iterator[Cell]:
             yield Cell(task, norm, gradient or norm, pairing, optimizer)
 
 
+def _bases(config: Config) -> tuple[list[str], list[int]]:
+    """Tasks and seeds of the networks that are trained before."""
+    before = sorted({tasks.TASKS[name].before for name in config.tasks} - {""})
+    pairs = list(itertools.product(before, (*config.tuning_seeds, *config.seeds)))
+    return [name for name, _ in pairs], [seed for _, seed in pairs]
+
+
+def _trained_before(config: Config, task: str, seed: int) -> None:
+    bases.kept(task, seed, config.examples, config.output)
+
+
 def _references(cells: Sequence[Cell]) -> list[Cell]:
     """Batch norm over 32 examples, for each task and optimizer."""
     every = {(cell.task, cell.optimizer) for cell in cells}
@@ -225,11 +255,17 @@ def _references(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _possible(cell: Cell, method: str) -> bool:
-    """A dense layer has one value per feature and example.
+    """Whether the method has statistics in the cell, and fits what was trained before.
 
-    Batch norm needs two values. Filter response norm is over an example's positions.
+    A dense layer has one value per feature and example. Batch norm needs two values. Filter
+    response norm is over an example's positions. Only a trained network can be frozen.
     """
-    if tasks.TASKS[cell.task].network != "mlp":
+    task = tasks.TASKS[cell.task]
+    if task.before and (method in compared.OTHER_NETWORKS):
+        return False
+    if method == "frozen" and not task.before:
+        return False
+    if task.network != "mlp":
         return True
     needs_two = method in ("batch_norm", "batch_renorm", "cross_iteration_batch_norm")
     return method != "filter_response_norm" and not (needs_two and cell.norm_batch == 1)

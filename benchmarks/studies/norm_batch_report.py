@@ -98,16 +98,17 @@ def tested(results: dict) -> dict[Cell, dict[str, Tested]]:
 def markdown(results: dict) -> str:
     """The verdict, then a table for each task; methods by rows, norm batches by columns."""
     cells = tested(results)
-    parts = [verdict(results)]
+    parts = [verdict(results, tuned) for tuned in (False, True)]
     for task in sorted({cell.task for cell in cells}):
         parts.append(f"{_title(task)}\n\n{_table(task, cells)}")
-    return "\n\n".join(part.strip() for part in [*parts, _legend(results)]) + "\n"
+    return "\n\n".join(part.strip() for part in [*parts, _legend(results)] if part) + "\n"
 
 
 def _title(task: str) -> str:
     chosen = tasks.TASKS[task]
     measure = "mean intersection over union" if chosen.dense else "test accuracy"
-    return f"**{task}**: {chosen.network} on {chosen.dataset}, {measure} in %:"
+    before = f", fine-tunes {chosen.before}" if chosen.before else ""
+    return f"**{task}**: {chosen.network} on {chosen.dataset}{before}, {measure} in %:"
 
 
 def _table(task: str, cells: dict[Cell, dict[str, Tested]]) -> str:
@@ -154,9 +155,18 @@ def behind(found: dict[str, Tested], name: str) -> tuple[float, float]:
     return best.mean - own.mean, float(np.hypot(best.error, own.error))
 
 
-def verdict(results: dict) -> str:
-    """In how many cells each method is as good as the best, and where it is worst."""
-    cells = {cell: found for cell, found in tested(results).items() if cell.norm_batch < 32}
+def verdict(results: dict, tuned: bool) -> str:
+    """In how many cells each method is as good as the best, and where it is worst.
+
+    Cells of training from scratch, or those of fine-tuning.
+    """
+    cells = {
+        cell: found
+        for cell, found in tested(results).items()
+        if cell.norm_batch < 32 and bool(tasks.TASKS[cell.task].before) == tuned
+    }
+    if not cells:
+        return ""
     names = dict.fromkeys(name for found in cells.values() for name in found)
     rows = []
     for name in names:
@@ -167,7 +177,8 @@ def verdict(results: dict) -> str:
             f"{worst.task}, {worst.norm_batch} of {worst.gradient_batch}, {worst.pairing}"
         )
         rows.append((-good / len(gaps), name, good, len(gaps), gaps[worst][0], where))
-    return report.markdown_table(
+    setting = "Fine-tuning" if tuned else "Training from scratch"
+    return f"{setting}:\n\n" + report.markdown_table(
         ("method", "within two standard errors of the best", "worst cell", "points behind"),
         [
             (name, f"{good} of {count} cells", where, f"{gap:.1f}")
