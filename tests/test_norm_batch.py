@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -12,7 +13,7 @@ from rich.console import Console
 
 import cbn_jax
 from benchmarks.lib import bases, compared, networks, replicas, tasks
-from benchmarks.studies import norm_batch, norm_batch_report
+from benchmarks.studies import norm_batch, norm_batch_figures, norm_batch_report
 from benchmarks.studies.norm_batch_report import Cell, Run
 
 pytestmark = [
@@ -282,10 +283,32 @@ def test_tables():
     assert gap == pytest.approx(31.0)
     assert error == pytest.approx(np.hypot(10, 1) / 3**0.5)
     text = norm_batch_report.markdown(results)
-    assert "| online_norm | 1 of 1 cells |" in text
-    assert "| batch_norm | 0 of 1 cells | digits, 2 of 2, alike | 31.0 |" in text
+    assert "| online_norm | 1 of 1 |" in text
+    assert "| batch_norm | 0 of 1 | digits, 2 of 2, alike | 31.0 |" in text
+    assert norm_batch_report.summary(results) == (
+        "Training from scratch, cells within two standard errors of the best of all "
+        "methods: batch_norm in 0 of 1 (at worst 31.0 points behind)."
+    )
     assert "**91.0 ± 0.8 (0.4)**" in text
     assert "| 60.0 ± 8.2 (0.4) |" in text
+
+
+def test_figures(tmp_path):
+    """Of several norm batches, and of pairs that are independent or alike."""
+    found, scores = {}, {"batch_norm": 0.5, "small_batch_norm": 0.9}
+    for size, pairing, name in itertools.product(
+        (2, 4, 32), norm_batch_figures.PAIRINGS, scores
+    ):
+        cell = Cell("digits", size, size, pairing, "sgd")
+        result = {"validation": 0.5, "test": scores[name], "lost": 0.0}
+        found |= {Run(cell, name, 0.1, seed): result for seed in (100, 101, 0, 1, 2)}
+    results = results_of({})[0] | norm_batch_report.plain(found)
+    cells = norm_batch_report.tested(results)
+    pairs = norm_batch_figures._pairs(cells, "digits")
+    assert list(pairs) == ["batch_norm", "small_batch_norm"]  # the best on top
+    for name, draw in norm_batch_figures.FIGURES.items():
+        draw(results, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 3_000
 
 
 @pytest.mark.parametrize(

@@ -105,9 +105,9 @@ def drawn(draw: Callable[[dict], Any]) -> Callable[[dict, Path], None]:
 
 
 def _reduce(path: Path) -> None:
-    """A picture with 64 colors, which are enough for a plot and a third of the bytes."""
+    """A picture with 256 colors, which are enough for a plot and half of the bytes."""
     with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
 
 
@@ -157,7 +157,9 @@ _PLACES = {
     "batch_norm": 0,
     "cross_iteration_batch_norm": 1,
     "small_batch_norm": 2,
+    "small_batch_norm-standardize": 2,
     "streaming_batch_norm": 2,
+    "carried_batch_norm": 5,
     "nn.GroupNorm": 3,
     "cross_iteration_batch_norm-burn_in": 4,
     "group_norm-standardize": 4,

@@ -41,6 +41,7 @@ with needed_for("benchmarks"):
     from cbn_jax.linen import replace_batch_norm
 
 from benchmarks.lib import bases, compared, networks, replicas, report, runs, study, tasks
+from benchmarks.studies import norm_batch_figures
 from benchmarks.studies.norm_batch_report import (
     Cell,
     Found,
@@ -108,7 +109,7 @@ class Config:
     resume: Annotated[Path, tyro.conf.arg(metavar="FILE")] = COMMITTED
     """Results whose runs are not run again, where their options agree."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/norm_batch")
-    """Folder for results.json and table.md."""
+    """Folder for results.json, table.md and the figures."""
 
 
 QUICK = Config(
@@ -209,7 +210,9 @@ def main(config: Config, console: Console) -> dict:
             cell, method = jobs[job]
             bar.advance(1, f"{cell.task} {cell.norm_batch} {method}")
             _write(config, found)
-    return study.publish(config, plain(found), console, markdown)
+    return study.publish(
+        config, plain(found), console, markdown, **norm_batch_figures.FIGURES
+    )
 
 
 def _check(config: Config) -> None:

@@ -155,36 +155,80 @@ def behind(found: dict[str, Tested], name: str) -> tuple[float, float]:
     return best.mean - own.mean, float(np.hypot(best.error, own.error))
 
 
-def verdict(results: dict, tuned: bool) -> str:
-    """In how many cells each method is as good as the best, and where it is worst.
+class Standing(NamedTuple):
+    """How a method does over cells."""
 
-    Cells of training from scratch, or those of fine-tuning.
-    """
+    good: int  # cells within two standard errors of the best
+    cells: int
+    gap: float  # points behind the best in the worst cell
+    worst: Cell
+
+
+def standings(results: dict, tuned: bool) -> dict[str, Standing]:
+    """By method, the best first; over cells of fine-tuning or of training from scratch."""
     cells = {
         cell: found
         for cell, found in tested(results).items()
         if cell.norm_batch < 32 and bool(tasks.TASKS[cell.task].before) == tuned
     }
-    if not cells:
-        return ""
-    names = dict.fromkeys(name for found in cells.values() for name in found)
-    rows = []
-    for name in names:
+    made = {}
+    for name in dict.fromkeys(name for found in cells.values() for name in found):
         gaps = {cell: behind(found, name) for cell, found in cells.items() if name in found}
         good = sum(gap <= 2 * error for gap, error in gaps.values())
         worst = max(gaps, key=lambda cell: gaps[cell][0])
-        where = (
-            f"{worst.task}, {worst.norm_batch} of {worst.gradient_batch}, {worst.pairing}"
-        )
-        rows.append((-good / len(gaps), name, good, len(gaps), gaps[worst][0], where))
-    setting = "Fine-tuning" if tuned else "Training from scratch"
-    return f"{setting}:\n\n" + report.markdown_table(
-        ("method", "within two standard errors of the best", "worst cell", "points behind"),
-        [
-            (name, f"{good} of {count} cells", where, f"{gap:.1f}")
-            for _, name, good, count, gap, where in sorted(rows)
-        ],
+        made[name] = Standing(good, len(gaps), gaps[worst][0], worst)
+    order = sorted(made, key=lambda name: (-made[name].good / made[name].cells, name))
+    return {name: made[name] for name in order}
+
+
+def verdict(results: dict, tuned: bool) -> str:
+    """In how many cells each method is as good as the best, and where it is worst."""
+    found = standings(results, tuned)
+    if not found:
+        return ""
+    rows = [
+        (name, f"{each.good} of {each.cells}", _where(each.worst), f"{each.gap:.1f}")
+        for name, each in found.items()
+    ]
+    table = report.markdown_table(("method", "cells", "worst cell", "points behind"), rows)
+    return (
+        f"{'Fine-tuning' if tuned else 'Training from scratch'}, cells within two standard "
+        f"errors of the best method, and the cell farthest from it:\n\n{table}"
     )
+
+
+def _where(cell: Cell) -> str:
+    return f"{cell.task}, {cell.norm_batch} of {cell.gradient_batch}, {cell.pairing}"
+
+
+# The methods of the summary, where they were run.
+IN_SHORT = (
+    "small_batch_norm-standardize",
+    "small_batch_norm",
+    "group_norm-standardize",
+    "group_norm",
+    "frozen",
+    "batch_norm",
+)
+
+
+def summary(results: dict) -> str:
+    """A sentence for each setting."""
+    lines = []
+    for tuned, setting in ((False, "Training from scratch"), (True, "Fine-tuning")):
+        found = standings(results, tuned)
+        counts = [
+            f"{name} in {found[name].good} of {found[name].cells} (at worst "
+            f"{found[name].gap:.1f} points behind)"
+            for name in IN_SHORT
+            if name in found
+        ]
+        if counts:
+            lines.append(
+                f"{setting}, cells within two standard errors of the best of all methods: "
+                f"{', '.join(counts)}."
+            )
+    return "\n".join(lines)
 
 
 def _legend(results: dict) -> str:
