@@ -83,7 +83,7 @@ def main(config: Config, console: Console) -> dict:
             f"--timing-rounds is {config.timing_rounds}, expected at least 1 for a median."
         )
     runs.check_networks(config.networks)
-    dataset = data.load(config.dataset, config.data_dir, config.examples)
+    dataset = data.classified(config.dataset, config.data_dir, config.examples)
     total = len(config.seeds) * sum(
         run.steps(dataset)
         for network in config.networks

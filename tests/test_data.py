@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.lib import data, packaged
+from benchmarks.lib import data, dataset, packaged
 
 pytestmark = [
     pytest.mark.studies,
@@ -143,6 +143,13 @@ def test_brain(installed, monkeypatch):
         assert (cube[0, 0, 0] == behind[::32, ::32, ::32].reshape(-1)).any()
         assert len(np.unique(mark)) == 1
     assert set(np.unique(brain.train_labels)) == {1, 2}
+
+
+def test_studies_of_images_refuse_maps(monkeypatch):
+    maps = dataset.Dataset("maps", *(np.zeros((2, 4, 4)),) * 4, 3, np.zeros(2))
+    monkeypatch.setitem(data.PACKAGED, "maps", lambda: maps)
+    with pytest.raises(ValueError, match=r"'maps' has a label for every position, expect"):
+        data.classified("maps")
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):

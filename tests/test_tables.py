@@ -30,7 +30,7 @@ def test_precisions_are_compared_as_measured():
     compared = [
         json.loads(tables.results(name)) for name in ("small_batch_bfloat16", "small_batch")
     ]
-    assert small_batch.compare(*compared) in (ROOT / "README.md").read_text()
+    assert small_batch.compare(*compared) in (ROOT / "benchmarks/README.md").read_text()
     other, usual = (dict(each["config"]) for each in compared)
     for config in (other, usual):
         del config["precision"], config["output"]

@@ -64,6 +64,24 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
     return _prepared(name, data_dir, examples)
 
 
+def classified(
+    name: str, data_dir: Path | None = None, examples: int | None = None
+) -> Dataset:
+    """``load``, of data with one label for each example.
+
+    Raises:
+      ValueError: as ``load``; every position has a label.
+    """
+    dataset = load(name, data_dir, examples)
+    if dataset.train_labels.ndim > 1:
+        raise ValueError(
+            f"dataset {name!r} has a label for every position, expected one for each "
+            "image; train on it with python -m benchmarks.studies.norm_batch --tasks "
+            "earth brain."
+        )
+    return dataset
+
+
 def first(dataset: Dataset, most: int | None) -> Dataset:
     """At most so many examples of each split."""
     arrays = {

@@ -38,7 +38,7 @@ class Options:
 
     def load(self) -> data.Dataset:
         """The data set."""
-        return data.load(self.dataset, self.data_dir, self.examples)
+        return data.classified(self.dataset, self.data_dir, self.examples)
 
 
 def publish(

@@ -61,7 +61,7 @@ class Config:
 def main(config: Config, console: Console) -> dict:
     """Runs the experiments that have no result yet; writes and prints all results."""
     runs.check_networks(config.networks)
-    dataset = data.load(config.dataset, config.data_dir, config.examples)
+    dataset = data.classified(config.dataset, config.data_dir, config.examples)
     # A method with a batch size of its own is the same at every batch size: run once.
     chosen = dict.fromkeys(
         (network, methods.parse(text, size))

@@ -71,7 +71,7 @@ class Config:
 
 def main(config: Config, console: Console) -> dict:
     """Counts, trains, measures, writes and shows the results."""
-    dataset = data.load(config.dataset, config.data_dir, config.examples)
+    dataset = data.classified(config.dataset, config.data_dir, config.examples)
     chosen = [methods.parse(text, config.batch_size) for text in config.methods]
     steps = training.count_steps(dataset, config.batch_size, config.epochs)
     with runs.Bar(console, steps * len(config.seeds) * (len(chosen) + 1)) as bar:

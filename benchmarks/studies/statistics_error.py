@@ -89,7 +89,7 @@ def methods(config: Config) -> dict[str, cbn_jax.Estimator]:
 def main(config: Config, console: Console) -> dict:
     """Trains, measures, writes and shows the results."""
     runs.check_networks(config.networks)
-    dataset = data.load(config.dataset, config.data_dir, config.examples)
+    dataset = data.classified(config.dataset, config.data_dir, config.examples)
     steps = training.count_steps(dataset, config.batch_size, config.epochs)
     if config.every > steps:
         raise ValueError(f"{steps} steps are fewer than --every {config.every}; lower it.")
