@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 import cbn_jax
-from benchmarks.lib import bases, compared, networks, replicas, tasks
-from benchmarks.studies import norm_batch, norm_batch_figures, norm_batch_report
+from benchmarks.lib import bases, compared, dataset, networks, replicas, tasks
+from benchmarks.studies import masks, norm_batch, norm_batch_figures, norm_batch_report
 from benchmarks.studies.norm_batch_report import Cell, Run
 
 pytestmark = [
@@ -309,6 +309,29 @@ def test_figures(tmp_path):
     for name, draw in norm_batch_figures.FIGURES.items():
         draw(results, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 3_000
+
+
+def test_masks(tmp_path, monkeypatch):
+    """From training to the figure, on maps of two halves."""
+    rng = np.random.default_rng(0)
+    images = rng.random((24, 16, 16, 3), np.float32)
+    labels = (images[..., 0] > 0.5).astype(np.int32)
+    maps = dataset.Dataset("maps", images, labels, images, labels, 3, np.arange(24))
+    monkeypatch.setattr(tasks.data, "load", lambda name, examples: maps)
+    norm_batch._data.cache_clear()
+    config = dataclasses.replace(masks.QUICK, epochs=0.1, output=tmp_path)
+    results = masks.main(config, Console(quiet=True))
+    norm_batch._data.cache_clear()
+    assert [cell["method"] for cell in results["cells"]] == list(config.methods)
+    for cell in results["cells"]:
+        assert {len(mask) for mask in cell["masks"]} == {16 * 16}
+        assert 0 <= cell["score"] <= 1
+    assert results["truth"][0].count("1") == pytest.approx(128, abs=25)  # even tiles
+    assert (tmp_path / "masks.png").stat().st_size > 3_000
+    assert masks.markdown(results) == (tmp_path / "table.md").read_text()
+    without = dataclasses.replace(config, learning_rate=None, rates=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"has no rate for batch_norm on earth at norm"):
+        masks.main(without, Console(quiet=True))
 
 
 @pytest.mark.parametrize(

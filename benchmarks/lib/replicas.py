@@ -32,12 +32,14 @@ class Trainer(NamedTuple):
       init: ``(key, rate) -> state``.
       step: ``(state, images, labels, rows) -> (state, loss)``. ``rows`` is ``[replicas,
         norm batch]``. It takes the state over.
+      classes: ``(state, images) -> classes``, with the mean state of all replicas.
       confusion: ``(state, images, labels) -> [classes, classes]``, how often each class
-        (row) was taken for each (column), with the mean state of all replicas.
+        (row) was taken for each (column).
     """
 
     init: Any
     step: Any
+    classes: Any
     confusion: Any
 
 
@@ -73,15 +75,20 @@ def make_trainer(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), stats, opt_state), loss
 
-    def confusion(state, images, labels):
+    def predict(state, images):
         stats = jax.tree.map(lambda leaf: leaf.mean(0), state.batch_stats)
         variables = {"params": state.params, "batch_stats": stats}
         logits: Any = model.apply(variables, images, train=False)
-        pairs = classes * labels.reshape(-1) + logits.argmax(-1).reshape(-1)
+        return logits.argmax(-1)
+
+    def confusion(state, images, labels):
+        found = predict(state, images)
+        pairs = classes * labels.reshape(-1) + found.reshape(-1)
         counts = jnp.zeros(classes**2, int).at[pairs].add(1)
         return counts.reshape(classes, classes)
 
-    return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0), jax.jit(confusion))
+    step = jax.jit(step, donate_argnums=0)
+    return Trainer(jax.jit(init), step, jax.jit(predict), jax.jit(confusion))
 
 
 def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:

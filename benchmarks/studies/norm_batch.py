@@ -171,22 +171,29 @@ def _rows(config: Config, cell: Cell, seed: int) -> list[np.ndarray]:
     return rows[: max(1, round(len(rows) * passes / whole))]
 
 
-def trained(config: Config, run: Run) -> dict[str, float]:
-    """One run: its scores on validation and on test data, and whether it was lost."""
-    cell, parts = run.cell, _data(run.cell.task, config.examples)
-    rows = _rows(config, cell, run.seed)
+def fitted(config: Config, run: Run) -> tuple[replicas.Trainer, replicas.State, jax.Array]:
+    """One run: its trainer, its last state and its last loss."""
+    cell, task = run.cell, tasks.TASKS[run.cell.task]
+    rows, train = _rows(config, cell, run.seed), _data(cell.task, config.examples).train
     trainer = _trainer(cell, run.method, len(rows), config.examples)
     rate = jnp.float32(peak(cell, run.rate))
     state, loss = trainer.init(jax.random.key(run.seed), rate), jnp.zeros(())
-    task = tasks.TASKS[cell.task]
     if task.before:
         given = run.seed, config.examples, config.output
         state = bases.started(state, run.method, task, *given)
-    data = jax.device_put((parts.train.train_images, parts.train.train_labels))
+    data = jax.device_put((train.train_images, train.train_labels))
     for chosen in rows:
         state, loss = trainer.step(state, *data, chosen)
+    return trainer, state, loss
+
+
+def trained(config: Config, run: Run) -> dict[str, float]:
+    """One run: its scores on validation and on test data, and whether it was lost."""
+    trainer, state, loss = fitted(config, run)
+    parts = _data(run.cell.task, config.examples)
+    dense = tasks.TASKS[run.cell.task].dense
     found = {
-        name: tasks.score(replicas.counted(trainer, state, *pair), task.dense)
+        name: tasks.score(replicas.counted(trainer, state, *pair), dense)
         for name, pair in (("validation", parts.validation), ("test", parts.test))
     }
     return {**found, "lost": float(not np.isfinite(float(loss)))}
