@@ -291,6 +291,11 @@ def test_tables():
     )
     assert "**91.0 ± 0.8 (0.4)**" in text
     assert "| 60.0 ± 8.2 (0.4) |" in text
+    short = norm_batch_report.at(results, "2", "digits")
+    assert short.splitlines()[2:4] == [
+        "| online_norm | **91.0 ± 0.6** |",
+        "| batch_norm | 60.0 ± 5.8 |",
+    ]
 
 
 def test_figures(tmp_path):

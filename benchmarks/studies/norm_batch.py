@@ -349,7 +349,7 @@ def best_rate(validation: Any, grid: Sequence[float], most: int = 4) -> float:
         if best not in (min(found), max(found)) or len(found) == 1:
             break
         new = best * FACTOR if best == max(found) else best / FACTOR
-        new = float(f"{new:.6g}")
+        new = float(f"{new:.5g}")  # as results are written
         found[new] = validation(new)
     return max(found, key=found.__getitem__)
 

@@ -231,6 +231,47 @@ def summary(results: dict) -> str:
     return "\n".join(lines)
 
 
+def at(results: dict, size: str, *names: str) -> str:
+    """Some tasks at one norm batch in a short table: a row for each method.
+
+    Steps of the optimizer are the norm batches, by SGD; the best method in the last task
+    comes first.
+    """
+    cells = {
+        cell: found
+        for cell, found in tested(results).items()
+        if cell[:3] in [(name, int(size), int(size)) for name in names]
+    }
+    order = sorted(
+        cells, key=lambda cell: (names.index(cell.task), cell.pairing == "alike")
+    )
+    last = cells[order[-1]]
+    methods = sorted(last, key=lambda name: -last[name].mean)
+    methods += [
+        name
+        for name in dict.fromkeys(name for cell in order for name in cells[cell])
+        if name not in methods
+    ]
+    rows = [(name, *(_short(cells[cell], name) for cell in order)) for name in methods]
+    table = report.markdown_table(
+        ("method", *(f"{cell.task}, {cell.pairing}" for cell in order)), rows
+    )
+    seeds = len(results["config"]["seeds"])
+    return (
+        f"{table}\nTest accuracy in % (mean intersection over union for maps), mean ± "
+        f"standard error over {seeds} seeds, at norm batch {size}; bold: within two standard "
+        f"errors of the best. {study.measured_on(results)}"
+    )
+
+
+def _short(found: dict[str, Tested], name: str) -> str:
+    if name not in found:
+        return ""
+    text = report.mean_error(found[name].scores)
+    gap, error = behind(found, name)
+    return f"**{text}**" if gap <= 2 * error else text
+
+
 def _legend(results: dict) -> str:
     config = results["config"]
     return (
