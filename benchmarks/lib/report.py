@@ -325,17 +325,20 @@ def name_ends(axis: Any, ends: dict[str, tuple[float, float, str]]) -> None:
       axis: of matplotlib.
       ends: by name, the last point of its line and its color.
     """
+    if not ends:
+        return
     axis.autoscale_view()
     height = axis.get_ylim()[1] - axis.get_ylim()[0]
     points = axis.get_position().height * axis.figure.get_figheight() * 72
     gap = 9.5 * height / points  # of two lines of text
     names = sorted(ends, key=lambda name: ends[name][1])
     places = spread_apart([ends[name][1] for name in names], gap)
+    right = max(x for x, _, _ in ends.values())
     for name, place in zip(names, places, strict=True):
-        x, y, color = ends[name]
+        _, y, color = ends[name]
         axis.annotate(
             name,
-            (x, y),
+            (right, y),
             (6, (place - y) * points / height),
             textcoords="offset points",
             color=color,

@@ -259,8 +259,8 @@ def at(results: dict, size: str, *names: str) -> str:
     seeds = len(results["config"]["seeds"])
     return (
         f"{table}\nTest accuracy in % (mean intersection over union for maps), mean ± "
-        f"standard error over {seeds} seeds, at norm batch {size}; bold: within two standard "
-        f"errors of the best. {study.measured_on(results)}"
+        f"standard error over {seeds} seeds, at norm batch {size}; bold: within two "
+        f"standard errors of the best. {study.measured_on(results)}"
     )
 
 
