@@ -12,7 +12,7 @@ from ._adapters import short
 from .core.estimator import Estimator
 from .methods.batch_renorm import batch_renorm
 
-# #: Reasons why a batch norm gets the fallback.
+#: Reasons why a batch norm gets the fallback.
 NO_LAYER = "its input is no layer's output"
 NAMED = "named in without_layer"
 OTHER_AXIS = "its features are not the last axis"

@@ -144,7 +144,7 @@ def attach(
     """The statistics, as constants, with the gradient that ``rule`` gives to ``x``.
 
     Args:
-      rule: computes the correction of the method.
+      rule: computes the correction and the averages' next values.
       x: activations.
       mask: mask of the activations.
       statistics: normalize the activations.

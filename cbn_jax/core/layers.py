@@ -124,6 +124,6 @@ def _dense(params: Params, inputs: jax.Array) -> jax.Array:
     return x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-# #: ``x = inputs @ kernel (+ bias)`` on the last axis. Parameters are the kernel
-# ``[in, C]``, or a dict of ``kernel`` and optionally ``bias``.
+#: ``x = inputs @ kernel (+ bias)`` on the last axis. Parameters are the kernel
+#: ``[in, C]``, or a dict of ``kernel`` and optionally ``bias``.
 dense = Layer(_dense, dense_patches)

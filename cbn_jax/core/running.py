@@ -132,7 +132,7 @@ def restarted(
     old = in_dtype(running, window.mean.dtype)
     inv_std = lax.rsqrt(window.var + epsilon)
     # Deviations in squared standard errors. For the variance it is (r − 1)² / r, with r the
-    # ratio of both variances. For a small deviation this equals log(r)².
+    # ratio of both variances. For a small deviation this is about log(r)².
     ratio = (old.var + epsilon) * jnp.square(inv_std)
     mean_off = jnp.square((window.mean - old.mean) * inv_std) * values > 9.0
     var_off = jnp.square(ratio - 1.0) * values > 18.0 * ratio

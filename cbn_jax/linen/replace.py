@@ -152,7 +152,7 @@ def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     return Report(tuple(row for row, _ in records.values()))
 
 
-# #: The row of a batch norm and the change of its layer's kernel, by path.
+#: The row of a batch norm and the change of its layer's kernel, by path.
 Records = dict[str, tuple[Replaced, Kernel | None]]
 
 _records: contextvars.ContextVar[Records | None] = contextvars.ContextVar(
