@@ -2,10 +2,10 @@
 """Test accuracy against batch size, every method at its best learning rate.
 
 Trains small networks at batch sizes 1 to 32 with every method, on the same number of
-examples. The rate of each method at each batch size is chosen from one grid that all
-methods share, on a validation part of the training images, with a separate seed. The
-reported seeds then train with that rate, and are tested on the test images. At one batch
-size every rate is reported, to show the effect of the choice.
+examples. All methods share one grid of rates. A separate seed chooses the rate of each
+method at each batch size, on a validation part of the training images. The reported seeds
+then train with that rate, and are tested on the test images. At one batch size every rate
+is reported, to show the effect of the choice.
 
 The output folder keeps finished runs. The next call with the same options and code does not
 run them again. Two calls with different --networks may use the same folder at the same

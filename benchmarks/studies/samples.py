@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Number of sampled positions: accuracy and error of the statistics against cost.
 
-Counts the FLOPs of a training step of a ResNet-18 on 32x32 images at batch size 2, for
-streaming and replay with an increasing number of sampled positions. On the residual CNN of
-the main job it measures two results of the positions: the error of the statistics along the
-same run, and the test accuracy of networks trained with each. Prints a table and draws both
-curves.
+Counts the FLOPs of a training step of a ResNet-18 on 32x32 images at batch size 2. The
+methods are streaming and replay with an increasing number of sampled positions. On the
+residual CNN of the main job the study measures two results of the positions: the error of
+the statistics along the same run, and the test accuracy of networks trained with each.
+Prints a table and draws both curves.
 
 Run it with ``python -m benchmarks.studies.samples``.
 """

@@ -343,9 +343,9 @@ def total(sums: Any, axis_name: AxisName) -> Any:
 def of_devices(rows: Any, axis_name: AxisName) -> Any:
     """The rows of each device on every device: leaves ``[devices, ...]``, one collective.
 
-    The rows are sent as a sum of one-hot rows instead of an ``all_gather``. JAX then knows
-    that the result is the same on all devices, and ``shard_map`` accepts a state made of it
-    as replicated.
+    The rows are sent as a sum of one-hot rows instead of an ``all_gather``. The result
+    then counts as the same on all devices, and ``shard_map`` accepts a state made of it as
+    replicated.
     """
     if axis_name is None:
         return jax.tree.map(lambda leaf: leaf[None], rows)

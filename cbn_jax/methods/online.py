@@ -37,7 +37,7 @@ class OnlineState(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the backward pass needs of each example, ``[examples of all devices, C]``.
+    """Values of each example for the backward pass, ``[examples of all devices, C]``.
 
     Attributes:
       y: E[y], the mean of its normalized values.
