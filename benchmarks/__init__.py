@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What small batches do, measured: data, networks, training loop and reports."""
+"""Studies of small batches: data, networks, training loop and reports."""

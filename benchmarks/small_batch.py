@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two images a step: which normalizer trains a network?
+"""Which normalizer trains a network with two images per step?
 
 Trains an MLP and a residual CNN on real images at batch size 2. The two images of a step
-are independent, or they are of one class, as neighboring frames and patches are. Batch norm
-at 32 independent images is the mark to reach. Prints a table and draws the learning curves.
+are independent, or they are of one class, as neighboring frames and patches are. The
+reference is batch norm with 32 independent images. Prints a table and draws the learning
+curves.
 
 The output folder keeps finished runs. The next call with the same options and code does not
-run them again. With --checkpoint-dir an interrupted run goes on from its last checkpoint.
+run them again. With --checkpoint-dir an interrupted run resumes from its last checkpoint.
 
 Run it with ``python -m benchmarks.small_batch``.
 """
@@ -45,38 +46,39 @@ class Config:
         "small_batch_norm",
         "batch_norm@32",
     )
-    """Normalizers to compare; NAME@SIZE sets a batch size of its own, and then takes
-    independent images alone."""
+    """Normalizers to compare. NAME@SIZE sets its own batch size, and then uses independent
+    images only."""
     pairings: tuple[training.Pairing, ...] = ("independent", "one class")
-    """What the images of a step are."""
+    """Relation of the images of a step."""
     networks: tuple[str, ...] = ("mlp", "cnn")
     """Networks to train."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run each; a seed fixes the initial weights and the order of the examples."""
+    """One run per seed. A seed fixes the initial weights and the order of the examples."""
     epochs: int = 3
     """Passes over the training images."""
     learning_rate: float = 0.1
-    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    """Peak rate at batch size 32. It is scaled in proportion to the batch size."""
     precision: runs.Precision = "float32"
-    """Of activations and products; parameters, optimizer and statistics are float32."""
+    """Precision of activations and products. Parameters, optimizer and statistics are
+    float32."""
     examples: int | None = None
-    """Use at most so many images for training, and for testing."""
+    """Largest number of images for training, and for testing."""
     timing_rounds: int = 20
     """Rounds of ten steps for the step-time ratios."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/small_batch")
     """Folder for results.json, table.md, curves.png and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+    """Folder for prepared data; tensorflow-datasets' default if not given."""
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Save the state of a run four times on its way, and go on from the last."""
+    """Folder for checkpoints, four per run. An interrupted run resumes from the last."""
 
 
-# Options that change no run.
+# Options that do not affect runs.
 _AROUND = ("timing_rounds", "output", "data_dir", "checkpoint_dir")
 
 
 def main(config: Config, console: Console) -> dict:
-    """Runs what is missing, measures step times, writes and shows the results."""
+    """Executes missing runs, measures step times, writes and shows the results."""
     chosen = [methods.parse(text, config.batch_size) for text in config.methods]
     if config.timing_rounds < 1:
         raise ValueError(
@@ -117,7 +119,7 @@ def _baseline(config: Config) -> str:
 
 
 def _runs(config: Config, network: str, chosen: list[methods.Method]) -> list[runs.Run]:
-    """One for each pairing and method, then the references."""
+    """One run for each pairing and method, then the references."""
 
     def run(method, pairing):
         return runs.Run(
@@ -183,7 +185,7 @@ def _state_bytes(trainer: training.Trainer) -> int:
 
 
 def compare(results: dict, usual: dict) -> str:
-    """Test accuracies beside those of the same runs in float32, in two sentences."""
+    """Compares test accuracies with those of the same runs in float32, in two sentences."""
     recommended, below = [], []
     for cell, other in zip(results["cells"], usual["cells"], strict=True):
         ends = [

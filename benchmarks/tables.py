@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and sentences in the documentation, from the committed results.
 
-A document holds ``<!-- FUNCTION STUDY -->``, what that function made of the study's
-committed ``results.json``, and ``<!-- end -->``; further words are arguments, as in
-``<!-- of cost batch_norm small_batch -->``. This command makes it anew, in the README, in
-benchmarks/README.md and in docs/, so that no figure is ever typed.
+A document contains ``<!-- FUNCTION STUDY -->``, the output of that function for the study's
+committed ``results.json``, and ``<!-- end -->``. Further words are arguments, as in
+``<!-- of cost batch_norm small_batch -->``. This command rewrites these outputs in the
+README, in benchmarks/README.md and in docs/, so that nobody types a number.
 
 Run it with ``python -m benchmarks.tables`` in a checkout.
 """
@@ -49,7 +49,7 @@ from benchmarks.studies import (
 )
 
 ROOT = Path(__file__).parent.parent
-# Folder of results -> the module that writes them down.
+# Folder of results -> the module that writes its tables.
 STUDIES: dict[str, ModuleType] = {
     "small_batch": report,
     "small_batch_bfloat16": report,
@@ -80,7 +80,7 @@ STUDIES: dict[str, ModuleType] = {
     "group_batch": robustness,
     "centralize": robustness,
 }
-# Figures that stand in a module of their own.
+# Figures with a module of their own.
 FIGURES = {"norm_batch": norm_batch_figures.FIGURES}
 _BLOCK = re.compile(
     r"(<!-- (\w+) (\w+)((?: \S+)*?) -->)(\s*)(.*?)(<!-- end -->)", re.DOTALL
@@ -94,7 +94,7 @@ class Config:
     root: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = ROOT
     """The checkout."""
     figures: bool = False
-    """Draw every figure anew too, from the same results."""
+    """Also redraw every figure, from the same results."""
 
 
 def main(config: Config, console: Console) -> dict:
@@ -114,7 +114,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def redrawn(root: Path) -> list[str]:
-    """Draws all figures of all studies, after a change of their look; their paths."""
+    """Redraws all figures of all studies, after a change of style; returns their paths."""
     made = []
     for name, module in STUDIES.items():
         figures = FIGURES.get(name) or getattr(module, "FIGURES", {})
@@ -127,7 +127,7 @@ def redrawn(root: Path) -> list[str]:
 
 
 def documents(root: Path) -> Iterator[Path]:
-    """All that may hold a table."""
+    """All documents that may contain a table."""
     yield from (root / "README.md", root / "benchmarks/README.md")
     yield from sorted((root / "docs").rglob("*.md"))
 
@@ -138,7 +138,7 @@ def results(name: str, file: str = "results.json") -> str:
 
 
 def rendered(text: str) -> str:
-    """A document with every block made anew."""
+    """A document with every block rewritten."""
     return _BLOCK.sub(_block, text)
 
 
@@ -153,7 +153,7 @@ def _block(found: re.Match[str]) -> str:
     made = make(json.loads(results(name)), *words.split()).strip()
     if space.startswith("\n"):
         return f"{start}\n\n{made}\n\n{end}"
-    return f"{start}{' '.join(made.split())}{end}"  # within a line, as in a table's cell
+    return f"{start}{' '.join(made.split())}{end}"  # in one line, as in a table's cell
 
 
 if __name__ == "__main__":

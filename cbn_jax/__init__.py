@@ -2,7 +2,7 @@
 """cbn_jax: normalization for small batches, in JAX and Flax.
 
 A method is an ``Estimator``: pure functions ``init``, ``train`` and ``infer`` that estimate
-the statistics to normalize with. Three more functions do the rest::
+the statistics to normalize with. ``run_layer`` and ``normalize`` do the rest::
 
     estimator = small_batch_norm(batch_size=2)
     state = estimator.init(features, layer, params)
@@ -10,8 +10,8 @@ the statistics to normalize with. Three more functions do the rest::
     statistics, state = estimator.train(state, x, source)
     y = normalize(x, statistics, scale, bias)
 
-``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models,
-``cbn_jax.equinox.Norm`` in those of Equinox.
+``cbn_jax.linen.Norm`` and ``cbn_jax.nnx.Norm`` do the same inside Flax models, and
+``cbn_jax.equinox.Norm`` in Equinox models.
 """
 
 import importlib as _importlib
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported at the first use: most of them need more than JAX.
+# These modules are imported at their first use, because most of them need more than JAX.
 _MODULES = [
     "assessment",
     "convert",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the adapters; there is no arithmetic in an adapter."""
+"""Functions that the adapters share; an adapter has no arithmetic of its own."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,14 @@ Kernel = Callable[[jax.Array], jax.Array]
 
 
 def estimator_of(estimator: Estimator | Learned, mix: Callable[[], Any]) -> Estimator:
-    """An estimator unchanged; a ``Learned`` at the sigmoid of ``mix``."""
+    """An estimator unchanged; for a ``Learned`` its estimator at the sigmoid of ``mix``."""
     if isinstance(estimator, Estimator):
         return estimator
     return estimator.at(jax.nn.sigmoid(mix()))
 
 
 def check_modules(estimator: Any, layer: Any, module: type) -> None:
-    """The estimator is one of ours, and the layer an instance of Flax's ``module``."""
+    """Checks that the estimator is one of ours, and the layer an instance of ``module``."""
     if not isinstance(estimator, Estimator | Learned):
         if is_factory(estimator):
             name = estimator.__name__
@@ -52,7 +52,7 @@ def check_modules(estimator: Any, layer: Any, module: type) -> None:
 
 
 def short(value: Any) -> str:
-    """The first line of a repr; a module prints itself over many."""
+    """The first line of a repr, because the repr of a module has many lines."""
     return repr(value).splitlines()[0]
 
 
@@ -64,12 +64,12 @@ def with_running(state: Any, moments: RunningMoments) -> Any:
             "from_batch_norm got an estimator without running moments, expected "
             "batch_norm(...), small_batch_norm(...) or another that has them."
         )
-    # A copy for each: a state that holds a buffer twice cannot be donated.
+    # Each field needs a copy: a state that holds a buffer twice cannot be donated.
     return put_running(state, {place: jax.tree.map(jnp.copy, moments) for place in places})
 
 
 def running_in(state: Any) -> RunningMoments:
-    """The one ``RunningMoments`` in a state."""
+    """The only ``RunningMoments`` in a state."""
     found = list(find_running(state).values())
     if len(found) != 1:
         raise ValueError(
@@ -91,7 +91,7 @@ def form_of(estimator: Estimator, features: int, layer: Any, params: Any) -> Any
 
 
 def check_stats(where: str, estimator: Any, stats: Any, form: Any, write: str) -> None:
-    """The stored state is that of this estimator, for this layer."""
+    """Checks that the stored state belongs to this estimator and this layer."""
     came, expected = named_leaves(stats), named_leaves(to_dict(form))
     if set(came) != set(expected):
         names = sorted({name[0] for name in came}), sorted({name[0] for name in expected})
@@ -110,7 +110,7 @@ def check_stats(where: str, estimator: Any, stats: Any, form: Any, write: str) -
 
 
 def used_params(layer: Any, params: Any, kernel: Kernel | None, mask: Any = None) -> Any:
-    """The parameters of a layer as it uses them: outputs last, changed and masked."""
+    """The parameters as the layer uses them: outputs last, changed and masked."""
     params = outputs_last(layer, params)
     if kernel is None and mask is None:
         return params
@@ -128,13 +128,13 @@ def used_params(layer: Any, params: Any, kernel: Kernel | None, mask: Any = None
 
 
 def changed_params(layer: Any, params: Any, kernel: Kernel) -> Any:
-    """The parameters that a layer must hold in order to use a changed kernel."""
+    """The parameters with which a layer uses a changed kernel."""
 
     def changed(leaf):
         last = outputs_last(layer, {"kernel": leaf})["kernel"]
         return outputs_last(layer, {"kernel": kernel(last)})["kernel"]
 
-    # A box of metadata is a tree of one leaf.
+    # A metadata box is a tree of one leaf.
     return {**params, "kernel": jax.tree.map(changed, params["kernel"])}
 
 
@@ -151,7 +151,7 @@ class LayerError(ValueError):
 
 
 def known_layer(layer: Any, apply: LayerFn) -> Layer:
-    """Flax's Dense, Linear, Conv or ConvTranspose: all features see the same patches."""
+    """A Flax Dense, Linear, Conv or ConvTranspose: all features have the same patches."""
     if not hasattr(layer, "kernel_size"):
         return Layer(apply, dense_patches)
     if hasattr(layer, "feature_group_count"):
@@ -168,7 +168,7 @@ def known_layer(layer: Any, apply: LayerFn) -> Layer:
 
 
 def unknown_layer(name: str, apply: LayerFn, params: Any, inputs: Any) -> Layer:
-    """Any other layer that is linear: each feature may have patches of its own."""
+    """Any other linear layer: each feature may have its own patches."""
     reason = why_not_linear(apply, params, inputs)
     if reason is not None:
         raise LayerError(name, reason)
@@ -176,7 +176,7 @@ def unknown_layer(name: str, apply: LayerFn, params: Any, inputs: Any) -> Layer:
 
 
 def check_backward(module: Any) -> None:
-    """Parameters that were made for another method lack the averages."""
+    """Refuses parameters of another method, which lack the averages."""
     if not module.has_variable("params", "backward"):
         raise ValueError(
             f"Norm got params without backward at {'/'.join(module.path) or 'its root'}, "
@@ -186,17 +186,17 @@ def check_backward(module: Any) -> None:
 
 
 def fill_missing(params: Any, fresh: Any) -> Any:
-    """Trained parameters, and from ``fresh`` the entries that they lack.
+    """Adds missing entries of ``fresh`` to trained parameters.
 
     Parameters trained with another norm lack the backward statistics of methods such as
     ``moving_average_batch_norm``.
 
     Args:
       params: nested dicts of arrays, such as trained ``variables["params"]``.
-      fresh: those of the new model, from its ``init``.
+      fresh: the parameters of the new model, from its ``init``.
 
     Returns:
-      Nested dicts with all entries of ``fresh``, the values from ``params`` where it has
+      Nested dicts with all entries of ``fresh``. Values come from ``params`` if it has
       them.
 
     Raises:
@@ -222,7 +222,7 @@ def fill_missing(params: Any, fresh: Any) -> Any:
 
 
 def flag_of(constructor: bool | None, call: bool | None) -> bool:
-    """``use_running_average`` from constructor or call, whichever gave it."""
+    """``use_running_average`` from constructor or call, whichever is given."""
     if (constructor is None) == (call is None):
         came = "neither" if call is None else "both"
         raise ValueError(
@@ -234,7 +234,7 @@ def flag_of(constructor: bool | None, call: bool | None) -> bool:
 
 
 def outputs_last(layer: Any, params: Any) -> Any:
-    """The parameters with the outputs of a kernel last, and back again."""
+    """The parameters with the outputs of a kernel last, or the reverse."""
     if not getattr(layer, "transpose_kernel", False):
         return params
     return {**params, "kernel": jnp.swapaxes(params["kernel"], -1, -2)}
@@ -243,7 +243,7 @@ def outputs_last(layer: Any, params: Any) -> Any:
 def to_last(
     x: jax.Array, mask: jax.Array | None, axis: int | Sequence[int], layer: Any
 ) -> tuple[jax.Array, jax.Array | None, Callable[[jax.Array], jax.Array]]:
-    """Moves the feature axes to the end and makes them one; also gives the way back."""
+    """Moves the feature axes to the end and merges them; also returns the inverse."""
     check_axis(axis, x, None if layer is None else short(layer))
     check_mask("Norm", x, mask)
     axes = axes_of(axis, x.ndim)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the adapters that fold whole models."""
+"""Functions that the adapters share for folding whole models."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ from .wrappers.learned import Learned
 
 
 class Norm(NamedTuple):
-    """What folding must know about a norm.
+    """The properties of a norm that folding needs.
 
     Attributes:
       estimator: its method.
       features: the number of features.
       read: ``(stored, params of the layer) -> state``.
-      layer: the module before it, of which the attributes are looked at; None for none.
+      layer: the module before it, whose attributes are used; None if there is none.
       kernel: the change of that module's kernel.
     """
 
@@ -33,7 +33,7 @@ class Norm(NamedTuple):
 
 
 class Left(NamedTuple):
-    """Parameters after folding: the new ones of the layer, and those the norm keeps."""
+    """Parameters after folding: the layer's new ones, and those that the norm keeps."""
 
     layer: dict[str, jax.Array]
     norm: dict[str, jax.Array]
@@ -46,10 +46,10 @@ def fold_norm(
 
     Args:
       norm: the norm.
-      stored: its state as stored; under ``scan`` all leaves have leading axes.
-      params: those of its layer, or None.
+      stored: its state as stored. Under ``scan`` all leaves have leading axes.
+      params: the parameters of its layer, or None.
       own: its parameters.
-      alone: whether the layer's output goes to this norm only.
+      alone: whether this norm alone uses the layer's output.
     """
     estimator, features, read, layer, kernel = norm
     if isinstance(estimator, Learned):
@@ -78,7 +78,7 @@ def fold_norm(
 
 
 def _stacked(stored: Any) -> int:
-    """The number of leading axes, of layers under ``scan``."""
+    """The number of leading axes, which are layers under ``scan``."""
     names = "steps", "examples", "mean"
     leaf = next(stored[name] for name in names if name in stored)
     return jnp.ndim(leaf) - 1
@@ -87,7 +87,7 @@ def _stacked(stored: Any) -> int:
 def check_same(
     before: Callable[..., Any], after: Callable[..., Any], args: Any, kwargs: Any
 ) -> None:
-    """Both models predict the same for random inputs."""
+    """Checks that both models predict the same for random inputs."""
     args, kwargs = _random((args, kwargs))
     old, new = before(*args, **kwargs), after(*args, **kwargs)
     for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
@@ -103,7 +103,7 @@ def check_same(
 
 
 def _random(tree: Any) -> Any:
-    """Values for abstract arrays."""
+    """Random values for abstract arrays."""
 
     def value(leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):

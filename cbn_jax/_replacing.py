@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the adapters that replace the batch norms of whole models."""
+"""Functions that the adapters share for replacing the batch norms of whole models."""
 
 import functools
 import weakref
@@ -12,14 +12,14 @@ from ._adapters import short
 from .core.estimator import Estimator
 from .methods.batch_renorm import batch_renorm
 
-#: Why a batch norm gets the fallback.
+#: Reasons why a batch norm gets the fallback.
 NO_LAYER = "its input is no layer's output"
 NAMED = "named in without_layer"
 OTHER_AXIS = "its features are not the last axis"
 
 
 class Outputs:
-    """Which call made an array, found by identity and forgotten with the array."""
+    """The calls that made arrays, found by identity and forgotten with the array."""
 
     def __init__(self):
         self._calls: dict[int, tuple[weakref.ref, Any]] = {}
@@ -39,7 +39,7 @@ class Outputs:
 def check_replacement(
     model: Any, kind: type, estimator: Any, fallback: Any, also: Any, without_layer: Any
 ) -> None:
-    """A module, an estimator, a fallback that needs no layer, and two tuples."""
+    """Checks for a module, an estimator, a fallback that needs no layer, and two tuples."""
     for name, value, each in (
         ("also", also, type),
         ("without_layer", without_layer, str),
@@ -76,7 +76,7 @@ def default_fallback(estimator: Estimator) -> Estimator:
 
 
 def check_epsilons(place: str, epsilon: float, estimator: Estimator) -> None:
-    """A trained model predicts with its own ε alone."""
+    """Checks ε, because a trained model predicts correctly only with its own."""
     if epsilon != estimator.epsilon:
         raise ValueError(
             f"replace_batch_norm got {place} with epsilon={epsilon} and an estimator with "
@@ -100,7 +100,7 @@ def abstractly(call: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
 
 def check_places(without_layer: tuple[str, ...], places: Iterable[str]) -> None:
-    """Every path that was named is that of a batch norm."""
+    """Checks that every path in ``without_layer`` is that of a batch norm."""
     unknown = sorted(set(without_layer).difference(places))
     if unknown:
         raise ValueError(
@@ -110,7 +110,7 @@ def check_places(without_layer: tuple[str, ...], places: Iterable[str]) -> None:
 
 
 def check_one_layer(place: str, first: str | None, layer: str | None) -> None:
-    """All calls of a batch norm follow the same layer, because its state belongs to one."""
+    """Checks that all calls follow the same layer, because a state belongs to one layer."""
     if first != layer:
         raise ValueError(
             f"replace_batch_norm got the batch norm {place}, which is called behind "
@@ -120,7 +120,7 @@ def check_one_layer(place: str, first: str | None, layer: str | None) -> None:
 
 
 def refuse_subclass(name: str, place: str, flax: str) -> None:
-    """A subclass may change what a batch norm does."""
+    """Refuses a subclass, which may compute something else than a batch norm."""
     raise ValueError(
         f"replace_batch_norm got {name} at {place}, a subclass of {flax}.BatchNorm, "
         "expected to be told whether it may be replaced; write "
@@ -129,7 +129,7 @@ def refuse_subclass(name: str, place: str, flax: str) -> None:
 
 
 def check_index_groups(place: str, norm: Any) -> None:
-    """Groups of devices are axes of a mesh here."""
+    """Refuses index groups; here groups of devices are axes of a mesh."""
     if getattr(norm, "axis_index_groups", None) is not None:
         raise ValueError(
             f"replace_batch_norm got axis_index_groups at {place}, expected None; use a "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which training batches need normalization, assessed before training."""
+"""Finds out before training which training batches need normalization."""
 
 from .tools.assessment import Assessment, assess
 

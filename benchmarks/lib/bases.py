@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks that ``nn.BatchNorm`` has trained, for methods to fine-tune."""
+"""Networks trained with ``nn.BatchNorm``, for methods to fine-tune."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib import compared, networks, replicas, tasks
 
-SIZE, RATE = 32, 0.1  # of the steps of training
+SIZE, RATE = 32, 0.1  # batch size and rate of the training
 
 
 def started(
@@ -33,12 +33,12 @@ def started(
     """The state of a trainer with trained parameters and statistics.
 
     Args:
-      state: as the trainer initializes it.
-      method: that fine-tunes.
-      task: to fine-tune on.
-      seed: of the training.
-      examples: at most so many in each split.
-      folder: where trained networks are kept.
+      state: the state initialized by the trainer.
+      method: the method that fine-tunes.
+      task: the task to fine-tune on.
+      seed: seed of the training.
+      examples: largest number of examples in each split.
+      folder: folder for trained networks.
     """
     found: Any = kept(task.before, seed, examples, folder)
     stats = state.batch_stats
@@ -59,14 +59,14 @@ def started(
 
 
 def head_of(params: Any) -> str:
-    """The name of the layer that makes the logits, the last dense one."""
+    """The name of the layer that makes the logits: the last dense layer."""
     dense = (name for name in params if name.startswith("Dense_"))
     return max(dense, key=lambda name: int(name.removeprefix("Dense_")))
 
 
 @functools.lru_cache(maxsize=16)
 def kept(task: str, seed: int, examples: int | None, folder: Path) -> Any:
-    """Variables of a trained network, from its file where there is one."""
+    """Variables of a trained network, from its file if there is one."""
     path = folder / "bases" / f"{task}-{examples}-{seed}.msgpack"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

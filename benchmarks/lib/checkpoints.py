@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each run stands, so that a killed job goes on as if nothing had happened."""
+"""Checkpoints of runs, from which a killed job resumes with the same result."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks.lib import report
 
 
 def claim(folder: Path, options: dict) -> None:
-    """Writes down what the folder is for, and refuses one with other options or code."""
+    """Records the options and code of a folder, and refuses a folder with other ones."""
     path = folder / "options.json"
     asked = {**options, **report.environment(), "source": report.source_digest()}
     asked = json.loads(json.dumps(asked))  # tuples as JSON holds them
@@ -31,15 +31,15 @@ def claim(folder: Path, options: dict) -> None:
 class Checkpoints:
     """The newest state of one run and its curve so far, in a folder of its own.
 
-    The order of the examples and all random numbers are functions of the seed and the
-    step, so that these are the whole of a run.
+    The order of the examples and all random numbers are functions of the seed and the step.
+    State and curve therefore determine the whole run.
     """
 
     def __init__(self, folder: Path):
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(1),
-            enable_async_checkpointing=False,  # the next step takes the state over
-            cleanup_tmp_directories=True,  # left by a kill in the middle of a save
+            enable_async_checkpointing=False,  # the next step donates the state
+            cleanup_tmp_directories=True,  # from a kill during a save
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -50,7 +50,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, curve: list) -> None:
-        """In one piece: a kill leaves the checkpoint before."""
+        """Saves atomically: after a kill the previous checkpoint remains."""
         items = {
             "state": ocp.args.StandardSave(state),
             "curve": ocp.args.JsonSave({"points": curve}),
@@ -58,7 +58,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, start: Any) -> tuple[Any, list]:
-        """State and curve; those of the start where nothing is saved."""
+        """State and curve; those of the start if nothing is saved."""
         if self._manager.latest_step() is None:
             return start, []
         items = {"state": ocp.args.StandardRestore(start), "curve": ocp.args.JsonRestore()}

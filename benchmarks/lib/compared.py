@@ -13,11 +13,11 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import TLU, EvoNormS0, Norm
 
-GROUPS = 8  # of group norm, as the networks are narrow
+GROUPS = 8  # of group norm; few, because the networks are narrow
 
 
 def _momentum(size: int) -> float:
-    """Averages look back over as many examples at every batch size."""
+    """A decay with which averages cover as many examples at every batch size."""
     return cbn_jax.rescale_decay(0.9, size)
 
 
@@ -47,7 +47,7 @@ class _Threshold(nn.Module):
 
 
 class FilterResponse(Made):
-    """Filter response norm, with the thresholded unit in the place of ReLU."""
+    """Filter response norm, with the thresholded unit in place of ReLU."""
 
     def active(self, layer: nn.Module, train: bool) -> nn.Module:
         """Norm and activation."""
@@ -55,10 +55,10 @@ class FilterResponse(Made):
 
 
 class Evolved(Made):
-    """EvoNorm-S0: group norm where no activation follows."""
+    """EvoNorm-S0; group norm if no activation follows."""
 
     def active(self, layer: nn.Module, train: bool) -> nn.Module:
-        """Norm and activation in one."""
+        """Norm and activation in one step."""
         return EvoNormS0(self.estimator, layer, use_running_average=not train)
 
 
@@ -70,7 +70,7 @@ def _published(size: int) -> Any:
 
 
 class _FlaxBatchNorm(nn.Module):
-    """A layer and ``nn.BatchNorm``, as models have them."""
+    """A layer and ``nn.BatchNorm``, as in usual models."""
 
     layer: nn.Module
     train: bool
@@ -81,7 +81,7 @@ class _FlaxBatchNorm(nn.Module):
 
 
 def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
-    """What networks are trained with before they are fine-tuned, at steps of 32."""
+    """The norm of the training before fine-tuning, with 32 examples per step."""
     return _FlaxBatchNorm(layer, train)
 
 
@@ -103,7 +103,7 @@ METHODS: dict[str, Any] = {
     "filter_response_norm": lambda n, steps: FilterResponse(cbn_jax.filter_response_norm()),
     "EvoNormS0": lambda n, steps: Evolved(cbn_jax.group_norm(GROUPS)),
     "cross_iteration_batch_norm": lambda n, steps: Made(_published(n)),
-    # The window of ours as it is: moments of past batches under their own weights.
+    # The same window without compensation: moments of past batches under their own weights.
     "momentum_batch_norm": lambda n, steps: Made(
         cbn_jax.momentum_batch_norm(1 - 1 / _window(n), momentum=_momentum(n))
     ),
@@ -118,9 +118,9 @@ METHODS: dict[str, Any] = {
     ),
 }
 
-# Those that take no statistics over from a trained batch norm.
+# Methods that take no statistics from a trained batch norm.
 WITHOUT_AVERAGES = {"group_norm", "online_norm"}
-# Those with kernels or activations of their own are no drop-in for a trained batch norm.
+# Methods with their own kernels or activations cannot replace a trained batch norm.
 OTHER_NETWORKS = {
     name
     for name, make in METHODS.items()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets by name: embedded, from packages, your own, or from tensorflow-datasets.
 
-``digits`` is embedded (scikit-learn ships it), ``fashion_mnist`` is read from its four IDX
-files where they lie on the machine, and ``packaged.py`` has what other packages bring. A
-folder or a file of arrays is read as it is. Any other name is a tensorflow-datasets one,
-read without TensorFlow.
+``digits`` is embedded (scikit-learn includes it). ``fashion_mnist`` is read from its four
+IDX files if they are on the machine. ``packaged.py`` has the data of other packages. A
+folder or a file of arrays is read directly. Any other name is that of a tensorflow-datasets
+data set, which is read without TensorFlow.
 """
 
 import functools
@@ -24,7 +24,7 @@ with needed_for("benchmarks"):
 from benchmarks.lib import own, packaged
 from benchmarks.lib.dataset import Dataset
 
-# What other packages bring.
+# Data of other packages.
 PACKAGED: dict[str, Callable[[], Dataset]] = {
     "emoji_google": functools.partial(packaged.emoji, "google"),
     "emoji_twitter": functools.partial(packaged.emoji, "twitter"),
@@ -46,9 +46,10 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
     Args:
       name: one of ``KNOWN``; a folder with a folder of images for each class; a file
         ``*.npz`` with images and labels; or an image classification set of
-        tensorflow-datasets with splits ``train`` and ``test`` and images of one size.
-      data_dir: where prepared data is kept; None for tensorflow-datasets' own default.
-      examples: at most so many images of each split, the first ones; None for all.
+        tensorflow-datasets. The last needs splits ``train`` and ``test`` and images of one
+        size.
+      data_dir: folder for prepared data; None for tensorflow-datasets' own default.
+      examples: largest number of images of each split, the first ones; None for all.
 
     Returns:
       The data set in memory.
@@ -67,7 +68,7 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
 def classified(
     name: str, data_dir: Path | None = None, examples: int | None = None
 ) -> Dataset:
-    """``load``, of data with one label for each example.
+    """``load`` for data with one label per example.
 
     Raises:
       ValueError: as ``load``; every position has a label.
@@ -83,7 +84,7 @@ def classified(
 
 
 def first(dataset: Dataset, most: int | None) -> Dataset:
-    """At most so many examples of each split."""
+    """The first examples of each split, at most ``most``."""
     arrays = {
         field: value[:most]
         for field, value in dataset._asdict().items()
@@ -93,7 +94,7 @@ def first(dataset: Dataset, most: int | None) -> Dataset:
 
 
 def _prepared(name: str, data_dir: Path | None, examples: int | None) -> Dataset:
-    """A data set that tensorflow-datasets keeps."""
+    """A data set from tensorflow-datasets."""
     tfds.disable_progress_bar()
     builder = _builder(name, data_dir)
     builder.download_and_prepare(file_format="array_record")
@@ -136,7 +137,7 @@ def _arrays(builder, split: str, most: int | None) -> tuple[np.ndarray, np.ndarr
 
 
 class _Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Grey images as plain tensors, which need no TensorFlow to write or read."""
+    """Gray images as plain tensors, which are read and written without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
     SIDE: int

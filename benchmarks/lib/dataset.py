@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples in memory, and how they are split."""
+"""Examples in memory, and their split."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ class Dataset(NamedTuple):
     """Examples for training and for testing.
 
     Attributes:
-      name: of the data set.
+      name: name of the data set.
       train_images: ``[N, *space, C]`` float32 in [0, 1].
-      train_labels: int32, ``[N]``, or ``[N, *space]`` where every position has one.
-      test_images: as those for training.
-      test_labels: as those for training.
-      classes: how many there are.
+      train_labels: int32, ``[N]``, or ``[N, *space]`` if every position has a label.
+      test_images: test images, like those for training.
+      test_labels: test labels, like those for training.
+      classes: number of classes.
       train_groups: ``[N]``, the same number for examples that are alike, such as those of
         one class or neighbors on a map.
     """
@@ -37,15 +37,15 @@ def split(
     classes: int,
     groups: np.ndarray | None = None,
 ) -> Dataset:
-    """A data set of 8-bit images in which equal images stand once.
+    """A data set of 8-bit images in which equal images occur once.
 
     Args:
-      name: of the data set.
+      name: name of the data set.
       images: ``[N, *space, C]`` uint8.
       labels: ``[N]`` or ``[N, *space]``.
       tested: ``[N]``, True for the examples for testing.
-      classes: how many there are.
-      groups: ``[N]``, which examples are alike; the labels if not given.
+      classes: number of classes.
+      groups: ``[N]``, the groups of examples that are alike; the labels if not given.
     """
     groups = labels if groups is None else groups
     _, first = np.unique(images.reshape(len(images), -1), axis=0, return_index=True)
@@ -66,5 +66,5 @@ def split(
 
 
 def one_in(count: int, share: int = 5) -> np.ndarray:
-    """True for one in so many of ``count`` examples, at random, the same in every call."""
+    """True for a random one in ``share`` of ``count`` examples, the same in every call."""
     return np.random.default_rng(0).permutation(count) % share == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The normalizers that are compared, by name."""
+"""The normalizers to compare, by name."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from benchmarks.lib.networks import NormFn
 from benchmarks.lib.training import OPTIMIZERS
 
 MOMENTUM = 0.99
-GROUPS = 8  # of group norm, as the networks are narrow
+GROUPS = 8  # of group norm; few, because the networks are narrow
 WINDOW = 8  # of cross-iteration, as published
 
 # Their windows hold 32 examples.
@@ -41,7 +41,7 @@ ALPHAS = {
     **{f"{alpha:g}": alpha for alpha in (1.0, 0.75, 0.5, 0.25, 0.1, 0.01, 0.001, 0.0)},
     "1/m": cbn_jax.diminishing(1.0),
     "1/m²": cbn_jax.diminishing(2.0),
-    # Not in the paper: without the share of the start, (0, 1).
+    # Not in the paper: an average without the share of the initial (0, 1).
     "0.001 debiased": cbn_jax.exponential(0.999),
 }
 
@@ -58,18 +58,18 @@ class Method(NamedTuple):
         return self.label
 
     def norm(self, steps: int) -> NormFn:
-        """The module factory, for a run of so many steps."""
+        """The module factory, for a run of ``steps`` steps."""
         return LAYERS.get(self.name) or estimated(
             self.estimator(steps), KERNELS.get(self.name)
         )
 
     def estimator(self, steps: int) -> Any:
-        """The estimator, or one whose weight the module learns."""
+        """The estimator, or a ``Learned`` whose weight the module learns."""
         return ESTIMATORS[self.name](self.batch_size, steps)
 
     @property
     def pooled(self) -> int:
-        """The number of examples from which statistics come in training."""
+        """The number of examples in a training statistic."""
         if self.name.startswith(WINDOWED):
             return max(self.batch_size, 32)
         if self.name.startswith("cross_iteration_batch_norm"):
@@ -78,7 +78,7 @@ class Method(NamedTuple):
 
 
 def estimated(estimator: Any, kernel: Callable | None = None) -> NormFn:
-    """The module factory of an estimator, with a change of kernels where there are any."""
+    """The module factory of an estimator, with a change of kernels if given."""
 
     def norm(layer: nn.Module | None, train: bool) -> nn.Module:
         change = None if layer is None else kernel
@@ -88,7 +88,7 @@ def estimated(estimator: Any, kernel: Callable | None = None) -> NormFn:
 
 
 class _Behind(nn.Module):
-    """A layer, and a module of Flax behind it in the dtype of what the layer makes."""
+    """A layer, and a Flax module after it in the dtype of the layer's output."""
 
     layer: nn.Module
     make: Callable[..., nn.Module]
@@ -100,7 +100,7 @@ class _Behind(nn.Module):
 
 
 class _Unnormalized(nn.Module):
-    """A learned scale and bias behind a layer, as normalizers have them."""
+    """A learned scale and bias after a layer, as normalizers have."""
 
     layer: nn.Module
 
@@ -132,7 +132,7 @@ LAYERS: dict[str, NormFn] = {
 
 
 def _window(batch_size: int) -> int:
-    """As many iterations as hold 32 examples."""
+    """The number of iterations that hold 32 examples."""
     return max(1, math.ceil(32 / batch_size))
 
 
@@ -171,11 +171,11 @@ def _moving_average(batch_size: int) -> cbn_jax.Bidirectional:
 
 
 def _averaged(batch_size: int) -> Any:
-    """A single example has no variance of its own to average."""
+    """The source of the averages; a single example has no variance of its own."""
     return "batch" if batch_size > 1 else "window"
 
 
-# Each takes the batch size and the number of steps of the run.
+# Each function takes the batch size and the number of steps of the run.
 ESTIMATORS: dict[str, MakeEstimator] = {
     "batch_norm": lambda size, steps: cbn_jax.batch_norm(MOMENTUM),
     "small_batch_norm": lambda size, steps: cbn_jax.small_batch_norm(
@@ -219,7 +219,7 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     "momentum_batch_norm": lambda size, steps: cbn_jax.momentum_batch_norm(
         cbn_jax.matched_noise(size, max(2, steps)), momentum=MOMENTUM
     ),
-    # Ours without compensation: the same window, moments as they were.
+    # The same window without compensation: past moments unchanged.
     "momentum_batch_norm-window": lambda size, steps: cbn_jax.momentum_batch_norm(
         1.0 - 1.0 / _window(size), momentum=MOMENTUM
     ),
@@ -235,7 +235,7 @@ ESTIMATORS: dict[str, MakeEstimator] = {
     **{f"replay_batch_norm-{n}": _replay(n) for n in (4, 8, 16, 32)},
 }
 METHODS = (*ESTIMATORS, *LAYERS)
-# Changes of the kernels before them.
+# Changes of the kernels before the methods.
 KERNELS = {
     "group_norm-standardize": cbn_jax.standardize,
     "small_batch_norm-standardize": cbn_jax.standardize,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks, written once for every normalizer.
 
-``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes it. A
-method that activates too has ``norm.active(layer=..., train=...)`` in the place of norm and
-ReLU. Layers compute in ``dtype``, as in ``nn.Dense``; parameters and logits are float32 in
-any case.
+``norm(layer=..., train=...)`` makes the module that runs a layer and normalizes its output.
+A method that also activates has ``norm.active(layer=..., train=...)`` in place of norm and
+ReLU. Layers compute in ``dtype``, as in ``nn.Dense``. Parameters and logits are always
+float32.
 """
 
 import functools
@@ -24,7 +24,7 @@ NormFn = Callable[..., nn.Module]
 
 
 def active(norm: NormFn, layer: nn.Module, train: bool) -> Callable[[jax.Array], jax.Array]:
-    """Layer, norm and ReLU, or what a method has in their place."""
+    """Layer, norm and ReLU, or the method's replacement of norm and ReLU."""
     make: NormFn | None = getattr(norm, "active", None)
     if make is not None:
         return make(layer=layer, train=train)
@@ -87,9 +87,9 @@ class ResidualCNN(nn.Module):
 
 
 class UNet(nn.Module):
-    """A class for every position: down by strides, up by transposed convolutions.
+    """Predicts a class for every position: strides down, transposed convolutions up.
 
-    Each level adds what it had on the way down to what comes up.
+    On the way up, each level adds its activations from the way down.
     """
 
     norm: NormFn
@@ -126,7 +126,7 @@ class UNet(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """Residual blocks that normalize the sum: norms that have no layer before them."""
+    """Residual blocks that normalize the sum, so that norms have no layer before them."""
 
     norm: NormFn
     classes: int
@@ -156,7 +156,7 @@ class PreActivation(nn.Module):
 
 
 class BottleneckResNet(nn.Module):
-    """A stem for large images and bottleneck blocks, ResNet-50 as it stands."""
+    """A stem for large images and bottleneck blocks: the standard ResNet-50."""
 
     norm: NormFn
     classes: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sentence instead of a traceback where an optional dependency is missing."""
+"""One sentence instead of a traceback if an optional dependency is missing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needed_for(extra: str) -> Iterator[None]:
-    """Turns a failed import into the command that mends it."""
+    """Turns a failed import into the command that installs the package."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -16,12 +16,12 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def load(path: Path) -> Dataset:
-    """Images and labels, of which a fifth is for testing.
+    """Images and labels; a fifth of them is for testing.
 
     Args:
-      path: a folder that holds a folder of images for each class, all of one size; or a
-        file ``*.npz`` with ``images``, ``[N, H, W, C]`` or ``[N, H, W]`` uint8, and
-        ``labels``, ``[N]`` whole numbers from 0.
+      path: a folder with a folder of images for each class, all of one size; or a file
+        ``*.npz`` with ``images``, ``[N, H, W, C]`` or ``[N, H, W]`` uint8, and ``labels``,
+        ``[N]`` whole numbers from 0.
 
     Raises:
       ValueError: the files are not of this form.

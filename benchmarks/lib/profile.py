@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a training step spends its time, by the parts of a normalizer."""
+"""The time of a training step by the parts of a normalizer."""
 
 import collections
 import re
@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 ENTRY = "ENTRY"
-# Part -> what the name of an operation holds; the first that fits. A normalizer's parts
-# carry the names that cbn_jax gives them in every profiler.
+# Part -> words in the name of an operation; the first match counts. A normalizer's parts
+# have the names that cbn_jax gives them in every profiler.
 PARTS = {
     "layers": r"/(Conv|Dense)(_\d+)?/",
     **{
@@ -28,9 +28,9 @@ _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
 def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, float]:
-    """Milliseconds of a compiled step by part, summed over threads; the state is used up.
+    """Milliseconds of a compiled step by part, summed over threads; consumes the state.
 
-    Operations that the compiler left without a name, or added, are a part of their own.
+    Operations that the compiler added or left without a name are a separate part.
     """
     part_of = dict(_parts(step.as_text()))
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def parts(step: Any, state: Any, arguments: tuple, steps: int = 5) -> dict[str, 
 def computations(program: str) -> dict[str, list[str]]:
     """The instructions of every computation of a compiled program, the main one ``ENTRY``.
 
-    Instructions come without their metadata, which may contain words of the program.
+    Instructions are without their metadata, which may contain words of the program.
     """
     found: dict[str, list[str]] = {}
     name = None
@@ -73,7 +73,7 @@ def _parts(program: str) -> Iterator[tuple[str, str]]:
         if found := _INSTRUCTION.match(line):
             name, kind = found.groups()
             named = re.search(r'op_name="([^"]*)"', line)
-            if kind != "while":  # what is inside is counted by itself
+            if kind != "while":  # its body is counted separately
                 yield name, _part(named[1] if named else "")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training in replicas: norm batches that are normalized by themselves, in one step."""
+"""Training in replicas: norm batches that are normalized separately, in one step."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ with needed_for("benchmarks"):
 
 
 class State(NamedTuple):
-    """Everything that a step changes; ``batch_stats`` has a first axis of replicas."""
+    """The state of a run; ``batch_stats`` has a first axis of replicas."""
 
     params: Any
     batch_stats: Any
@@ -26,15 +26,15 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The pure functions of all runs that differ in rate and seed alone.
+    """The pure functions of all runs that differ only in rate and seed.
 
     Attributes:
       init: ``(key, rate) -> state``.
-      step: ``(state, images, labels, rows) -> (state, loss)``. ``rows`` is ``[replicas,
-        norm batch]``. It takes the state over.
+      step: ``(state, images, labels, rows) -> (state, loss)``. ``rows`` is
+        ``[replicas, norm batch]``. It donates the state.
       classes: ``(state, images) -> classes``, with the mean state of all replicas.
       confusion: ``(state, images, labels) -> [classes, classes]``, how often each class
-        (row) was taken for each (column).
+        (row) was predicted for each (column).
     """
 
     init: Any
@@ -92,7 +92,7 @@ def make_trainer(
 
 
 def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:
-    """Every replica; a single one without ``vmap``, which would cost time."""
+    """Runs every replica; a single one without ``vmap``, which would cost time."""
     if len(rows) > 1:
         return jax.vmap(replica, (None, 0, 0))(params, stats, rows)
     one = replica(params, jax.tree.map(lambda leaf: leaf[0], stats), rows[0])
@@ -101,7 +101,7 @@ def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:
 
 def make_optimizer(name: str, steps: int, batch_size: int) -> Any:
     """SGD with momentum or Adam, with a cosine schedule and a peak rate in its state."""
-    # Adam looks back over as many examples at every batch size.
+    # Adam's averages cover as many examples at every batch size.
     b2 = cbn_jax.rescale_decay(0.98, batch_size)
 
     def make(rate):
@@ -115,7 +115,7 @@ def make_optimizer(name: str, steps: int, batch_size: int) -> Any:
 def counted(
     trainer: Trainer, state: State, images: np.ndarray, labels: np.ndarray, part: int = 500
 ) -> np.ndarray:
-    """Confusions over all examples, so many at a time; the last part may be smaller."""
+    """Sums confusions over all examples in parts, of which the last may be smaller."""
     slices = [slice(i, i + part) for i in range(0, len(images), part)]
     found = [trainer.confusion(state, images[each], labels[each]) for each in slices]
     return np.sum(jax.device_get(found), axis=0)

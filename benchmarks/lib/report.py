@@ -29,7 +29,7 @@ with needed_for("benchmarks"):
 
 
 def environment(device: Any = None) -> dict[str, str]:
-    """Versions and device, to go with every figure."""
+    """Versions and device, to accompany every figure."""
     packages = ("cbn_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     device = device or jax.devices()[0]
     return {
@@ -44,7 +44,7 @@ MARKERS = "osD^vPX"
 
 
 def look(index: int) -> dict[str, Any]:
-    """Color and marker of the line ``index``, which differ in gray too."""
+    """Color and marker of the line ``index``, which also differ in gray."""
     return {
         "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[index % len(MARKERS)],
@@ -52,7 +52,7 @@ def look(index: int) -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """Of the library and the benchmarks: results of other code are other results."""
+    """Digest of library and benchmarks, because results depend on the code."""
     digest = hashlib.sha256()
     folders = (Path(cbn_jax.__file__).parent, Path(__file__).parent.parent)
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
@@ -65,7 +65,7 @@ def _cores() -> int:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes in one piece, so that an interrupted run leaves no half file."""
+    """Writes atomically, so that an interrupted run leaves no partial file."""
     text = json.dumps(content, indent=1)
     # A list of numbers takes one line.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda m: " ".join(m[0].split()), text)
@@ -76,7 +76,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_results(path: Path, results: dict) -> dict:
-    """Writes results with five digits, and returns them so, for tables and figures."""
+    """Writes results with five digits, and returns these for tables and figures."""
     results = _rounded(results)
     write_json(path, results)
     return results
@@ -105,14 +105,14 @@ def drawn(draw: Callable[[dict], Any]) -> Callable[[dict, Path], None]:
 
 
 def _reduce(path: Path) -> None:
-    """A picture with 256 colors, which are enough for a plot and half of the bytes."""
+    """Reduces a picture to 256 colors, which suffice for a plot and halve its size."""
     with Image.open(path) as picture:
         few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
 
 
 def plain(config: Any) -> dict:
-    """The options of a study as JSON holds them."""
+    """The options of a study as JSON represents them."""
     fields = dataclasses.asdict(config)
     return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
 
@@ -138,13 +138,13 @@ def mean_error(values: Any, digits: int = 1) -> str:
 
 
 def standard_error(values: Any) -> float:
-    """Of the mean; 0 of a single value, which says nothing of its spread."""
+    """Standard error of the mean; 0 for one value, which has no spread."""
     count = np.size(values)
     return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Bytes in a readable unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -152,7 +152,8 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-# One color and marker a method in all figures; where two share one, no figure has both.
+# Each method has one color and marker in all figures. Two methods share them only if no
+# figure has both.
 _PLACES = {
     "batch_norm": 0,
     "cross_iteration_batch_norm": 1,
@@ -173,7 +174,7 @@ _PLACES = {
 
 
 def look_of(label: str, index: int) -> dict[str, Any]:
-    """Color and marker of a method; of the line ``index`` where it has none of its own."""
+    """Color and marker of a method; those of the line ``index`` if it has none."""
     return look(_PLACES.get(label, index))
 
 
@@ -181,7 +182,7 @@ HEADINGS = ("net", "a step holds", "method", "test, %", "step / BN", "state")
 
 
 def rows(results: dict) -> list[tuple[str, ...]]:
-    """One row a network and method, from the results as written to JSON."""
+    """One row per network and method, from the results as written to JSON."""
     made = []
     for cell in results["cells"]:
         last = [curve[-1] for curve in cell["curves"]]
@@ -200,14 +201,14 @@ def rows(results: dict) -> list[tuple[str, ...]]:
 
 
 def _held(pairing: str, what: str = "") -> str:
-    """What a step holds."""
+    """The images of a step in words."""
     if pairing == "independent":
         return f"independent{what}"
     return f"{what} of one class".strip()
 
 
 def title(results: dict) -> str:
-    """What was run."""
+    """The setting of the runs."""
     config = results["config"]
     precision = config.get("precision", "float32")
     return (
@@ -218,7 +219,7 @@ def title(results: dict) -> str:
 
 
 def legend(results: dict) -> str:
-    """What the columns say, and where they were measured."""
+    """The meaning of the columns, and the device of the measurement."""
     versions = results["environment"]
     return (
         "Mean ± standard deviation over seeds; step time as median (quartiles) of "
@@ -238,7 +239,7 @@ def table(results: dict) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    made.columns[2].overflow = "fold"  # a name cut short cannot be typed again
+    made.columns[2].overflow = "fold"  # a truncated name cannot be typed again
     for row in rows(results):
         made.add_row(*row)
     return made
@@ -254,7 +255,7 @@ def markdown(results: dict) -> str:
 def figure(results: dict) -> Any:
     """Learning curves: mean over seeds, band from least to most.
 
-    A row for each network, and a column for what the images of a step are.
+    There is a row for each network, and a column for each pairing of the images of a step.
     """
     cells = results["cells"]
     networks = list(dict.fromkeys(cell["network"] for cell in cells))
@@ -275,14 +276,14 @@ def figure(results: dict) -> Any:
 
 
 def _belongs(cell: dict, network: str, pairing: str, size: int) -> bool:
-    """References are in all panels of a network."""
+    """Whether a cell belongs to a panel; references are in all panels of a network."""
     return cell["network"] == network and (
         cell["pairing"] == pairing or cell["batch_size"] != size
     )
 
 
 def message(results: dict) -> str:
-    """What the figure shows: where batch norm and the recommended method differ most."""
+    """The largest difference of batch norm and the recommended method, in a sentence."""
     ends: dict[tuple, dict[str, float]] = {}
     for cell in results["cells"]:
         where = cell["network"], cell["pairing"], cell["batch_size"]
@@ -319,11 +320,11 @@ def _panel(axis: Any, cells: list[dict]) -> None:
 
 
 def name_ends(axis: Any, ends: dict[str, tuple[float, float, str]]) -> None:
-    """Names beside the ends of lines, moved apart where they would overlap.
+    """Writes names beside the ends of lines, moved apart if they would overlap.
 
     Args:
-      axis: of matplotlib.
-      ends: by name, the last point of its line and its color.
+      axis: axes of matplotlib.
+      ends: the last point of each line and its color, by name.
     """
     if not ends:
         return
@@ -349,8 +350,8 @@ def name_ends(axis: Any, ends: dict[str, tuple[float, float, str]]) -> None:
 
 
 def spread_apart(values: Sequence[float], gap: float) -> list[float]:
-    """Rising values, moved as little as keeps each pair of neighbors a gap apart."""
-    # Without its gaps a sequence need not fall: the nearest such one is found by pooling.
+    """Rising values, moved as little as possible so that neighbors are a gap apart."""
+    # Without its gaps, the sequence must not fall. Pooling finds the nearest such sequence.
     groups: list[list[float]] = []
     for index, value in enumerate(values):
         groups.append([value - index * gap])
@@ -361,5 +362,5 @@ def spread_apart(values: Sequence[float], gap: float) -> list[float]:
     return [each + index * gap for index, each in enumerate(level)]
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"curves": figure}

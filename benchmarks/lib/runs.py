@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training runs that are kept in a folder and taken up again."""
+"""Training runs that are kept in a folder and resumed."""
 
 import contextlib
 import hashlib
@@ -31,11 +31,11 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Run(NamedTuple):
-    """All that decides a learning curve, beside the code and the data."""
+    """The options that determine a learning curve, apart from code and data."""
 
     network: str
     method: methods.Method
-    learning_rate: float  # peak; for SGD that at batch size 32
+    learning_rate: float  # peak; for SGD at batch size 32
     epochs: int
     seed: int
     reports: int = 20
@@ -43,12 +43,12 @@ class Run(NamedTuple):
     pairing: training.Pairing = "independent"
 
     def steps(self, dataset: data.Dataset) -> int:
-        """Steps of the run."""
+        """Number of steps of the run."""
         size, epochs = self.method.batch_size, self.epochs
         return len(training.rows_of(dataset, self.pairing, size, epochs, self.seed))
 
     def trainer(self, dataset: data.Dataset) -> training.Trainer:
-        """Its pure functions; runs that differ in the seed alone can share them."""
+        """The pure functions of the run; runs that differ in the seed can share them."""
         steps = self.steps(dataset)
         optimizer = training.OPTIMIZERS[self.method.optimizer](self.rate, steps)
         return training.make_trainer(
@@ -56,7 +56,7 @@ class Run(NamedTuple):
         )
 
     def model(self, dataset: data.Dataset) -> nn.Module:
-        """Its network."""
+        """The network of the run."""
         return networks.NETWORKS[self.network](
             norm=self.method.norm(self.steps(dataset)),
             classes=dataset.classes,
@@ -81,7 +81,7 @@ def curve(
 ) -> list[dict]:
     """The learning curve, from its file if an earlier call with this code finished it.
 
-    With a ``checkpoint_dir`` one that was interrupted goes on where it was saved last.
+    With a ``checkpoint_dir``, an interrupted run resumes from its last checkpoint.
     """
     identity = {
         **run._asdict(),
@@ -112,9 +112,9 @@ def curve(
 def kept(
     path: Path, identity: dict, make: Callable[[], Any], skip: Callable[[], None]
 ) -> Any:
-    """What ``make`` gives, from its file if an earlier call with this code wrote it.
+    """The result of ``make``, from its file if an earlier call with this code wrote it.
 
-    ``path`` lacks the ending; ``skip`` is called where nothing had to be made.
+    ``path`` is without the ending. ``skip`` is called if the file already exists.
     """
     identity = {
         **identity,
@@ -151,7 +151,7 @@ def _points(run, trainer, dataset, checkpoints) -> Iterator[training.Progress]:
 
 
 def check_networks(names: tuple[str, ...]) -> None:
-    """Every network is known."""
+    """Checks that every network is known."""
     for name in names:
         if name not in networks.NETWORKS:
             known = ", ".join(networks.NETWORKS)
@@ -164,7 +164,7 @@ class Bar:
     def __init__(self, console: Console, total: int):
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=12),  # with the rest in 80 columns
+            BarColumn(bar_width=12),  # so that the line has 80 columns
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -180,5 +180,5 @@ class Bar:
         self._progress.stop()
 
     def advance(self, steps: int, text: str = "") -> None:
-        """So many steps more; an empty text leaves the description as it is."""
+        """Advances by ``steps``; an empty text keeps the description."""
         self._progress.update(self._task, advance=steps, description=text or None)

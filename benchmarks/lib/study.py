@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What studies share: options, a progress bar's total, results as files, a command line."""
+"""Shared by studies: options, progress bar's total, results as files, command line."""
 
 import dataclasses
 import inspect
@@ -26,15 +26,15 @@ class Options:
     """digits (embedded), fashion_mnist, or any image classification set of
     tensorflow-datasets by name."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One run each; a seed fixes the initial weights and the order of the examples."""
+    """One run per seed. A seed fixes the initial weights and the order of the examples."""
     epochs: int = 4
     """Passes over the training images."""
     examples: int | None = None
-    """Use at most so many images for training, and for testing."""
+    """Largest number of images for training, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results")
     """Folder for the results and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+    """Folder for prepared data; tensorflow-datasets' default if not given."""
 
     def load(self) -> data.Dataset:
         """The data set."""
@@ -51,7 +51,7 @@ def publish(
 ) -> dict:
     """Writes results.json, table.md and the figures, and shows the table.
 
-    ``device`` is where it was measured; JAX's first one if not given.
+    ``device`` is the device of the measurement; JAX's first device if not given.
     """
     results = {
         "config": report.plain(config),
@@ -69,7 +69,7 @@ def publish(
 
 
 def setting(results: dict) -> str:
-    """What was run."""
+    """The setting of the runs."""
     config = results["config"]
     return f"{config['dataset']}, {config['epochs']} epochs, {len(config['seeds'])} seeds"
 
@@ -89,9 +89,9 @@ def cli(
     arguments: list[str] | None = None,
     quick: Any = None,
 ) -> None:
-    """The command line of the module in which ``main`` stands.
+    """The command line of the module that defines ``main``.
 
-    ``--quick`` begins with the options ``quick`` in place of the usual ones.
+    ``--quick`` replaces the default options by ``quick``.
     """
     module = inspect.getmodule(main)
     name = Path(str(inspect.getsourcefile(main))).stem

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the study of norm batches trains on: data, a network for it, and a measure."""
+"""Tasks of the study of norm batches: data, a network for it, and a measure."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,24 +9,24 @@ import numpy as np
 from benchmarks.lib import data
 from benchmarks.lib.dataset import Dataset, one_in
 
-VALIDATION = 8  # one in so many training examples chooses the rate
+VALIDATION = 8  # one in 8 training examples is for choosing the rate
 
 
 class Task(NamedTuple):
     """Real data and the training of a network on it.
 
     Attributes:
-      dataset: by name.
-      network: by name.
-      epochs: passes over the training examples.
-      width: of the network.
-      halved: whether images are averaged to half their sides first.
-      dense: whether every position has a label; the measure is then the mean intersection
-        over union, and the accuracy otherwise.
-      before: a task on which ``nn.BatchNorm`` has trained the network, at steps of 32; the
-        methods fine-tune it. Empty where they train from scratch.
-      labels: the classes from the first to before the second, all others left out.
-      examples: at most so many for training.
+      dataset: name of the data set.
+      network: name of the network.
+      epochs: number of passes over the training examples.
+      width: width of the network.
+      halved: whether images are first averaged to half their size.
+      dense: whether every position has a label. The measure is then the mean intersection
+        over union, otherwise the accuracy.
+      before: a task on which ``nn.BatchNorm`` has trained the network with 32 examples per
+        step. The methods fine-tune that network. Empty if they train from scratch.
+      labels: the range of classes to use, first and end (excluded).
+      examples: largest number of training examples.
     """
 
     dataset: str
@@ -87,7 +87,7 @@ class Parts(NamedTuple):
 
 
 def load(task: Task, examples: int | None = None) -> Parts:
-    """The data of a task; at most so many examples of each split."""
+    """The data of a task, at most ``examples`` in each split."""
     dataset = data.load(task.dataset, examples=examples)
     if task.labels is not None:
         dataset = _of_classes(dataset, *task.labels)
@@ -106,7 +106,7 @@ def load(task: Task, examples: int | None = None) -> Parts:
 
 
 def _of_classes(dataset: Dataset, low: int, high: int) -> Dataset:
-    """The examples of some classes, which count from 0."""
+    """The examples of some classes, renumbered from 0."""
     train, test = (
         (labels >= low) & (labels < high)
         for labels in (dataset.train_labels, dataset.test_labels)
@@ -130,15 +130,15 @@ def _halved(images: np.ndarray) -> np.ndarray:
 def batches(
     groups: np.ndarray | None, count: int, shape: tuple[int, int], epochs: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Rows of every step, ``[replicas, norm batch]``, each epoch in a new order.
+    """Rows of every step, ``[replicas, norm batch]``; each epoch has a new order.
 
     Args:
-      groups: which examples are alike, to fill each norm batch from one group; None for
-        independent examples.
-      count: how many examples there are.
-      shape: replicas and norm batch.
-      epochs: passes over the examples.
-      seed: of the order.
+      groups: the groups of examples that are alike, to fill each norm batch from one group.
+        None for independent examples.
+      count: number of examples.
+      shape: number of replicas and norm batch size.
+      epochs: number of passes over the examples.
+      seed: seed of the order.
     """
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -153,7 +153,7 @@ def batches(
 
 
 def _whole(rows: np.ndarray, size: int) -> np.ndarray:
-    """Rows in parts of one size; an incomplete part is dropped."""
+    """Rows in parts of equal size, without an incomplete part."""
     return rows[: len(rows) - len(rows) % size].reshape(-1, size, *rows.shape[1:])
 
 

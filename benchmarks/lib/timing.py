@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step times side by side: every round times each candidate once, ratios are per round."""
+"""Step times side by side: every round times each candidate once and gives ratios."""
 
 import time
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import numpy as np
 
 from benchmarks.lib.training import Trainer
 
-Runner = Callable[[int], None]  # takes so many steps, and waits for the last
+Runner = Callable[[int], None]  # makes a number of steps, and waits for the last
 
 
 class StepTime(NamedTuple):
-    """Time of a step, and its ratio to the baseline's in the same round."""
+    """Time of a step, and its ratio to that of the baseline in the same round."""
 
     milliseconds: float
     ratio: float
@@ -25,7 +25,7 @@ class StepTime(NamedTuple):
 def make_runners(
     trainers: dict[str, tuple[Trainer, int]], images: np.ndarray, labels: np.ndarray
 ) -> dict[str, Runner]:
-    """Each trains on the same first examples again and again."""
+    """Runners; each trains on the same first examples repeatedly."""
     images, labels = jax.device_put((images, labels))
 
     def runner(trainer: Trainer, batch_size: int) -> Runner:
@@ -44,7 +44,7 @@ def make_runners(
 
 
 def steps_in(seconds: float, run: Runner) -> int:
-    """How many steps take about so long, at least one."""
+    """The number of steps that take about ``seconds``, at least one."""
     run(1)  # compiles
     begin = time.perf_counter()
     run(1)

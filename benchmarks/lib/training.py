@@ -20,12 +20,12 @@ with needed_for("benchmarks"):
 from benchmarks.lib.checkpoints import Checkpoints
 from benchmarks.lib.data import Dataset
 
-Pairing = Literal["independent", "one class"]  # what the batches hold
+Pairing = Literal["independent", "one class"]  # the examples of a batch
 Optimizer = Callable[[float, int], optax.GradientTransformation]
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes."""
+    """The state of a run."""
 
     params: Any
     batch_stats: Any
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run stands after some of its steps."""
+    """The progress of a run after some of its steps."""
 
     step: int
     loss: float  # mean over the steps since the last report
@@ -41,7 +41,7 @@ class Progress(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The pure functions of a run; ``step`` is jitted and takes the state over."""
+    """The pure functions of a run; ``step`` is jitted and donates the state."""
 
     init: Callable[[jax.Array], TrainState]
     step: Callable[..., tuple[TrainState, jax.Array]]
@@ -49,7 +49,7 @@ class Trainer(NamedTuple):
 
 
 def _sgd(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """With momentum 0.9 and a cosine schedule."""
+    """SGD with momentum 0.9 and a cosine schedule."""
     return optax.sgd(optax.cosine_decay_schedule(learning_rate, steps), momentum=0.9)
 
 
@@ -84,7 +84,7 @@ def make_trainer(
         return TrainState(params, variables.get("batch_stats", {}), optimizer.init(params))
 
     def step(state, images, labels, rows):
-        """Rows are picked on the device, so that the host hands over indices only."""
+        """A step that selects rows on the device, so that the host sends only indices."""
 
         def loss_fn(params):
             logits, updates = model.apply(
@@ -111,7 +111,7 @@ def make_trainer(
 
 
 def batches(examples: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows of every step; each epoch shuffles anew and drops an incomplete batch."""
+    """Rows of every step; each epoch reshuffles and drops an incomplete batch."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         order = rng.permutation(examples).astype(np.int32)
@@ -143,7 +143,7 @@ def rows_of(
 
 
 def count_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
-    """Steps of a run."""
+    """Number of steps of a run."""
     steps = len(dataset.train_labels) // batch_size * epochs
     if steps == 0:
         raise ValueError(
@@ -156,7 +156,7 @@ def count_steps(dataset: Dataset, batch_size: int, epochs: int) -> int:
 def train(
     trainer: Trainer, dataset: Dataset, rows: Iterable[np.ndarray], state: TrainState
 ) -> Iterator[tuple[TrainState, jax.Array]]:
-    """State and loss after each step; a state is good until the next, the first too."""
+    """State and loss after each step; a state, even the first, is valid until the next."""
     arrays = jax.device_put((dataset.train_images, dataset.train_labels))
     for chosen in rows:
         state, loss = trainer.step(state, *arrays, chosen)
@@ -174,10 +174,10 @@ def run(
     reports: int = 20,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Progress]:
-    """Trains, and reports at evenly spaced steps, the last one included.
+    """Trains, and reports at evenly spaced steps, including the last one.
 
-    With checkpoints every fifth report is saved, along with the state and the reports
-    before; what is saved is not run again.
+    With checkpoints, every fifth report is saved together with the state and the earlier
+    reports. Saved steps are not run again.
     """
     rows = rows_of(dataset, pairing, batch_size, epochs, seed)
     steps, losses = len(rows), []

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One study per file, each with a command of its own."""
+"""One study per file, each with its own command."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adaptive batch norm: normalize always, never, or only what is heterogeneous?
 
-Composes training batches once, so that some are alike inside and others are not: half of
+Composes training batches once, so that some are homogeneous and others are not: half of
 them of one class and half mixed, or sorted by brightness, or at random as a control.
-Assesses them, and trains with batch norm always, never, and where the threshold asks for
-it, the same learning rate for all. Prints test accuracies and draws the histograms of the
+Assesses the batches. Trains with batch norm always, never, and only above the threshold,
+with the same learning rate for all. Prints test accuracies and draws the histograms of the
 assessments.
 
 Run it with ``python -m benchmarks.studies.adaptive``.
@@ -43,14 +43,14 @@ class Config(study.Options):
     batch_sizes: tuple[int, ...] = (2, 4, 8)
     """Examples per step."""
     compositions: tuple[str, ...] = ("classes", "brightness", "random")
-    """How batches are composed: half of them of one class, sorted by brightness, or at
+    """Composition of batches: half of them of one class, sorted by brightness, or at
     random."""
     measure: str = "examples"
     """Heterogeneity: entries, channels or examples."""
     learning_rate: float = 0.1
-    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    """Peak rate at batch size 32. It is scaled in proportion to the batch size."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run each; a seed fixes the initial weights, the batches and their order."""
+    """One run per seed. A seed fixes the initial weights, the batches and their order."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/adaptive")
     """Folder for results.json, table.md, assessments.png and finished runs."""
 
@@ -63,7 +63,7 @@ def main(config: Config, console: Console) -> dict:
         itertools.product(config.networks, config.compositions, config.batch_sizes)
     )
     steps = sum(training.count_steps(dataset, size, config.epochs) for *_, size in wanted)
-    # Three trainings; the last two ways of WAYS differ in inference only.
+    # There are three trainings. The last two entries of WAYS differ only in inference.
     with runs.Bar(console, 3 * steps * len(config.seeds)) as bar:
         cells = [_cell(config, dataset, bar, *cell) for cell in wanted]
     assessments = [
@@ -76,7 +76,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def compose(labels: np.ndarray, brightness: np.ndarray, how: str, size: int, seed: int):
-    """Rows of every batch, ``[batches, size]``; an incomplete one is dropped."""
+    """Rows of every batch, ``[batches, size]``, without an incomplete batch."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(labels)).astype(np.int32)
     if how == "brightness":
@@ -102,7 +102,7 @@ def _batches(config, dataset, composition, size, seed) -> tuple[np.ndarray, Asse
 
 
 def _assessed(config, dataset, composition, size) -> dict:
-    """The assessment as a user makes it: one batch after the other."""
+    """The assessment as a user makes it, one batch after another."""
     rows, _ = _batches(config, dataset, composition, size, config.seeds[0])
     made = assess((dataset.train_images[r] for r in rows), config.measure)
     counts, edges = np.histogram(made.values, bins=40)
@@ -143,7 +143,7 @@ def _cell(config, dataset, bar, network, composition, size) -> dict:
 
 
 class _Gated:
-    """A network with gated batch norm, trained on batches composed once."""
+    """A network with gated batch norm, trained on batches that are composed once."""
 
     def __init__(self, config, dataset: data.Dataset, network: str, size: int, steps: int):
         self.config, self.dataset = config, dataset
@@ -167,7 +167,7 @@ class _Gated:
         self.set_gate = jax.jit(cbn_jax.set_gate, donate_argnums=0)
 
     def accuracies(self, way, composition, seed, bar) -> dict[str, float]:
-        """Test accuracy by the way or ways of predicting."""
+        """Test accuracy for each way of predicting."""
         rows, found = _batches(self.config, self.dataset, composition, self.size, seed)
         flags = {
             "always": np.ones(len(rows), bool),
@@ -199,7 +199,7 @@ class _Gated:
             yield from rng.permutation(batches).tolist()
 
     def _accuracy_gated(self, variables: Any, found: Assessment, seed: int) -> float:
-        """On random test batches of the training's size, each measured by itself."""
+        """Accuracy on random test batches of the training's size, measured one by one."""
         rows = np.stack(
             list(training.batches(len(self.dataset.test_labels), self.size, 1, seed))
         )
@@ -215,7 +215,7 @@ class _Gated:
 
 
 def markdown(results: dict) -> str:
-    """One row a network, composition and batch size."""
+    """One row per network, composition and batch size."""
     rows = [
         (
             cell["network"],
@@ -243,7 +243,7 @@ def markdown(results: dict) -> str:
 
 
 def verdict(results: dict) -> str:
-    """How often the gate is ahead of always and of never normalizing."""
+    """How often the gate is better than always and than never normalizing."""
     means = [
         {way: float(np.mean(values)) for way, values in cell["accuracy"].items()}
         for cell in results["cells"]
@@ -260,7 +260,7 @@ def verdict(results: dict) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """Histograms of heterogeneity, threshold dashed."""
+    """Histograms of heterogeneity, with a dashed line at the threshold."""
     found = results["assessments"]
     columns = len(results["config"]["batch_sizes"])
     lines = len(found) // columns
@@ -289,7 +289,7 @@ def figure(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"assessments": figure}
 
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test accuracy against batch size, every method at its own best learning rate.
+"""Test accuracy against batch size, every method at its best learning rate.
 
-Trains small networks at batch sizes 1 to 32 with every method, all on the same number of
-examples. The rate of each method at each batch size is chosen on a validation part of the
-training images, with a seed of its own, over one grid that all methods share; then come
-the seeds that are reported, on the test images. At one batch size every rate is reported,
-which shows how much hangs on the choice. Finished runs are kept in the output folder and
-taken up again by the next call with the same options and code; two calls with different
---networks may work on the same folder at the same time, and a third puts all together.
+Trains small networks at batch sizes 1 to 32 with every method, on the same number of
+examples. All methods share one grid of rates. A separate seed chooses the rate of each
+method at each batch size, on a validation part of the training images. The reported seeds
+then train with that rate, and are tested on the test images. At one batch size every rate
+is reported, to show the effect of the choice.
+
+The output folder keeps finished runs. The next call with the same options and code does not
+run them again. Two calls with different --networks may use the same folder at the same
+time, and a third collects all results.
 
 Run it with ``python -m benchmarks.studies.batch_size``.
 """
@@ -34,7 +36,7 @@ from benchmarks.lib import methods, runs, study, training
 from benchmarks.lib.data import Dataset
 from benchmarks.studies import batch_size_report
 
-# Those that keep running statistics of a batch: the others have nothing to correct.
+# Methods with running statistics of a batch; the others have nothing to correct.
 _CORRECTABLE = (
     "batch_norm",
     "cross_iteration_batch_norm",
@@ -68,15 +70,15 @@ class Config(study.Options):
     networks: tuple[str, ...] = ("mlp", "cnn")
     """Networks to train; cnn_halved is cnn for images of 28x28."""
     learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4, 1.6)
-    """Peak rates at batch size 32, scaled in proportion to the batch size: the grid."""
+    """The grid: peak rates at batch size 32, scaled in proportion to the batch size."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds that are reported, one run each."""
+    """Reported seeds, one run each."""
     tuning_seed: int = 0
-    """The seed with which rates are chosen."""
+    """The seed of the runs that choose rates."""
     every_rate_at: int = 2
-    """The batch size at which all rates are reported."""
+    """The batch size for which all rates are reported."""
     examples: int | None = 1500
-    """Use at most so many images for training and validation, and for testing."""
+    """Largest number of images for training and validation, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/batch_size")
     """Folder for results.json, table.md, the figures and finished runs."""
 
@@ -93,7 +95,7 @@ QUICK = Config(
 
 
 class Split(NamedTuple):
-    """Training and test images, and those on which rates are chosen."""
+    """Training and test images, and the images for choosing rates."""
 
     dataset: Dataset
     images: np.ndarray
@@ -113,13 +115,13 @@ def split(dataset: Dataset) -> Split:
 
 
 class Programs(NamedTuple):
-    """Compiled once for all rates and seeds of a method at a batch size."""
+    """The programs of a method at a batch size, compiled once for all rates and seeds."""
 
     trainer: training.Trainer
     corrected: training.Trainer | None  # the same, with corrected inference
 
     def start(self, key: jax.Array, rate: float) -> training.TrainState:
-        """The first state, with its learning rate in it."""
+        """The first state, which contains its learning rate."""
         state = self.trainer.init(key)
         optimizer = state.opt_state._replace(
             hyperparams={"learning_rate": jnp.float32(rate)}
@@ -128,7 +130,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(run: runs.Run, dataset: Dataset) -> Programs:
-    """The rate is part of the optimizer's state, so that another one compiles nothing."""
+    """Compiles once for all rates, because the rate is part of the optimizer's state."""
     steps, shape = run.steps(dataset), dataset.train_images.shape[1:]
     make = training.OPTIMIZERS[run.method.optimizer]
 
@@ -146,7 +148,7 @@ def make_programs(run: runs.Run, dataset: Dataset) -> Programs:
 
 
 def refusal(programs: Programs, batch_size: int, dataset: Dataset) -> str | None:
-    """What the method says where it cannot train; nothing is run."""
+    """The error message of a method that cannot train; nothing is run."""
     state = jax.eval_shape(programs.trainer.init, jax.random.key(0))
     images, labels = dataset.train_images, dataset.train_labels
     rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
@@ -158,9 +160,9 @@ def refusal(programs: Programs, batch_size: int, dataset: Dataset) -> str | None
 
 
 class Outcome(NamedTuple):
-    """How a run ended."""
+    """The result of a run."""
 
-    loss: float  # mean over the last quarter of the steps; not finite: the run is lost
+    loss: float  # mean over the last quarter of the steps; if not finite, the run is lost
     validation: float  # accuracies
     test: float
     corrected: float | None  # on the test images, with corrected inference
@@ -228,14 +230,14 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _steps(config: Config, cell: runs.Run, parts: Split) -> int:
-    """Of all runs of a cell."""
+    """The number of steps of all runs of a cell."""
     rates, seeds = len(config.learning_rates), len(config.seeds)
     every = cell.method.batch_size == config.every_rate_at
     return cell.steps(parts.dataset) * (rates + seeds * (rates if every else 1))
 
 
 def _measure(config: Config, cell: runs.Run, parts: Split, bar: runs.Bar) -> dict:
-    """A network and method at a batch size: the choice of the rate, and what it gives."""
+    """A network and method at a batch size: the choice of the rate, and the accuracies."""
     programs = make_programs(cell, parts.dataset)
     about = {
         "network": cell.network,
@@ -292,7 +294,7 @@ def _kept(config, run, programs, parts, bar) -> Outcome:
 
 
 def _found(end: Outcome) -> float:
-    """Validation accuracy; a lost run has none."""
+    """Validation accuracy; none for a lost run."""
     return end.validation if np.isfinite(end.loss) else -1.0
 
 

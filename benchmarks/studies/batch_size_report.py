@@ -15,7 +15,7 @@ with needed_for("benchmarks"):
 from benchmarks.lib import report, study
 
 VERDICT = ("small_batch_norm", "batch_norm", "nn.GroupNorm")
-# Those that a figure has room for; the table has all.
+# Methods in the figures; the table has all.
 DRAWN = (
     "small_batch_norm",
     "batch_norm",
@@ -28,7 +28,7 @@ DRAWN = (
 
 
 def markdown(results: dict) -> str:
-    """Accuracy, what corrected inference adds, and accuracy at every rate."""
+    """Accuracy, the gain of corrected inference, and accuracy at every rate."""
     config = results["config"]
     seen = config["epochs"]
     return (
@@ -59,7 +59,7 @@ def of(results: dict, *labels: str) -> str:
 
 
 def verdict(results: dict) -> str:
-    """From the greatest to the smallest batch size at which each method trains."""
+    """Each method's accuracies at the greatest and the smallest batch size it trains."""
     sentences = []
     for chosen in results["config"]["networks"]:
         ways = [
@@ -111,7 +111,7 @@ def _among_the_best(results: dict, cell: dict) -> bool:
 
 
 def _edges(results: dict) -> str:
-    """How often the grid may have been too short."""
+    """The number of choices at an edge of the grid."""
     rates = results["config"]["learning_rates"]
     chosen = [cell["rate"] for cell in _trained(results)]
     low, high = chosen.count(rates[0]), chosen.count(rates[-1])
@@ -150,7 +150,7 @@ def _rates(results: dict) -> str:
 
 
 def _grid(results: dict) -> Iterator[tuple[str, str, dict[int, dict]]]:
-    """(network, method, {batch size: cell}), without what the method refused."""
+    """(network, method, {batch size: cell}), without the cells that the method refused."""
     config = results["config"]
     for network, label in itertools.product(config["networks"], config["methods"]):
         yield (
@@ -175,7 +175,7 @@ def _percent(values: list[float]) -> np.ndarray:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """Test error over the batch size, a panel a network."""
+    """Test error over the batch size, one panel per network."""
 
     def points(by_size):
         return {size: cell["test"] for size, cell in by_size.items()}
@@ -186,7 +186,7 @@ def figure(results: dict) -> Any:
 
 @report.drawn
 def rates_figure(results: dict) -> Any:
-    """Test error over the learning rate at one batch size, a panel a network."""
+    """Test error over the learning rate at one batch size, one panel per network."""
     config = results["config"]
 
     def points(by_size):
@@ -224,10 +224,10 @@ def _line(axis, points: dict, name: str) -> None:
         [report.standard_error(value) for value in values],
         **report.look_of(name, index),
         label=name,
-        lw=1.4 if index else 2.4,  # the first stands out
+        lw=1.4 if index else 2.4,  # the first is thicker
         zorder=2 if index else 3,
     )
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"batch_size": figure, "learning_rate": rates_figure}

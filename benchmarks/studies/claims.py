@@ -2,8 +2,8 @@
 """Claims of the papers, compared with the results of the studies here.
 
 Reads the results of the other studies and counts the cells that agree with each claim. A
-difference has weight if it is larger than two standard errors. The table has the counts and
-the worst cells; it does not judge.
+difference counts if it is larger than two standard errors. The table has the counts and the
+worst cells, and no judgment.
 
 Run it with ``python -m benchmarks.studies.claims``.
 """
@@ -40,16 +40,16 @@ class Config:
 
 
 class Comparison(NamedTuple):
-    """Two methods in one cell of a study, in points of accuracy, the greater the better."""
+    """Two methods in one cell of a study, in points of accuracy; more is better."""
 
     cell: str
     difference: float
     error: float  # standard error of the difference
-    strictly: bool = False  # to be ahead, or not to be behind
+    strictly: bool = False  # True: must be ahead; False: must not be behind
 
     @property
     def agrees(self) -> bool:
-        """Whether the cell is as the claim says."""
+        """Whether the cell agrees with the claim."""
         side = 2 if self.strictly else -2
         return self.difference >= side * self.error
 
@@ -64,7 +64,7 @@ Evidence = Callable[[Path], Iterator[Comparison]]
 def compare(
     cell: str, one: Iterable[float], other: Iterable[float], strictly: bool = False
 ) -> Comparison:
-    """Of two methods' accuracies in percent, a number a seed."""
+    """Compares the accuracies of two methods in percent, one number per seed."""
     one, other = np.array(list(one)), np.array(list(other))
     error = np.hypot(report.standard_error(one), report.standard_error(other))
     return Comparison(cell, float(one.mean() - other.mean()), float(error), strictly)
@@ -115,7 +115,7 @@ def _batch_sizes(folder: Path) -> dict[tuple, np.ndarray]:
 
 
 def pairs(one: str, other: str, sizes: Iterable[int], strictly: bool = False) -> Evidence:
-    """Two methods at the same batch size, wherever both could train."""
+    """Two methods at the same batch size, wherever both can train."""
 
     def compared(folder):
         cells = _batch_sizes(folder)
@@ -129,7 +129,7 @@ def pairs(one: str, other: str, sizes: Iterable[int], strictly: bool = False) ->
 
 
 def across(one: str, small: Iterable[int], other: str, large: int) -> Evidence:
-    """A method at small batch sizes, and another at a large one."""
+    """One method at small batch sizes, and another at a large one."""
 
     def compared(folder):
         cells = _batch_sizes(folder)
@@ -181,7 +181,7 @@ def _adaptive(folder: Path) -> Iterator[Comparison]:
 
 
 class Claim(NamedTuple):
-    """A sentence of a paper, and the cells of a study that speak of it."""
+    """A sentence of a paper, and the cells of a study that test it."""
 
     paper: str
     text: str
@@ -277,14 +277,14 @@ CLAIMS = (
 
 
 def verdict(comparisons: list[Comparison]) -> str:
-    """A count, and the worst of the cells; no judgment."""
+    """A count and the worst cell, without a judgment."""
     agreeing = sum(comparison.agrees for comparison in comparisons)
     worst = min(comparison.difference for comparison in comparisons)
     return f"{agreeing} of {len(comparisons)} cells, worst {worst:+.1f}".replace("-", "−")
 
 
 def markdown(results: dict) -> str:
-    """One row a claim."""
+    """One row per claim."""
     rows = []
     for claim in results["claims"]:
         comparisons = [Comparison(**c) for c in claim["comparisons"]]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices send each other in a training step of one normalized layer.
+"""Data that devices exchange in a training step of one normalized layer.
 
 A 3x3 convolution is normalized under ``shard_map`` on simulated devices. The step is
-compiled and never run: the bytes of its all-reduces are read off the compiled program. A
-second table has what a whole ResNet-50 sends, from its shapes.
+compiled and never run. The bytes of its all-reduces come from the compiled program. A
+second table has the data of a whole ResNet-50, computed from its shapes.
 
 Run it with ``python -m benchmarks.studies.collectives``.
 """
@@ -37,8 +37,8 @@ from benchmarks.lib import methods, profile, report, study
 from benchmarks.lib.training import TrainState
 from benchmarks.studies import cost, data_parallel
 
-ALONE = "none"  # the layer with scale and bias, whose gradient every method sends
-STEPS = 1000  # of the run, which nothing here depends on
+ALONE = "none"  # the layer with scale and bias; every method sends their gradient
+STEPS = 1000  # length of the run, which affects nothing here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Config:
     batch_size: int = 2
     """Examples on each device."""
     network: str = "resnet50"
-    """Network of the second table; its shapes are computed and nothing is run."""
+    """Network of the second table. Its shapes are computed and nothing is run."""
     network_devices: int = 256
     """Devices of the second table."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/collectives")
@@ -96,7 +96,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def counts(config: Config, devices: int) -> list[dict]:
-    """Bytes that the step of each method sends, in a process that has not used JAX yet."""
+    """Bytes that the step of each method sends; JAX must not have been used before."""
     data_parallel.simulate(devices)
     return [
         {"label": name, **sent(_program(config, name, devices))}
@@ -153,7 +153,7 @@ def _step(model: Any, optimizer: optax.GradientTransformation) -> Any:
             return jax.lax.pmean(loss, "data"), batch_stats
 
         gradients, batch_stats = jax.grad(loss_of, has_aux=True)(state.params)
-        # Backward statistics are written by the optimizer, which needs the parameters.
+        # The optimizer writes backward statistics and needs the parameters for that.
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(
             optax.apply_updates(state.params, updates), batch_stats, opt_state
@@ -169,7 +169,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 
 def sent(program: str) -> dict[str, int]:
-    """All-reduces of a compiled program, and bytes of all and of those in branches.
+    """Number of all-reduces of a program, and bytes of all and of those in branches.
 
     Instructions of a branch run only if the program takes the branch.
     """
@@ -185,7 +185,7 @@ def sent(program: str) -> dict[str, int]:
 
 
 def _reduced(lines: list[str]) -> list[str]:
-    """The shapes of what a computation's all-reduces give."""
+    """The shapes of the results of a computation's all-reduces."""
     return [found[1] for line in lines if (found := _REDUCE.search(line))]
 
 
@@ -198,7 +198,7 @@ def size_of(shapes: str) -> int:
 
 
 def _branches(lines: dict[str, list[str]]) -> set[str]:
-    """The computations of which a condition chooses one."""
+    """The computations among which a condition chooses."""
     everything = "\n".join(line for each in lines.values() for line in each)
     return {
         name for names in _BRANCHES.findall(everything) for name in _NAME.findall(names)
@@ -206,7 +206,7 @@ def _branches(lines: dict[str, list[str]]) -> set[str]:
 
 
 def _reachable(lines: dict[str, list[str]], names: Iterable[str]) -> set[str]:
-    """The computations and all that they call."""
+    """The computations and all computations that they call."""
     found, left = set(), list(names)
     while left:
         name = left.pop()
@@ -217,7 +217,7 @@ def _reachable(lines: dict[str, list[str]], names: Iterable[str]) -> set[str]:
 
 
 def features_and_params(network: str) -> dict[str, int]:
-    """Normalized features of a network, and the numbers of its parameters."""
+    """The numbers of normalized features and of parameters of a network."""
     (trainer,) = cost.make_trainers(network, 2, ("batch_norm",), classes=1000).values()
     state = jax.eval_shape(trainer.init, jax.random.key(0))
     paths = jax.tree.leaves_with_path(state.params)
@@ -226,7 +226,7 @@ def features_and_params(network: str) -> dict[str, int]:
 
 
 def markdown(results: dict) -> str:
-    """One row a number of devices and method; then a whole network."""
+    """One row per number of devices and method; then a whole network."""
     config = results["config"]
     size, side = config["batch_size"], config["side"]
     return (
@@ -259,7 +259,7 @@ def _table(cells: list[dict]) -> str:
 
 
 def numbers_sent(features: int, params: int, devices: int) -> dict[str, int]:
-    """What a whole network sends in a step, as numbers."""
+    """The count of numbers that a whole network sends in a step."""
     return {
         "batch_norm, forward: 3 sums per feature": 3 * features,
         "batch_norm, forward without a mask: 2 sums per feature": 2 * features,

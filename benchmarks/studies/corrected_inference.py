@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corrected inference: does it help networks that batch norm trained on small batches?
 
-Trains networks with plain batch norm at small batch sizes, then predicts the test images
-with the same weights in several ways: by ordinary and by corrected inference, both with the
-running statistics of training and with statistics recomputed with the final weights; by
-inference fitted in one pass over the training data; and by batch statistics, as in
-training. Also on batches that are no random draws: every image stands in them twice. Prints
-a table and draws what the last normalizer puts out in training and in inference.
+Trains networks with plain batch norm at small batch sizes. Then predicts the test images
+with the same weights in several ways. Ordinary and corrected inference use the running
+statistics of training, or statistics recomputed with the final weights. Fitted inference is
+fitted in one pass over the training data. Batch statistics predict as in training. The
+study also uses batches that are not random draws, in which every image occurs twice. Prints
+a table and draws the outputs of the last normalizer in training and in inference.
 
 Run it with ``python -m benchmarks.studies.corrected_inference``.
 """
@@ -35,7 +35,7 @@ with needed_for("benchmarks"):
 from benchmarks.lib import data, methods, networks, report, runs, study, training
 
 BATCH_NORM = cbn_jax.batch_norm(methods.MOMENTUM)
-# Same average, exact for weights that stand still.
+# The same average, exact for constant weights.
 RECOMPUTED = cbn_jax.batch_norm(cbn_jax.cumulative())
 INFERENCES = (
     "ordinary",
@@ -54,11 +54,11 @@ class Config(study.Options):
     networks: tuple[str, ...] = ("mlp", "cnn", "deep")
     """Networks to train."""
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    """Examples per step; on single ones only the CNN has two values per feature."""
+    """Examples per step. With one example only the CNN has two values per feature."""
     draws: tuple[str, ...] = ("random", "twice")
-    """How batches are drawn: at random, or with every image in them twice."""
+    """Draws of batches: at random, or with every image twice."""
     learning_rate: float = 0.1
-    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    """Peak rate at batch size 32. It is scaled in proportion to the batch size."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path(
         "results/corrected_inference"
     )
@@ -111,7 +111,7 @@ def _cell(config, dataset, bar, network, draw, size) -> dict:
 
 
 class _Trained:
-    """A network that plain batch norm trains, and ways to predict with it."""
+    """A network trained with plain batch norm, and ways to predict with it."""
 
     def __init__(self, config, dataset: data.Dataset, network: str, draw: str, size: int):
         self.dataset, self.size, self.draw = dataset, size, draw
@@ -158,7 +158,7 @@ class _Trained:
         return state
 
     def accuracies(self, seed: int, bar: runs.Bar) -> dict[str, float]:
-        """Test accuracy by way of predicting."""
+        """Test accuracy for each way of predicting."""
         state = self.train(seed, bar)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         found = {name: self.predict[name](variables) for name in ("ordinary", "corrected")}
@@ -199,7 +199,7 @@ class _Trained:
         return look
 
     def _pass(self, look, estimator, variables, inside, seed) -> Any:
-        """States after one pass over the training data, weights as they are."""
+        """States after one pass over the training data, with unchanged weights."""
         shape = (2, *self.dataset.train_images.shape[1:])
         stats = self.model(estimator).init(jax.random.key(0), jnp.ones(shape), train=False)[
             "batch_stats"
@@ -211,7 +211,7 @@ class _Trained:
         return stats
 
     def _accuracy_in_training(self, variables, seed) -> float:
-        """By the statistics of random test batches of the training's size and draw."""
+        """Accuracy by statistics of random test batches of training's size and draw."""
         count = len(self.dataset.test_labels)
         each = self.size if self.draw == "random" else self.size // 2
         hits = []
@@ -229,7 +229,7 @@ class _Trained:
 
 
 def _histograms(config: Config, dataset: data.Dataset) -> dict:
-    """What the last normalizer puts out, before scale and bias, at the least batch size."""
+    """Outputs of the last normalizer, before scale and bias, at the least batch size."""
     network = config.networks[-1]
     size = min(size for size in config.batch_sizes if _is_possible(network, "random", size))
     run = _Trained(config, dataset, network, "random", size)
@@ -270,7 +270,7 @@ def _histograms(config: Config, dataset: data.Dataset) -> dict:
 
 
 def markdown(results: dict) -> str:
-    """One row a network, draw and batch size."""
+    """One row per network, draw and batch size."""
     rows = []
     for cell in results["cells"]:
         by_way = {
@@ -298,7 +298,7 @@ def markdown(results: dict) -> str:
 
 
 def verdict(results: dict) -> str:
-    """What corrected inference gains over ordinary, at batch size 1 and beyond."""
+    """The gain of corrected over ordinary inference, at batch size 1 and above."""
 
     def gain(cell):
         gains = [100 * (a["corrected"] - a["ordinary"]) for a in cell["accuracy"]]
@@ -318,7 +318,7 @@ def verdict(results: dict) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """Test error of every way, a panel a network and draw."""
+    """Test error of every way, one panel per network and draw."""
     panels = list(dict.fromkeys((c["network"], c["draw"]) for c in results["cells"]))
     made = matplotlib.figure.Figure((1 + 2.6 * len(panels), 3.4))
     axes = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -364,7 +364,7 @@ def activations(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"accuracy": figure, "activations": activations}
 
 

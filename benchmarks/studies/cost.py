@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each method costs: time, FLOPs, bytes, memory, compile time and state of a step.
+"""Cost of each method: time, FLOPs, bytes, memory, compile time and state of a step.
 
-A training step (forward, backward, SGD with momentum) of an MLP, of a basic stage of
-ResNet-18 and of the whole network with the stem for 32x32 images is compiled with every
-method. FLOPs and bytes are XLA's count. Times are measured side by side in one process,
-each as a ratio to the same network with Flax's BatchNorm. A table compares the results
-with targets. Where a method misses a target for its time, the floor says what the memory
-traffic of its state takes alone, and a profile says where the time goes. A last table has
-the state of a ResNet-50.
+A training step (forward, backward, SGD with momentum) is compiled with every method. The
+networks are an MLP, a basic stage of ResNet-18, and the whole ResNet-18 with the stem for
+32x32 images. FLOPs and bytes are XLA's counts. Times are measured side by side in one
+process, each as a ratio to the same network with Flax's BatchNorm. A table compares the
+results with targets. If a method misses a target for its time, the study reports two more
+results. The floor is the time for the memory traffic of the method's state alone, and a
+profile lists the time of each part. A last table has the state of a ResNet-50.
 
 Run it with ``python -m benchmarks.studies.cost``; on an accelerator with ``python -m
 benchmarks.studies.cost --device gpu --networks resnet50 --batch-sizes 1 2 4 8
@@ -46,7 +46,7 @@ SHAPES = {
     "resnet50": (224, 224, 3),
 }
 CommandBuffers = Literal["default", "with", "without"]
-# Options of the compiler. A GPU launches the operations of a command buffer all at once.
+# Options of the compiler. A GPU launches the operations of a command buffer together.
 COMMAND_BUFFERS: dict[CommandBuffers, dict[str, Any]] = {
     "default": {},
     "with": {
@@ -67,7 +67,7 @@ QUANTITIES: dict[str, Callable[[dict, dict], float]] = {
 
 
 class Target(NamedTuple):
-    """A limit that a method should not exceed; None means every network or size."""
+    """A limit for a method; None means every network or size."""
 
     method: str
     network: str | None
@@ -76,7 +76,7 @@ class Target(NamedTuple):
     most: float
 
     def concerns(self, cell: dict) -> bool:
-        """Whether the cell must meet it."""
+        """Whether the target applies to the cell."""
         return (
             self.method == cell["label"]
             and self.network in (None, cell["network"])
@@ -85,7 +85,7 @@ class Target(NamedTuple):
         )
 
     def missed(self, base: dict, cell: dict) -> bool:
-        """Whether the cell does not meet it."""
+        """Whether the cell misses the target."""
         return self.concerns(cell) and QUANTITIES[self.quantity](base, cell) > self.most
 
 
@@ -118,17 +118,18 @@ TARGETS: tuple[Target, ...] = (
     *(Target(name, "resnet18", 2, "time", 1.08) for name in LIGHT),
     *(Target(name, "resnet18", 2, "compile", 1.4) for name in LIGHT),
 )
-# How often the least program reads or writes an array of the size of θ for the state.
+# Number of times that a minimal program reads or writes an array of the size of θ for the
+# state.
 PASSES = {
-    # Reads θ for the product, G and θ for ⟨G, θ⟩. Writes and reads the product that is
+    # Reads θ for the product, and G and θ for ⟨G, θ⟩. Writes and reads the product that is
     # added to G. Reads and writes G. Reads G for the gradient.
     "small_batch_norm": 8,
     # Reads θ for ⟨p, θ⟩, for |θ|² and for the gradient.
     "carried_batch_norm": 3,
-    # Reads every past slot and θ for its product. Writes today's slot and reads θ.
+    # Reads every past slot, and θ for its product. Writes the new slot and reads θ.
     "cross_iteration_batch_norm": 2 * (methods.WINDOW - 1) + 2,
 }
-# Methods of which the short verdict speaks.
+# Methods in the short verdict.
 VERDICTS = (
     "batch_norm",
     "carried_batch_norm",
@@ -142,9 +143,9 @@ class Config:
     """Options of the comparison."""
 
     networks: tuple[str, ...] = ("mlp", "stage", "resnet18")
-    """Networks to count and time; also resnet50, at 224x224."""
+    """Networks to measure; also resnet50, at 224x224."""
     batch_sizes: tuple[int, ...] = (1, 2, 8)
-    """Examples per step; one example is left out where batch norm cannot train on it."""
+    """Examples per step. One example is left out if batch norm cannot train on it."""
     methods: tuple[str, ...] = (
         "batch_norm",
         "nn.GroupNorm",
@@ -164,17 +165,17 @@ class Config:
     )
     """Normalizers to compare with Flax's batch norm."""
     precision: runs.Precision = "float32"
-    """Of activations and products."""
+    """Precision of activations and products."""
     device: Literal["cpu", "gpu", "tpu"] | None = None
-    """Where to run; JAX's own choice if not given."""
+    """Device to run on; JAX's own choice if not given."""
     command_buffers: Literal["default", "with", "without", "both"] = "default"
-    """With or without CUDA graphs, on a GPU alone; JAX's own choice if not given."""
+    """With or without CUDA graphs, on a GPU only; JAX's own choice if not given."""
     stored: str = "resnet50"
-    """Network of the table of states; its shapes are computed and nothing is run."""
+    """Network of the table of states. Its shapes are computed and nothing is run."""
     timing_rounds: int = 7
-    """Rounds of steps for the times; 0 counts without running anything."""
+    """Rounds of steps for the times; with 0 nothing is run, only counted."""
     timing_seconds: float = 0.2
-    """About how long a method is timed in each round, at least a step."""
+    """Approximate time for a method in each round; at least one step is run."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/cost")
     """Folder for results.json and table.md."""
 
@@ -240,9 +241,9 @@ def _forms(asked: str, device: Any) -> tuple[CommandBuffers, ...]:
 
 
 def _rates() -> dict[str, float]:
-    """FLOPs and bytes per second that the device reaches, the best of some calls."""
+    """FLOPs and bytes per second of the device, the best of several calls."""
     square, long = jnp.ones((2048, 2048)), jnp.ones(2**26)
-    # Overwritten in place: new memory would cost time of its own.
+    # The array is overwritten in place, because new memory would cost additional time.
     negate = jax.jit(jnp.negative, donate_argnums=0)
     return {
         "flops": 2 * 2048**3 / _seconds(jax.jit(lambda x: x @ square), square),
@@ -251,7 +252,7 @@ def _rates() -> dict[str, float]:
 
 
 def _seconds(function: Callable, x: jax.Array, calls: int = 8) -> float:
-    """The least of some calls, each on the result of the one before."""
+    """The least time of several calls, each on the result of the one before."""
     seconds = []
     for _ in range(calls):
         begin = time.perf_counter()
@@ -261,13 +262,13 @@ def _seconds(function: Callable, x: jax.Array, calls: int = 8) -> float:
 
 
 class Compiled(NamedTuple):
-    """A step as the compiler left it."""
+    """A compiled step."""
 
     step: Any
-    seconds: float  # of the process, to trace, lower and compile
+    seconds: float  # process time to trace, lower and compile
     params: int  # bytes
     state: int  # bytes of batch_stats
-    layers: int  # that are normalized
+    layers: int  # number of normalized layers
 
 
 def flops(network: str, size: int, names: Sequence[str]) -> dict[str, float]:
@@ -287,7 +288,7 @@ def make_trainers(
     precision: str = "float32",
     classes: int = 10,
 ) -> dict[str, training.Trainer]:
-    """A network with every method, to be trained on images of ``SHAPES``."""
+    """Trainers of a network with every method, for images of ``SHAPES``."""
     trainers = {}
     for name in names:
         norm = methods.parse(name, size).norm(steps=1000)
@@ -326,7 +327,7 @@ def _compile(
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """A search for garbage takes the longer the more programs there are already."""
+    """Disables garbage collection, which takes longer the more programs exist."""
     gc.collect()
     gc.disable()
     try:
@@ -336,7 +337,7 @@ def _no_garbage() -> Iterator[None]:
 
 
 def _layers(params: Any) -> int:
-    """How many layers are normalized: each has a scale."""
+    """The number of normalized layers; each has a scale."""
     paths = (path for path, _ in jax.tree.leaves_with_path(params))
     return sum(path[-1] == jax.tree_util.DictKey("scale") for path in paths)
 
@@ -344,8 +345,8 @@ def _layers(params: Any) -> int:
 def _counts(compiled: Compiled, name: str) -> dict[str, float]:
     """FLOPs, bytes accessed, fusions and greatest memory of a step.
 
-    XLA counts the body of a loop once. The one over the history turns for every slot: it
-    reads the slot and the parameters, and with their gradient the slot and two sums again.
+    XLA counts the body of a loop once. The loop over the history runs once per slot: it
+    reads the slot and the parameters, and for the gradient the slot and two sums again.
     """
     counted, memory = compiled.step.cost_analysis(), compiled.step.memory_analysis()
     turns = methods.WINDOW - 1 if name.startswith("cross_iteration_batch_norm") else 0
@@ -362,7 +363,7 @@ def _counts(compiled: Compiled, name: str) -> dict[str, float]:
 
 
 def fusions(program: str) -> int:
-    """How many fusions the main computation of a compiled program has."""
+    """The number of fusions in the main computation of a compiled program."""
     return sum(" fusion(" in line for line in profile.computations(program)[profile.ENTRY])
 
 
@@ -377,7 +378,7 @@ def _cells(config: Config, network: str, size: int, form: CommandBuffers) -> lis
     made = {
         name: _compile(trainer, shape, size, form) for name, trainer in trainers.items()
     }
-    # The compiled steps are run as they are, so that nothing is compiled twice.
+    # The compiled steps are run directly, so that nothing is compiled twice.
     trainers = {name: t._replace(step=made[name].step) for name, t in trainers.items()}
     batch = _batch(shape, size)
     times = _times(config, trainers, batch)
@@ -429,7 +430,7 @@ def _profile(trainer: training.Trainer, batch: tuple) -> dict[str, float]:
 
 
 def _states(network: str, names: Sequence[str]) -> list[dict]:
-    """What each method stores for a network, with windows for batch size 2."""
+    """The state of each method for a network, with windows for batch size 2."""
     states = []
     for name, trainer in make_trainers(network, 2, names, classes=1000).items():
         state = jax.eval_shape(trainer.init, jax.random.key(0))
@@ -439,7 +440,7 @@ def _states(network: str, names: Sequence[str]) -> list[dict]:
 
 
 def markdown(results: dict) -> str:
-    """One row a network, batch size and method; then targets, floors, profiles, states."""
+    """A row per network, batch size and method; then targets, floors, profiles, states."""
     legend = (
         "FLOPs, bytes, time and compile: a training step's, as ratios to nn.BatchNorm, "
         "whose time and compile are given themselves (time: median and quartiles of "
@@ -461,7 +462,7 @@ def markdown(results: dict) -> str:
 
 
 def of(results: dict, *labels: str) -> str:
-    """What some methods cost beside Flax's batch norm, in short."""
+    """The cost of some methods relative to Flax's batch norm, in short."""
     headings = (*BESIDE, "state / θ")
     rows = [
         (
@@ -481,7 +482,7 @@ def of(results: dict, *labels: str) -> str:
 
 
 def _groups(results: dict) -> list[tuple[dict, list[dict]]]:
-    """(the cell of the baseline, its whole group) of each network and batch size."""
+    """(the cell of the baseline, its whole group) for each network and batch size."""
     cells = results["cells"]
     starts = [i for i, cell in enumerate(cells) if cell["label"] == BASELINE]
     ends = [*starts[1:], len(cells)]
@@ -505,12 +506,12 @@ def _table(results: dict) -> str:
 
 
 def _beyond(quantity: str, base: dict, cell: dict, own: str) -> str:
-    """A quantity relative to the baseline, which has its ``own``."""
+    """A quantity relative to the baseline, which has the value ``own``."""
     return own if cell is base else _value(quantity, base, cell)
 
 
 def _value(quantity: str, base: dict, cell: dict) -> str:
-    """A quantity as a table has it."""
+    """A quantity in the form of the table."""
     if quantity == "time":
         return _time(cell)
     return f"{QUANTITIES[quantity](base, cell):{_DIGITS.get(quantity, '.2f')}}"
@@ -521,7 +522,7 @@ BESIDE = ("net", "batch", "method", "FLOPs", "bytes", "time")
 
 
 def _beside(base: dict, cell: dict) -> tuple[str, ...]:
-    """The columns ``BESIDE``, of which three are ratios to the baseline."""
+    """The columns ``BESIDE``; three of them are ratios to the baseline."""
     return (
         cell["network"],
         str(cell["batch_size"]),
@@ -531,7 +532,7 @@ def _beside(base: dict, cell: dict) -> tuple[str, ...]:
 
 
 def _label(cell: dict) -> str:
-    """The method, and how a GPU was to run it."""
+    """The method, and the mode of a GPU."""
     return cell["label"] + _form(cell)
 
 
@@ -550,7 +551,7 @@ def _time(cell: dict) -> str:
 
 
 class Worst(NamedTuple):
-    """The cell that comes nearest to missing a target, or misses it most."""
+    """The cell that is nearest to missing a target, or misses it most."""
 
     target: Target
     base: dict
@@ -563,7 +564,7 @@ class Worst(NamedTuple):
 
 
 def worst_cells(results: dict) -> list[Worst]:
-    """One for each target that concerns a measured cell."""
+    """One for each target that applies to a measured cell."""
     found = []
     for target in TARGETS:
         fitting = [
@@ -578,7 +579,7 @@ def worst_cells(results: dict) -> list[Worst]:
 
 
 def verdict(results: dict) -> str:
-    """The median and the worst time of the main methods, and how many targets are met."""
+    """The median and the worst time of the main methods, and the number of met targets."""
     sentences = []
     for name in VERDICTS:
         cells = [c for c in results["cells"] if c["label"] == name and c["time"]]
@@ -594,7 +595,7 @@ def verdict(results: dict) -> str:
 
 
 def _met(results: dict) -> list[str]:
-    """How many targets are met, if there are any."""
+    """The number of met targets, if there are targets."""
     found = worst_cells(results)
     met = sum(not worst.missed for worst in found)
     return [f"{met} of {len(found)} targets are met."] if found else []
@@ -626,7 +627,7 @@ def _sentence(target: Target) -> str:
 
 
 def _measured(worst: Worst) -> str:
-    """With the place of the worst cell where the target leaves it open."""
+    """The measurement, with the worst cell if the target applies to several."""
     target, base, cell = worst
     place = f" on {cell['network']} at batch size {cell['batch_size']}"
     known = None not in (target.network, target.batch_size)
@@ -634,20 +635,20 @@ def _measured(worst: Worst) -> str:
 
 
 class Floor(NamedTuple):
-    """The least extra time of a step that the memory traffic of a state takes."""
+    """The least additional time of a step for the memory traffic of a state."""
 
     milliseconds: float
-    ratio: float  # of the step to the baseline's
+    ratio: float  # time of the step over the baseline's
 
 
 def floor(base: dict, cell: dict, rates: dict) -> Floor:
-    """From the passes over memory of the size of θ, at the rate of a large copy."""
+    """The floor from passes over memory of the size of θ, at the rate of a large copy."""
     milliseconds = 1e3 * PASSES[cell["label"]] * cell["params"] / rates["bytes"]
     return Floor(milliseconds, 1 + milliseconds / base["time"]["milliseconds"])
 
 
 def floors(results: dict) -> str:
-    """The floor and the measurement, where a target for the time is missed."""
+    """The floor and the measurement of each missed time target."""
     rows = [
         _floor_row(base, cell, floor(base, cell, results["rates"]))
         for base, cells in _groups(results)
@@ -700,7 +701,7 @@ def states(results: dict) -> str:
 
 
 def _profiles(results: dict) -> str:
-    """Where a target is missed: the parts of a step beside those of the baseline."""
+    """Parts of a step beside those of the baseline, for missed targets."""
     rows, names = [], (*profile.PARTS, profile.UNNAMED)
     for base, cells in _groups(results):
         for cell in (cell for cell in cells if cell["profile"] and cell is not base):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diminishing batch norm: how fast should statistics forget?
+"""Diminishing batch norm: how fast should statistics forget old batches?
 
-Trains the paper's network (two dense layers of 300) on its kind of data with ten weights α
-of the current batch, from 1 (batch norm's training) over constants and 1/m to 0, with the
-paper's batch size and optimizer, normalizing after the activation as in the paper, and
-before it as is common; prints test errors after the last epoch and, as in the paper, the
-least of all epochs. Finished runs are kept and taken up again.
+Trains the paper's network (two dense layers of 300) on similar data with ten weights α of
+the current batch. The weights range from 1 (batch norm's training) over constants and 1/m
+to 0. The batch size and optimizer are those of the paper. The network normalizes after the
+activation as in the paper, or before it as is common. Prints test errors after the last
+epoch and, as in the paper, the least error over all epochs. Keeps finished runs and does
+not run them again.
 
 Run it with ``python -m benchmarks.studies.diminishing``; ``--dataset digits``
 needs no download.
@@ -50,13 +51,13 @@ class Config(study.Options):
     """digits (embedded), fashion_mnist, or any image classification set of
     tensorflow-datasets by name."""
     alphas: tuple[str, ...] = ("batch_norm", *methods.ALPHAS)
-    """Weights of the current batch; batch_norm also has batch norm's inference."""
+    """Weights of the current batch; batch_norm also uses batch norm's inference."""
     places: tuple[str, ...] = ("after", "before")
-    """Where to normalize, after the activation or before it."""
+    """Place of the normalizer: after or before the activation."""
     batch_size: int = 100
     """Examples per step."""
     learning_rate: float = 0.01
-    """Of AdaGrad."""
+    """Learning rate of AdaGrad."""
     epochs: int = 6
     """Passes over the training images."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/diminishing")
@@ -104,7 +105,7 @@ def _cell(config, run, dataset, bar) -> dict:
 
 
 def markdown(results: dict) -> str:
-    """One row a weight."""
+    """One row per weight."""
     rows = []
     for cell in results["cells"]:
         error = np.array(cell["error"])  # [seeds, epochs]
@@ -144,7 +145,7 @@ def markdown(results: dict) -> str:
 
 
 def verdict(results: dict) -> str:
-    """Test errors of the paper's favorite, 0.25, and its extremes, beside batch norm's."""
+    """Test errors of the paper's preferred weight, 0.25, its extremes, and batch norm."""
     sentences = []
     for place in results["config"]["places"]:
         last = {
@@ -163,7 +164,7 @@ def verdict(results: dict) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """Test error of every weight after each epoch, a panel for each place."""
+    """Test error of every weight after each epoch, one panel per place."""
     places = results["config"]["places"]
     made = matplotlib.figure.Figure((1.6 + 3.6 * len(places), 3.8))
     axes = made.subplots(1, len(places), sharey=True, squeeze=False)[0]
@@ -185,7 +186,7 @@ def figure(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"diminishing": figure}
 
 

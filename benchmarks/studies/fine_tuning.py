@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained network, a new domain, memory for two images: which method fine-tunes it?
+"""Which method fine-tunes a trained network on a new domain with two images per step?
 
-Trains networks with ``nn.BatchNorm`` at steps of 32. Then inverts the images and halves
-their contrast, and fine-tunes with two images a step, independent or of one class. Each
-method takes the place of the batch norms by ``replace_batch_norm``. The rate is chosen on
-training images that were held out. Prints the test accuracy after a few steps and at the
-end, with the running averages and, where a method has a window, with the window's own
-moments in their place.
+Trains networks with ``nn.BatchNorm`` and 32 images per step. Then inverts the images and
+halves their contrast, and fine-tunes with two images per step, independent or of one class.
+``replace_batch_norm`` replaces the batch norms by each method. The rate is chosen on
+held-out training images. Prints the test accuracy after a few steps and at the end.
+Inference uses the running averages and, if a method has a window, also the moments of the
+window.
 
 Run it with ``python -m benchmarks.studies.fine_tuning``.
 """
@@ -37,8 +37,8 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib import data, report, runs, study, training
 
-REFERENCE = 32  # images a step of the first training, and of the row to compare with
-HELD_OUT = 5  # one in so many training images chooses the rate
+REFERENCE = 32  # images per step of the first training, and of the row to compare with
+HELD_OUT = 5  # one in 5 training images is for choosing the rate
 
 
 class CNN(nn.Module):
@@ -73,7 +73,7 @@ class MLP(nn.Module):
 
 NETWORKS = {"cnn": CNN, "mlp": MLP}
 
-# Estimators for steps of so many images.
+# Estimators for a number of images per step.
 METHODS = {
     "batch_norm": lambda size: cbn_jax.batch_norm(),
     "frozen": lambda size: cbn_jax.frozen(cbn_jax.batch_norm(), after=0),
@@ -82,7 +82,7 @@ METHODS = {
     "small_batch_norm": cbn_jax.small_batch_norm,
     "bidirectional_batch_norm": lambda size: cbn_jax.bidirectional_batch_norm(),
 }
-_MOMENTUM = 0.85  # at steps of 32 looks back over as many images as 0.99 at steps of 2
+_MOMENTUM = 0.85  # with 32 images per step covers as many images as 0.99 with 2
 REFERENCES = {
     "batch_norm": METHODS["batch_norm"],
     f"batch_norm(momentum={_MOMENTUM})": lambda size: cbn_jax.batch_norm(_MOMENTUM),
@@ -98,19 +98,19 @@ class Config(study.Options):
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to fine-tune with."""
     batch_size: int = 2
-    """Images per step of fine-tuning; even, for pairs."""
+    """Images per step of fine-tuning. The number must be even for pairs."""
     pairings: tuple[training.Pairing, ...] = ("independent", "one class")
-    """What a step holds: independent images, or images of one class."""
+    """Images of a step: independent images, or images of one class."""
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """Rates for steps of 32 images; scaled in proportion to the step."""
+    """Rates for 32 images per step, scaled in proportion to the images per step."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One training and fine-tuning each."""
+    """One training and fine-tuning per seed."""
     epochs: int = 12
-    """Passes over the training images, before fine-tuning."""
+    """Passes over the training images before fine-tuning."""
     passes: int = 1
     """Passes over the training images of the new domain."""
     marks: tuple[int, ...] = (30, 100, 300)
-    """Steps of fine-tuning after which to test, beside the last one."""
+    """Numbers of fine-tuning steps after which to test, besides the last step."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/fine_tuning")
     """Folder for results.json, table.md and finished runs."""
 
@@ -131,11 +131,11 @@ class Domains(NamedTuple):
 
     source: data.Dataset
     target: data.Dataset
-    validation: tuple[np.ndarray, np.ndarray]  # held out, of the new domain
+    validation: tuple[np.ndarray, np.ndarray]  # held-out images of the new domain
 
 
 class Setting(NamedTuple):
-    """What is fine-tuned, and how."""
+    """A network and method to fine-tune, and the options."""
 
     network: str
     pairing: training.Pairing
@@ -161,7 +161,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _check(config: Config) -> None:
-    """Networks and methods are known, and there is something to compare."""
+    """Checks that networks and methods are known, with something to compare."""
     for kind, names, known in (
         ("network", config.networks, NETWORKS),
         ("method", config.methods, METHODS),
@@ -179,7 +179,7 @@ def _check(config: Config) -> None:
 
 
 def _settings(config: Config) -> Iterator[Setting]:
-    """All of them; the reference of each network first."""
+    """All settings, the reference of each network first."""
     rates = config.learning_rates
     for network in config.networks:
         for label, rate in itertools.product(REFERENCES, rates):
@@ -191,7 +191,7 @@ def _settings(config: Config) -> Iterator[Setting]:
 
 
 def split(dataset: data.Dataset) -> Domains:
-    """Both domains, the last fifth of the training images held out."""
+    """Both domains, with the last fifth of the training images held out."""
     rest = len(dataset.train_labels) - len(dataset.train_labels) // HELD_OUT
     images, labels = dataset.train_images, dataset.train_labels
     source = dataset._replace(
@@ -211,12 +211,12 @@ def _changed(images: np.ndarray) -> np.ndarray:
 
 
 def _steps(config: Config, domains: Domains, batch_size: int) -> int:
-    """Steps of fine-tuning; those of pairs may be a few less."""
+    """Number of fine-tuning steps; it may be slightly smaller for pairs."""
     return training.count_steps(domains.target, batch_size, config.passes)
 
 
 def _bases(config: Config, domains: Domains, network: str, bar: runs.Bar) -> list[dict]:
-    """The variables of the trained networks, one a seed, and their accuracy."""
+    """The variables of the trained networks, one per seed, and their accuracy."""
     steps = training.count_steps(domains.source, REFERENCE, config.epochs)
     model = NETWORKS[network](domains.source.classes)
     shape = domains.source.train_images.shape[1:]
@@ -232,7 +232,7 @@ def _bases(config: Config, domains: Domains, network: str, bar: runs.Bar) -> lis
 
 
 def _training(config: Config) -> dict:
-    """What decides the trained networks, beside network and seed."""
+    """The options that determine the trained networks, besides network and seed."""
     return {
         "dataset": config.dataset,
         "examples": config.examples,
@@ -241,7 +241,7 @@ def _training(config: Config) -> dict:
 
 
 def _base(config: Config, domains: Domains, trainer: training.Trainer, seed: int) -> dict:
-    """A trained network as JSON holds it, and its accuracy on both domains."""
+    """A trained network as JSON represents it, and its accuracy on both domains."""
     state = trainer.init(jax.random.key(seed))
     examples = len(domains.source.train_labels)
     rows = training.batches(examples, REFERENCE, config.epochs, seed)
@@ -285,10 +285,10 @@ def _measure(config: Config, setting: Setting, domains, make, starts, bar) -> di
 
 
 def _tuned(config: Config, setting: Setting, domains, trainer, start, seed: int) -> dict:
-    """Accuracies of one run: at the marks on the test images, and on held out ones."""
+    """Accuracies of one run: at the marks on the test images, and on held-out images."""
     target, found = domains.target, collections.defaultdict(list)
     size, passes = setting.batch_size, config.passes
-    # Another order than in the first training.
+    # The order differs from that of the first training.
     rows = training.rows_of(target, setting.pairing, size, passes, 1000 + seed)
     marks = _marks(config, setting.batch_size, len(rows))
     test = _test(target)
@@ -323,7 +323,7 @@ def with_window(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _marks(config: Config, batch_size: int, steps: int) -> list[int]:
-    """Steps after which to test; greater steps are tested after as many images."""
+    """Steps after which to test; with more images per step, after as many images."""
     marks = [max(1, round(m * config.batch_size / batch_size)) for m in config.marks]
     if marks != sorted({*marks, steps})[:-1]:
         raise ValueError(
@@ -348,7 +348,7 @@ def _start(trainer, variables: dict, setting: Setting, seed: int) -> training.Tr
 
 
 def markdown(results: dict) -> str:
-    """One row a setting and method, at the rate chosen; then the verdict."""
+    """One row per setting and method, at the chosen rate; then the verdict."""
     config = results["config"]
     rows = [
         (
@@ -373,13 +373,13 @@ def markdown(results: dict) -> str:
 
 
 def _pairs(cell: dict) -> list[list[list[float]]]:
-    """By mark, accuracies in % of all seeds: with running averages, with a window."""
+    """Accuracies in % of all seeds, by mark: with running averages, with a window."""
     found = [cell[name] for name in ("running", "window") if name in cell]
     return (100 * np.array(found)).transpose(2, 0, 1).tolist()
 
 
 def _title(results: dict) -> str:
-    """What was run, and how good the trained networks are."""
+    """The setting of the runs, and the accuracy of the trained networks."""
     config = results["config"]
     before = ", ".join(
         f"{network} {_mean(found, 'source')} % and {_mean(found, 'target')} %"
@@ -398,7 +398,7 @@ def _mean(found: list[dict], domain: str) -> str:
 
 
 def _legend(results: dict) -> str:
-    """What the columns say."""
+    """The meaning of the columns."""
     config = results["config"]
     rates = ", ".join(f"{rate:g}" for rate in config["learning_rates"])
     return (
@@ -413,7 +413,7 @@ def _legend(results: dict) -> str:
 
 
 def chosen(results: dict) -> dict[tuple, list[dict]]:
-    """By setting, the cells of all methods at the rate that validation prefers."""
+    """The cells of all methods at the rate that validation chose, by setting."""
     found: dict[tuple, dict] = {}
     for cell in results["cells"]:
         setting = cell["network"], cell["batch_size"], cell["pairing"]
@@ -425,7 +425,7 @@ def chosen(results: dict) -> dict[tuple, list[dict]]:
 
 
 def verdict(results: dict) -> str:
-    """Where inference is as good as with the window, and where the method is the best."""
+    """How often inference is as good as with the window, or the method among the best."""
     found = chosen(results)
     ours = [_behind(cells) for (_, size, _), cells in found.items() if size != REFERENCE]
     return (
@@ -439,7 +439,7 @@ def verdict(results: dict) -> str:
 
 
 def _lags(found: dict[tuple, list[dict]]) -> str:
-    """By method with a window: how often its running averages do as well, and the worst."""
+    """How often each method's running averages match its window, and the worst case."""
     lags = collections.defaultdict(list)
     for cell in itertools.chain(*found.values()):
         for running, *window in _pairs(cell):
@@ -453,7 +453,7 @@ def _lags(found: dict[tuple, list[dict]]) -> str:
 
 
 def _behind(cells: list[dict]) -> tuple[float, float]:
-    """How far small_batch_norm ends behind the best method, and the standard error."""
+    """Points that small_batch_norm ends behind the best method, and the standard error."""
     ends = {cell["label"]: _pairs(cell)[-1][0] for cell in cells}
     ours, best = ends["small_batch_norm"], max(ends.values(), key=np.mean)
     error = np.hypot(report.standard_error(ours), report.standard_error(best))

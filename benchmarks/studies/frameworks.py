@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm and group norm beside those of other frameworks, on the same shapes.
+"""Batch norm and group norm compared with other frameworks, on the same shapes.
 
-Forward and backward pass of a normalizer alone, in training, its running averages
-included: Flax, cbn_jax, Keras on JAX and PyTorch, side by side in one process, so that the
-baseline of the other tables is known to be a fair one. PyTorch and Keras are optional; what
-is not installed is left out, and the table says so.
+Times the forward and backward pass of a normalizer alone, in training, including its
+running averages. Flax, cbn_jax, Keras on JAX and PyTorch run side by side in one process.
+The comparison shows whether the baseline of the other tables is a fair one. PyTorch and
+Keras are optional. If one is not installed, it is left out, and the table names it.
 
 Run it with ``python -m benchmarks.studies.frameworks``.
 """
@@ -48,9 +48,9 @@ class Config:
     shapes: tuple[str, ...] = tuple("x".join(map(str, shape)) for shape in SHAPES)
     """Shapes of the activations, features last, as in 2x32x32x64."""
     rounds: int = 20
-    """Rounds in which every candidate is timed once."""
+    """Rounds; each times every candidate once."""
     steps: int = 10
-    """Steps of each in a round."""
+    """Steps of each candidate in a round."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/frameworks")
     """Folder for results.json and table.md."""
 
@@ -89,7 +89,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _runners(shape: tuple[int, ...], absent: dict[str, bool]) -> dict[str, Runner]:
-    """Every candidate there is, on the same numbers."""
+    """Every available candidate, on the same numbers."""
     rng = np.random.default_rng(0)
     x, cotangent = (rng.standard_normal(shape, np.float32) for _ in range(2))
     runners = {
@@ -140,7 +140,7 @@ def _keras(x: np.ndarray, cotangent: np.ndarray) -> dict[str, Runner]:
 
 
 def _jitted(forward: Callable, params, stats, x: Any, cotangent: Any) -> Runner:
-    """Derivatives with respect to parameters and ``x``, and the new averages."""
+    """A runner of derivatives with respect to parameters and ``x``, and of new averages."""
 
     @jax.jit
     def step(params, stats, x, cotangent):
@@ -189,7 +189,7 @@ def _torch(x: np.ndarray, cotangent: np.ndarray) -> dict[str, Runner]:
 
 
 def markdown(results: dict) -> str:
-    """One row a candidate, one column a shape."""
+    """One row per candidate, one column per shape."""
     shapes = results["config"]["shapes"]
     labels = dict.fromkeys(cell["label"] for cell in results["cells"])
     found = {(cell["label"], cell["shape"]): cell for cell in results["cells"]}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture for the idea of each method, made by the methods themselves.
+"""One picture of the idea of each method, made by the methods themselves.
 
-Statistics are shown on a dense layer with Gaussian inputs, whose true deviation is known
-while its weights turn: the middle and the range of many independent runs. The others show
-what a method does to one small example. Nothing is trained here.
+Statistics are shown for a dense layer with Gaussian inputs and rotating weights, whose true
+standard deviation is known. The pictures show the median and the range of many independent
+runs. The other pictures show the effect of a method on one small example. Nothing is
+trained here.
 
 Run it with ``python -m benchmarks.studies.ideas``.
 """
@@ -49,7 +50,7 @@ FOLLOWED: dict[str, tuple[cbn_jax.Estimator, int]] = {
     "diminishing 0.05": (cbn_jax.diminishing_batch_norm(0.05), 2),
     "diminishing 1/m": (cbn_jax.diminishing_batch_norm(cbn_jax.diminishing(1.0)), 2),
 }
-COMPANIONS = 3  # of an example in its batch, in the picture of corrected inference
+COMPANIONS = 3  # other examples in a batch, in the picture of corrected inference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,13 @@ class Config:
     """Options of the pictures."""
 
     runs: int = 400
-    """Independent runs behind each range."""
+    """Number of independent runs for each range."""
     steps: int = 120
-    """Steps in which the weights turn."""
+    """Number of steps in which the weights turn."""
     inputs: int = 16
     """Input features of the layer."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random draws."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/ideas")
     """Folder for results.json, table.md and the pictures."""
 
@@ -82,7 +83,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _followed(config: Config) -> dict:
-    """The true deviation at every step, and the estimate of each method."""
+    """The true standard deviation at every step, and the estimate of each method."""
     spectrum = jnp.geomspace(9.0, 0.1, config.inputs)
     turn = 0.9 * jnp.pi * jnp.sin(jnp.pi * jnp.arange(config.steps) / 60) ** 2 / 2
     weights = jnp.zeros((config.steps, config.inputs, 1))
@@ -112,7 +113,7 @@ def _followed(config: Config) -> dict:
 
 
 def _response(config: Config) -> dict:
-    """What becomes of an example in training and in inference, over what it was."""
+    """Output for an example in training and in inference, over its input."""
     x = jnp.linspace(-4, 4, 81)
     estimator = cbn_jax.batch_norm()
     state = cbn_jax.from_batch_stats(jnp.zeros(1), jnp.ones(1))
@@ -173,7 +174,7 @@ def _assessment(config: Config) -> dict:
 
 
 def _means(config: Config) -> dict:
-    """The mean that each value of a batch is freed of, for three weights of the group."""
+    """The mean subtracted from each value of a batch, for three weights of the group."""
     key = jax.random.key(config.seed)
     keys = jax.random.split(key, 3)
     x = (
@@ -195,7 +196,7 @@ def _rounded(values: Any) -> list:
 
 
 def markdown(results: dict) -> str:
-    """How far each method is from the truth."""
+    """The error of each method."""
     truth = np.array(results["truth"])
     rows = []
     for name, quantiles in results["estimated"].items():
@@ -211,7 +212,7 @@ def markdown(results: dict) -> str:
     )
 
 
-# One color a method in all pictures.
+# Each method has one color in all pictures.
 _COLORS = {
     "batch": 0,
     "cross_iteration_batch_norm-uncompensated": 1,
@@ -224,7 +225,7 @@ _COLORS = {
 
 
 def _following(*names: str, titles: tuple[str, ...] = ()) -> Callable[[dict, Path], None]:
-    """A panel a method: the truth and the estimates."""
+    """One panel per method: the true value and the estimates."""
 
     @report.drawn
     def figure(results: dict) -> Any:
@@ -333,7 +334,7 @@ def _draw_means(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {
     "batch_norm": _following("batch of 2", "batch of 8", "batch of 32"),
     "small_batch": _following(

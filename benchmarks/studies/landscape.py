@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How smooth is training, and what does noise do to it? Group norm's analysis, repeated.
+"""Smoothness of training and the effect of noise: group norm's analysis, repeated.
 
-Trains the residual CNN with each method at five learning rates and draws, step by step, the
-band between the least and the greatest loss and that of the gradient's changes; then trains
-with noise behind every normalizer and compares test accuracies.
+Trains the residual CNN with each method at five learning rates. Draws, step by step, the
+band between the least and the greatest loss, and that of the gradient's changes. Then
+trains with noise after every normalizer and compares test accuracies.
 
 Run it with ``python -m benchmarks.studies.landscape``.
 """
@@ -54,13 +54,13 @@ class Config(study.Options):
     batch_size: int = 8
     """Examples per step."""
     learning_rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.004, 0.005)
-    """Of Adam; constant."""
+    """Constant learning rates of Adam."""
     noise_mean: float = 0.001
     """Mean of the noise."""
     noise_std: float = 1.001
-    """Deviation of the noise."""
+    """Standard deviation of the noise."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run each for the accuracies; the bands are drawn for the first."""
+    """One run per seed for the accuracies. The bands are drawn for the first seed."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/landscape")
     """Folder for results.json, table.md and landscape.png."""
 
@@ -163,7 +163,7 @@ def _bands(config: Config, dataset: data.Dataset, method: Any, bar: runs.Bar) ->
 
 
 def _accuracy(config, dataset, method, seed, bar, name) -> float:
-    """At the middle learning rate."""
+    """Accuracy at the middle learning rate."""
     rate = sorted(config.learning_rates)[len(config.learning_rates) // 2]
     trainer = training.make_trainer(
         _model(config, dataset, method), dataset.train_images.shape[1:], optax.adam(rate)
@@ -183,7 +183,7 @@ def _accuracy(config, dataset, method, seed, bar, name) -> float:
 
 
 def markdown(results: dict) -> str:
-    """One row a method."""
+    """One row per method."""
     rows = []
     for cell in results["cells"]:
         loss, change = np.array(cell["loss"]), np.array(cell["gradient_change"])
@@ -232,7 +232,7 @@ def figure(results: dict, path: Path) -> None:
     draw(bands, path, smooth=max(1, steps // 50))
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"landscape": figure}
 
 

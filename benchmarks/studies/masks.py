@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a U-Net sees that was trained with one map tile a step.
+"""Masks of a U-Net that was trained with one map tile per step.
 
-Trains the U-Net of the study of norm batches on tiles of the Earth, one tile a step, with
-each method at the rate that ``norm_batch`` chose. Draws the masks that it predicts on tiles
-of the test region, and prints the mean intersection over union.
+Trains the U-Net of the study of norm batches on tiles of the Earth, with one tile per step.
+Each method uses the rate that ``norm_batch`` chose. Draws the predicted masks on tiles of
+the test region, and prints the mean intersection over union.
 
 Run it with ``python -m benchmarks.studies.masks``.
 """
@@ -38,19 +38,20 @@ class Config:
     task: str = "earth"
     """A task with a label for every position of a picture."""
     norm_batch: int = 1
-    """Tiles a step."""
+    """Tiles per step."""
     methods: tuple[str, ...] = ("batch_norm", "group_norm", "small_batch_norm")
     """Methods of the study of norm batches."""
     learning_rate: float | None = None
-    """Of a step of 32 tiles; if not given, what norm_batch chose for each method."""
+    """Rate for 32 tiles per step; if not given, the rate that norm_batch chose for each
+    method."""
     tiles: int = 5
-    """Tiles to draw: those of the test region whose classes are most even."""
+    """Number of tiles to draw: those of the test region with the most even classes."""
     seed: int = 0
-    """Of weights and order."""
+    """Seed of weights and order."""
     epochs: float = 1.0
-    """How many times the usual passes."""
+    """Multiple of the usual number of passes."""
     examples: int | None = 20000
-    """At most so many tiles for training, and for testing."""
+    """Largest number of tiles for training, and for testing."""
     rates: Annotated[Path, tyro.conf.arg(metavar="FILE")] = trainings.COMMITTED
     """Results of norm_batch."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/masks")
@@ -63,7 +64,7 @@ QUICK = Config(
 
 
 def main(config: Config, console: Console) -> dict:
-    """Trains with every method, predicts, writes and shows."""
+    """Trains with every method, predicts, writes and shows the results."""
     cell = Cell(config.task, config.norm_batch, config.norm_batch, "independent", "sgd")
     rates = {name: _rate(config, cell, name) for name in config.methods}
     images, labels = tasks.load(tasks.TASKS[config.task], config.examples).test
@@ -99,7 +100,7 @@ def _rate(config: Config, cell: Cell, method: str) -> float:
 
 
 def _mixed(labels: np.ndarray, count: int) -> list[int]:
-    """The tiles whose two most frequent classes have the most even shares, spread out."""
+    """Tiles whose two most frequent classes have the most even shares, spread out."""
     shares = np.stack([(labels == k).mean((1, 2)) for k in range(labels.max() + 1)], 1)
     even = np.sort(shares, 1)[:, -2]
     best = np.sort(np.argsort(-even)[: 4 * count])
@@ -121,7 +122,7 @@ def _predicted(config: Config, run: Run, images, labels, shown: list[int]) -> di
 
 
 def _digits(mask: np.ndarray) -> str:
-    """Classes as a string, one digit a position."""
+    """Classes as a string, one digit per position."""
     return "".join(map(str, mask.reshape(-1).tolist()))
 
 
@@ -130,7 +131,7 @@ def _text(image: np.ndarray) -> str:
 
 
 def markdown(results: dict) -> str:
-    """One row a method."""
+    """One row per method."""
     config = results["config"]
     rows = [
         (cell["method"], f"{cell['rate']:g}", f"{100 * cell['score']:.1f}")
@@ -146,7 +147,7 @@ def markdown(results: dict) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """A row for each tile: picture, truth, and the mask by each method."""
+    """One row per tile: picture, true mask, and the mask of each method."""
     names = [cell["method"] for cell in results["cells"]]
     side, count = results["side"], len(results["images"])
     made = matplotlib.figure.Figure((1.5 * (2 + len(names)), 0.5 + 1.5 * count))

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which method trains with few examples per norm batch?
 
-Trains networks on real data: gray and color images, solar cells, maps, a brain. A norm
-batch is what statistics are taken over. A gradient batch is what a step of the optimizer
-takes: the same, or 32 examples in norm batches that are normalized by themselves, each by a
-state of its own. Norm batches hold independent examples or examples that are alike: of one
-class, neighbors on a map. Every method gets its own rate in every cell. Validation data and
-three seeds choose it from a grid that grows until the best rate lies inside. Other seeds
-are tested.
+Trains networks on real data: gray and color images, solar cells, maps, a brain. Statistics
+are taken over a norm batch. A step of the optimizer takes a gradient batch. The gradient
+batch is one norm batch, or 32 examples in norm batches that are normalized separately, each
+with its own state. Norm batches hold independent examples or examples that are alike: of
+one class, or neighbors on a map. Every method gets its own rate in every cell. Validation
+data and three seeds choose the rate from a grid that grows until the best rate lies inside.
+Other seeds are tested.
 
-Some tasks fine-tune: ``nn.BatchNorm`` has trained the network at steps of 32, on other
-pictures or other classes, and each method takes its place by ``replace_batch_norm``.
+Some tasks fine-tune. ``nn.BatchNorm`` has trained the network with 32 examples per step, on
+other pictures or other classes. ``replace_batch_norm`` then replaces it by each method.
 
-Finished runs are taken from the results and not run again. Run it with ``python -m
-benchmarks.studies.norm_batch``.
+Finished runs come from the results and are not run again. Run it with
+``python -m benchmarks.studies.norm_batch``.
 """
 
 import concurrent.futures
@@ -69,11 +69,11 @@ class Config:
     fine-tune, digits_new_classes (embedded), gray_new_classes, emoji_new_domain,
     emoji_new_domain_few, earth_new_domain."""
     norm_batches: tuple[int, ...] = (1, 2, 4, 8)
-    """Examples over which statistics are taken."""
+    """Numbers of examples over which statistics are taken."""
     gradient_batches: tuple[int, ...] = (0, 32)
-    """Examples per step of the optimizer; 0 for those of the norm batch."""
+    """Examples per step of the optimizer; 0 means those of the norm batch."""
     pairings: tuple[Pairing, ...] = ("independent", "alike")
-    """What a norm batch holds."""
+    """Relation of the examples of a norm batch."""
     optimizers: tuple[Optimizer, ...] = ("sgd",)
     """SGD with momentum 0.9, or Adam."""
     methods: tuple[str, ...] = (
@@ -92,22 +92,23 @@ class Config:
         "small_batch_norm",
         "small_batch_norm-standardize",
     )
-    """Methods to compare, beside batch norm at 32."""
+    """Methods to compare, besides batch norm at 32."""
     learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4)
-    """The grid at first: rates for steps of 32 examples, scaled in proportion to the step;
-    those of Adam are a hundredth, scaled by the root of the step."""
+    """The initial grid: rates for 32 examples per step, scaled in proportion to the step.
+    Those of Adam are a hundredth of these, scaled by the root of the step."""
     tuning_seeds: tuple[int, ...] = (100, 101, 102)
-    """Runs that choose the rate, on validation data."""
+    """Seeds of the runs that choose the rate, on validation data."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Runs that are tested, at the rate chosen."""
+    """Seeds of the runs that are tested, at the chosen rate."""
     epochs: float = 1.0
-    """How many times the usual passes of each task."""
+    """Multiple of the usual number of passes of each task."""
     examples: int | None = 20000
-    """At most so many examples for training, and for testing."""
+    """Largest number of examples for training, and for testing."""
     workers: int = 2
-    """Processes, each on a core of its own; 0 runs all in this process, as a GPU wants."""
+    """Number of processes, each on its own core. 0 runs all in this process, as needed for
+    a GPU."""
     resume: Annotated[Path, tyro.conf.arg(metavar="FILE")] = COMMITTED
-    """Results whose runs are not run again, where their options agree."""
+    """Results whose runs are not run again if their options agree."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/norm_batch")
     """Folder for results.json, table.md and the figures."""
 
@@ -156,13 +157,13 @@ def _trainer(cell: Cell, method: str, steps: int, examples: int | None) -> repli
 
 
 def peak(cell: Cell, rate: float) -> float:
-    """The rate of a step, from that of a step of 32 examples."""
+    """The rate of a step, from that for 32 examples per step."""
     share = cell.gradient_batch / 32
     return rate * share if cell.optimizer == "sgd" else 0.01 * rate * share**0.5
 
 
 def _rows(config: Config, cell: Cell, seed: int) -> list[np.ndarray]:
-    """Rows of every step; a share of a pass, or several passes."""
+    """Rows of every step, for a part of a pass or for several passes."""
     train = _data(cell.task, config.examples).train
     groups = train.train_groups if cell.pairing == "alike" else None
     passes, count = tasks.TASKS[cell.task].epochs * config.epochs, len(train.train_labels)
@@ -172,7 +173,7 @@ def _rows(config: Config, cell: Cell, seed: int) -> list[np.ndarray]:
 
 
 def fitted(config: Config, run: Run) -> tuple[replicas.Trainer, replicas.State, jax.Array]:
-    """One run: its trainer, its last state and its last loss."""
+    """Trains one run: its trainer, its last state and its last loss."""
     cell, task = run.cell, tasks.TASKS[run.cell.task]
     rows, train = _rows(config, cell, run.seed), _data(cell.task, config.examples).train
     trainer = _trainer(cell, run.method, len(rows), config.examples)
@@ -188,7 +189,7 @@ def fitted(config: Config, run: Run) -> tuple[replicas.Trainer, replicas.State, 
 
 
 def trained(config: Config, run: Run) -> dict[str, float]:
-    """One run: its scores on validation and on test data, and whether it was lost."""
+    """Trains one run: its scores on validation and test data, and whether it was lost."""
     trainer, state, loss = fitted(config, run)
     parts = _data(run.cell.task, config.examples)
     dense = tasks.TASKS[run.cell.task].dense
@@ -203,7 +204,7 @@ def trained(config: Config, run: Run) -> dict[str, float]:
 
 
 def main(config: Config, console: Console) -> dict:
-    """Runs what has no result yet, writes it as it comes, and shows all results."""
+    """Executes missing runs, writes results after each, and shows all results."""
     _check(config)
     found, cells = _resumed(config), list(_cells(config))
     pairs = [pair for pair in itertools.product(cells, config.methods) if _possible(*pair)]
@@ -223,7 +224,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _check(config: Config) -> None:
-    """Tasks and methods are known."""
+    """Checks that tasks and methods are known."""
     for kind, names, known in (
         ("task", config.tasks, tasks.TASKS),
         ("method", config.methods, compared.METHODS),
@@ -243,12 +244,12 @@ def _cells(config: Config) -> Iterator[Cell]:
         config.pairings,
         config.optimizers,
     ):
-        if not (norm == 1 and pairing == "alike"):  # one example is like itself
+        if not (norm == 1 and pairing == "alike"):  # one example is always alike
             yield Cell(task, norm, gradient or norm, pairing, optimizer)
 
 
 def _bases(config: Config) -> tuple[list[str], list[int]]:
-    """Tasks and seeds of the networks that are trained before."""
+    """Tasks and seeds of the networks that are trained before fine-tuning."""
     before = sorted({tasks.TASKS[name].before for name in config.tasks} - {""})
     pairs = list(itertools.product(before, (*config.tuning_seeds, *config.seeds)))
     return [name for name, _ in pairs], [seed for _, seed in pairs]
@@ -265,10 +266,11 @@ def _references(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _possible(cell: Cell, method: str) -> bool:
-    """Whether the method has statistics in the cell, and fits what was trained before.
+    """Whether the method has statistics in the cell, and fits the earlier training.
 
     A dense layer has one value per feature and example. Batch norm needs two values. Filter
-    response norm is over an example's positions. Only a trained network can be frozen.
+    response norm normalizes over an example's positions. Only a trained network can be
+    frozen.
     """
     task = tasks.TASKS[cell.task]
     if task.before and (method in compared.OTHER_NETWORKS):
@@ -282,10 +284,10 @@ def _possible(cell: Cell, method: str) -> bool:
 
 
 class _Here(concurrent.futures.Executor):
-    """Runs jobs at once, in this process."""
+    """Runs jobs immediately, in this process."""
 
     def submit(self, fn, /, *args, **kwargs):
-        """The result, as a future that is done."""
+        """The result, as a completed future."""
         future: concurrent.futures.Future = concurrent.futures.Future()
         future.set_result(fn(*args, **kwargs))
         return future
@@ -302,7 +304,7 @@ def _pool(config: Config) -> concurrent.futures.Executor:
 
 
 def _on_own_core(counter: Any) -> None:
-    """Small operations gain nothing from threads; a run on each core does."""
+    """Uses one core per run, because small operations do not gain from threads."""
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if hasattr(os, "sched_setaffinity"):
@@ -342,7 +344,7 @@ def _pair(config: Config, pair: tuple[Cell, str], found: Found) -> Found:
 
 
 def best_rate(validation: Any, grid: Sequence[float], most: int = 4) -> float:
-    """The best rate of a grid, which grows while the best lies at an edge."""
+    """The best rate of a grid, which grows while the best rate is at an edge."""
     found = {rate: validation(rate) for rate in sorted(grid)}
     for _ in range(most):
         best = max(found, key=found.__getitem__)
@@ -358,13 +360,13 @@ def best_rate(validation: Any, grid: Sequence[float], most: int = 4) -> float:
 
 
 def _write(config: Config, found: Found) -> None:
-    """What there is so far, to be taken up again."""
+    """Writes the results so far, from which a later call resumes."""
     results = {"config": report.plain(config), "environment": report.environment()}
     report.write_results(config.output / "results.json", {**results, **plain(found)})
 
 
 def _resumed(config: Config) -> Found:
-    """Runs of earlier calls, of this output folder and of the committed results."""
+    """Runs of earlier calls, from this output folder and from the committed results."""
     found: Found = {}
     for path in (config.resume, config.output / "results.json"):
         if path.exists():

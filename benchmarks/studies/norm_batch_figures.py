@@ -19,7 +19,7 @@ Cells = dict[Cell, dict[str, Tested]]
 
 @report.drawn
 def over_norm_batch(results: dict) -> Any:
-    """Test error over the norm batch; a row for each task, a column for each pairing."""
+    """Test error over the norm batch; one row per task, one column per pairing."""
     cells = _own_steps(tested(results))
     names = [
         name
@@ -44,7 +44,7 @@ def over_norm_batch(results: dict) -> Any:
 
 
 def _own_steps(cells: Cells) -> Cells:
-    """Steps of the optimizer at every norm batch, by SGD."""
+    """Cells with a step of SGD at every norm batch."""
     return {
         cell: found
         for cell, found in cells.items()
@@ -114,7 +114,7 @@ def _task_title(name: str) -> str:
 
 
 def _pairs(cells: Cells, task: str) -> dict[str, tuple[Tested, Tested]]:
-    """By method, the tested runs of independent pairs and of pairs that are alike."""
+    """The tested runs of independent pairs and of pairs that are alike, by method."""
     both = [cells.get(Cell(task, 2, 2, pairing, "sgd"), {}) for pairing in PAIRINGS]
     names = [name for name in both[0] if name in both[1]]
     names.sort(key=lambda name: both[1][name].mean)
@@ -122,7 +122,7 @@ def _pairs(cells: Cells, task: str) -> dict[str, tuple[Tested, Tested]]:
 
 
 def _dumbbells(axis: Any, pairs: dict[str, tuple[Tested, Tested]]) -> None:
-    """A line for each method from one mark to the other, the best method on top."""
+    """A line per method from one mark to the other, with the best method on top."""
     for place, (name, both) in enumerate(pairs.items()):
         color = report.look_of(name, 6)["color"]
         errors = [100 - each.mean for each in both]

@@ -36,7 +36,7 @@ Found = dict[Run, dict[str, float]]
 
 
 def plain(found: Found) -> dict:
-    """Runs as JSON holds them, in a fixed order."""
+    """Runs as JSON represents them, in a fixed order."""
     rows = [
         {**run.cell._asdict(), **run._replace(cell=None)._asdict(), **result}
         for run, result in found.items()
@@ -61,14 +61,14 @@ def runs_of(results: dict) -> Found:
 
 
 class Tested(NamedTuple):
-    """A method in a cell, at the rate chosen."""
+    """A method in a cell, at the chosen rate."""
 
     rate: float
-    scores: list[float]  # in %, on test data, one a seed
+    scores: list[float]  # in %, on test data, one per seed
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return float(np.mean(self.scores))
 
     @property
@@ -96,7 +96,7 @@ def tested(results: dict) -> dict[Cell, dict[str, Tested]]:
 
 
 def markdown(results: dict) -> str:
-    """The verdict, then a table for each task; methods by rows, norm batches by columns."""
+    """The verdict, then one table per task; rows are methods, columns are norm batches."""
     cells = tested(results)
     parts = [verdict(results, tuned) for tuned in (False, True)]
     for task in sorted({cell.task for cell in cells}):
@@ -112,7 +112,7 @@ def _title(task: str) -> str:
 
 
 def _table(task: str, cells: dict[Cell, dict[str, Tested]]) -> str:
-    """One row for optimizer, gradient batch, pairing and method."""
+    """One row per optimizer, gradient batch, pairing and method."""
     here = {cell: found for cell, found in cells.items() if cell.task == task}
     sizes = sorted({cell.norm_batch for cell in here if cell.norm_batch < 32})
     rows = []
@@ -140,7 +140,7 @@ def _blocks(cells: Any) -> list[tuple[str, str, str]]:
 
 
 def _shown(found: dict[str, Tested], name: str) -> str:
-    """Mean and spread, bold within two standard errors of the best of the cell."""
+    """Mean and spread, bold if within two standard errors of the best of the cell."""
     if name not in found:
         return ""
     text = f"{report.spread(found[name].scores, 1)} ({found[name].rate:g})"
@@ -149,23 +149,23 @@ def _shown(found: dict[str, Tested], name: str) -> str:
 
 
 def behind(found: dict[str, Tested], name: str) -> tuple[float, float]:
-    """How far a method is behind the best of a cell, and the standard error of that."""
+    """Points of a method behind the best of a cell, and their standard error."""
     best = max(found.values(), key=lambda each: each.mean)
     own = found[name]
     return best.mean - own.mean, float(np.hypot(best.error, own.error))
 
 
 class Standing(NamedTuple):
-    """How a method does over cells."""
+    """Results of a method over cells."""
 
     good: int  # cells within two standard errors of the best
     cells: int
-    gap: float  # points behind the best in the worst cell
+    gap: float  # points behind the best method in the worst cell
     worst: Cell
 
 
 def standings(results: dict, tuned: bool) -> dict[str, Standing]:
-    """By method, the best first; over cells of fine-tuning or of training from scratch."""
+    """Results by method, the best first; of fine-tuning or of training from scratch."""
     cells = {
         cell: found
         for cell, found in tested(results).items()
@@ -182,7 +182,7 @@ def standings(results: dict, tuned: bool) -> dict[str, Standing]:
 
 
 def verdict(results: dict, tuned: bool) -> str:
-    """In how many cells each method is as good as the best, and where it is worst."""
+    """The number of cells in which each method equals the best, and its worst cell."""
     found = standings(results, tuned)
     if not found:
         return ""
@@ -201,7 +201,7 @@ def _where(cell: Cell) -> str:
     return f"{cell.task}, {cell.norm_batch} of {cell.gradient_batch}, {cell.pairing}"
 
 
-# The methods of the summary, where they were run.
+# Methods of the summary, if they were run.
 IN_SHORT = (
     "small_batch_norm-standardize",
     "small_batch_norm",
@@ -213,7 +213,7 @@ IN_SHORT = (
 
 
 def summary(results: dict) -> str:
-    """A sentence for each setting."""
+    """One sentence per setting."""
     lines = []
     for tuned, setting in ((False, "Training from scratch"), (True, "Fine-tuning")):
         found = standings(results, tuned)
@@ -234,8 +234,7 @@ def summary(results: dict) -> str:
 def at(results: dict, size: str, *names: str) -> str:
     """Some tasks at one norm batch in a short table: a row for each method.
 
-    Steps of the optimizer are the norm batches, by SGD; the best method in the last task
-    comes first.
+    A step of SGD takes one norm batch. The best method in the last task is first.
     """
     cells = {
         cell: found

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do defaults hold? Test accuracy over a 16-fold range of learning rates.
+"""Are the defaults robust? Test accuracy over a 16-fold range of learning rates.
 
 Trains an MLP and a residual CNN at batch sizes 1, 2 and 4 with the recommended method and
-with group norm, and batch norm at batch size 32 as the mark to reach, at five learning
-rates with five seeds; prints one table and says for each cell how far the recommended
-method lies above or below the two others. No rate is chosen, so no split is needed to
-choose it on. Finished runs are kept in the output folder and taken up again by the next
-call with the same options and code.
+with group norm. The reference is batch norm at batch size 32. All use five learning rates
+with five seeds. Prints one table with the distance of the recommended method from the two
+others in each cell. No rate is chosen, so no validation split is needed. The output folder
+keeps finished runs, and the next call with the same options and code does not run them
+again.
 
 Run it with ``python -m benchmarks.studies.robustness``.
 """
@@ -40,29 +40,29 @@ class Config:
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     """Examples per step."""
     methods: tuple[str, ...] = ("small_batch_norm", "nn.GroupNorm", "batch_norm@32")
-    """The method that is judged, then those it is judged by; NAME@SIZE sets a batch size
-    of its own."""
+    """The judged method, then the methods to compare with. NAME@SIZE sets its own batch
+    size."""
     networks: tuple[str, ...] = ("mlp", "cnn")
     """Networks to train."""
     learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
-    """Peak rates at batch size 32; scaled in proportion to the batch size."""
+    """Peak rates at batch size 32, scaled in proportion to the batch size."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One run each; a seed fixes the initial weights and the order of the examples."""
+    """One run per seed. A seed fixes the initial weights and the order of the examples."""
     epochs: int = 4
     """Passes over the training images."""
     examples: int | None = None
-    """Use at most so many images for training, and for testing."""
+    """Largest number of images for training, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/robustness")
     """Folder for results.json, table.md, robustness.png and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+    """Folder for prepared data; tensorflow-datasets' default if not given."""
 
 
 def main(config: Config, console: Console) -> dict:
     """Runs the experiments that have no result yet; writes and prints all results."""
     runs.check_networks(config.networks)
     dataset = data.classified(config.dataset, config.data_dir, config.examples)
-    # A method with a batch size of its own is the same at every batch size: run once.
+    # A method with its own batch size is the same at every batch size, so it is run once.
     chosen = dict.fromkeys(
         (network, methods.parse(text, size))
         for network in config.networks
@@ -100,7 +100,7 @@ def _measure(config, cell: runs.Run, dataset, bar) -> dict:
         "label": str(cell.method),
         "batch_size": cell.method.batch_size,
         "learning_rate": cell.learning_rate,
-        # A loss that is not finite: the run is lost, whatever its last accuracy.
+        # If the loss is not finite, the run is lost, regardless of its last accuracy.
         "lost": sum(not np.isfinite(point["loss"]) for point in last),
         "accuracy": [point["accuracy"] for point in last],
     }
@@ -127,7 +127,7 @@ def _groups(results: dict):
 
 
 def verdict(results: dict) -> str:
-    """How often the judged method is ahead of each other one, and how far at worst."""
+    """The number of cells in which the judged method is ahead, and the worst distance."""
     judged, *others = results["config"]["methods"]
     sentences = []
     for label in others:
@@ -151,7 +151,7 @@ def verdict(results: dict) -> str:
 
 
 def markdown(results: dict) -> str:
-    """Accuracies, and the judged method's distance from each other one."""
+    """Accuracies, and the judged method's distance from each other method."""
     config, versions = results["config"], results["environment"]
     rates = [f"{rate:g}" for rate in config["learning_rates"]]
     rows = []
@@ -181,7 +181,7 @@ def _accuracy(cell: dict) -> str:
 
 
 def _difference(judged: dict, other: dict) -> tuple[float, float]:
-    """Of the means, in points, and its standard error."""
+    """The difference of the means, in points, and its standard error."""
     pair = [100 * np.array(cell["accuracy"]) for cell in (judged, other)]
     error = np.sqrt(sum(a.var(ddof=min(1, len(a) - 1)) / len(a) for a in pair))
     return pair[0].mean() - pair[1].mean(), error
@@ -195,7 +195,7 @@ def _distance(judged: dict, other: dict) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """One panel a network and batch size: test error over the learning rate."""
+    """One panel per network and batch size: test error over the learning rate."""
     config = results["config"]
     shape = len(config["networks"]), len(config["batch_sizes"])
     made = matplotlib.figure.Figure((3.2 * shape[1], 2.8 * shape[0]))
@@ -223,7 +223,7 @@ def figure(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"robustness": figure}
 
 

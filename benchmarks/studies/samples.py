@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many positions to look at: accuracy and error of the statistics against cost.
+"""Number of sampled positions: accuracy and error of the statistics against cost.
 
-Counts the FLOPs of a training step of a ResNet-18 on 32x32 images at batch size 2 for
-streaming and replay with more and more sampled positions, and beside it what they buy on
-the residual CNN of the main job: the error of the statistics along one and the same run,
-and the test accuracy of networks trained with each. Prints a table and draws both curves.
+Counts the FLOPs of a training step of a ResNet-18 on 32x32 images at batch size 2. The
+methods are streaming and replay with an increasing number of sampled positions. On the
+residual CNN of the main job the study measures two results of the positions: the error of
+the statistics along the same run, and the test accuracy of networks trained with each.
+Prints a table and draws both curves.
 
 Run it with ``python -m benchmarks.studies.samples``.
 """
@@ -50,23 +51,23 @@ class Config:
         "replay_batch_norm-16",
         "replay_batch_norm-32",
     )
-    """N positions each step; streaming_batch_norm-8 is the default."""
+    """N positions per step; streaming_batch_norm-8 is the default."""
     network: str = "cnn"
     """Network to train."""
     counted: str = "resnet18"
     """Network whose FLOPs are counted."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run each."""
+    """One run per seed."""
     epochs: int = 4
     """Passes over the training images."""
     learning_rate: float = 0.4
-    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    """Peak rate at batch size 32. It is scaled in proportion to the batch size."""
     examples: int | None = None
-    """Use at most so many images for training, and for testing."""
+    """Largest number of images for training, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/samples")
     """Folder for results.json, table.md, samples.png and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+    """Folder for prepared data; tensorflow-datasets' default if not given."""
 
 
 def main(config: Config, console: Console) -> dict:
@@ -100,7 +101,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _estimators(config: Config) -> dict[str, cbn_jax.Estimator]:
-    """Every method, and the one that normalizes: streaming with all positions."""
+    """Every method, and the method that normalizes: streaming with all positions."""
     window = max(1, 32 // config.batch_size)
     made = {statistics_error.USE: cbn_jax.streaming_batch_norm(window, samples=None)}
     for text in config.methods:
@@ -112,7 +113,7 @@ def _estimators(config: Config) -> dict[str, cbn_jax.Estimator]:
 
 
 def _errors(config: Config, dataset, bar) -> dict[str, dict]:
-    """Mean error over layers and measurements, one number a seed."""
+    """Mean error over layers and measurements, one number per seed."""
     study = statistics_error.Config(
         batch_size=config.batch_size, epochs=config.epochs, every=50
     )
@@ -150,7 +151,7 @@ def _accuracy(config: Config, method: methods.Method, dataset, bar) -> list[floa
 
 
 def markdown(results: dict) -> str:
-    """One row a method."""
+    """One row per method."""
     config, versions = results["config"], results["environment"]
     rows = [
         (
@@ -176,7 +177,7 @@ def markdown(results: dict) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """Error of the scale and accuracy over the FLOPs, a line for each kind of method."""
+    """Error of the scale and accuracy over the FLOPs, one line per kind of method."""
     made = matplotlib.figure.Figure((8.4, 3.4))
     left, right = made.subplots(1, 2)
     for index, kind in enumerate(("streaming_batch_norm", "replay_batch_norm")):
@@ -204,7 +205,7 @@ def figure(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"samples": figure}
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How cost grows: with the window, with the features, with the number of devices.
+"""Growth of cost with the window, the features and the number of devices.
 
-One normalized 3x3 convolution is compiled at several sizes; a row of the table gives what
-was counted and its slope on logarithmic axes, beside the slope that it should have. State,
-FLOPs and time are those of one device, all-reduces of the forward pass on simulated ones.
+One normalized 3x3 convolution is compiled at several sizes. Each row of the table has the
+counts and their slope on logarithmic axes, beside the expected slope. State, FLOPs and time
+are those of one device. All-reduces of the forward pass are counted on simulated devices.
 
 Run it with ``python -m benchmarks.studies.scaling``.
 """
@@ -43,13 +43,13 @@ class Config:
     features: tuple[int, ...] = (32, 64, 128, 256)
     """Input and output features of the convolution, at the middle window."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
-    """Simulated devices, one example each."""
+    """Numbers of simulated devices, with one example each."""
     side: int = 8
     """Height and width of the images."""
     batch_size: int = 2
     """Examples per step, on one device."""
     rounds: int = 20
-    """Steps that are timed, one by one; the median counts."""
+    """Number of steps that are timed one by one; the median counts."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/scaling")
     """Folder for results.json, table.md and scaling.png."""
 
@@ -63,11 +63,11 @@ METHODS: dict[str, Callable[[int], cbn_jax.Estimator]] = {
     "cross_iteration_batch_norm": lambda window: cbn_jax.cross_iteration_batch_norm(window),
     "replay_batch_norm": lambda window: cbn_jax.replay_batch_norm(window, samples=SAMPLES),
 }
-# What grows how: the exponents that the methods should have, for large sizes. A state of
-# the size of θ is features² and one of input patches features; k slots of either grow with
-# the window, k - 1 a little faster. FLOPs are the layer's, features², but for replay, which
-# runs it at (k - 1) · SAMPLES positions more. Time has a part that does not grow, so its
-# slope stays below. All that devices say goes in one message.
+# Expected exponents of growth for large sizes. A state of the size of θ grows as features²,
+# one of input patches as features. k slots of either grow with the window, k - 1 slightly
+# faster. FLOPs are the layer's, features², except for replay, which runs the layer at (k -
+# 1) · SAMPLES more positions. Time has a constant part, so its slope is smaller. Devices
+# send all their data in one message.
 SLOPES: dict[tuple[str, str], dict[str, float]] = {
     ("window", "state"): {
         "batch_norm": 0,
@@ -119,7 +119,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def slope(sizes: tuple[int, ...], values: list[float]) -> float:
-    """On logarithmic axes, of the line through the last two: the law for large sizes."""
+    """Slope on logarithmic axes between the last two points: the law for large sizes."""
     (a, b), (u, v) = np.log(sizes[-2:]), np.log(values[-2:])
     return float((v - u) / (b - a))
 
@@ -182,7 +182,7 @@ def _milliseconds(program: Any, kernel, state, images, rounds: int) -> float:
 
 
 def _all_reduces(estimator, kernel, state, images, devices: int) -> float:
-    """In the compiled forward pass with one example a device."""
+    """All-reduces in the compiled forward pass with one example per device."""
     mesh = data_parallel.make_mesh(devices)
     forward = jax.shard_map(
         _forward(estimator, "data"),
@@ -196,7 +196,7 @@ def _all_reduces(estimator, kernel, state, images, devices: int) -> float:
 
 
 def markdown(results: dict) -> str:
-    """One row a law and method."""
+    """One row per law and method."""
     rows = [
         (
             f"{cell['what']} against {cell['against']}",
@@ -231,7 +231,7 @@ def _value(what: str, value: float) -> str:
 
 @report.drawn
 def figure(results: dict) -> Any:
-    """A panel a law, a line a method."""
+    """One panel per law, one line per method."""
     laws = list(dict.fromkeys((c["what"], c["against"]) for c in results["cells"]))
     made = matplotlib.figure.Figure((3.0 * len(laws), 3.2))
     for axis, law in zip(made.subplots(1, len(laws)), laws, strict=True):
@@ -260,7 +260,7 @@ _UNITS = {
 }
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"scaling": figure}
 
 

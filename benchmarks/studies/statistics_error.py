@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far each method's statistics are from the truth, while a network trains.
+"""Errors of each method's statistics while a network trains.
 
-Trains the networks of the main job at batch size 2, normalized by streaming batch norm,
-while the other methods watch the same activations; every few steps, what each of them
-believes is compared with the moments of a large batch under the same weights. Prints a
-table and draws the errors.
+Trains the networks of the main job at batch size 2, normalized by streaming batch norm. The
+other methods see the same activations. Every few steps, the estimates of each method are
+compared with the moments of a large batch under the same weights. Prints a table and draws
+the errors.
 
 Run it with ``python -m benchmarks.studies.statistics_error``.
 """
@@ -50,29 +50,29 @@ class Config:
     networks: tuple[str, ...] = ("mlp", "cnn")
     """Networks to train."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One run each; a seed fixes the initial weights and the order of the examples."""
+    """One run per seed. A seed fixes the initial weights and the order of the examples."""
     epochs: int = 4
     """Passes over the training images."""
     learning_rates: tuple[float, ...] = (0.1, 0.8)
-    """Peak rates at batch size 32; scaled in proportion to the batch size."""
+    """Peak rates at batch size 32, scaled in proportion to the batch size."""
     window: int = 16
-    """Iterations in the window of every method but batch norm."""
+    """Iterations in the window of every method except batch norm."""
     every: int = 50
-    """Steps from one measurement to the next."""
+    """Number of steps between measurements."""
     reference: int = 512
-    """Training images of the batch whose moments are the truth."""
+    """Number of training images in the batch whose moments are the truth."""
     examples: int | None = None
-    """Use at most so many images for training."""
+    """Largest number of images for training."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path(
         "results/statistics_error"
     )
     """Folder for results.json, table.md and statistics_error.png."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Where prepared data is kept; tensorflow-datasets' default if not given."""
+    """Folder for prepared data; tensorflow-datasets' default if not given."""
 
 
 def methods(config: Config) -> dict[str, cbn_jax.Estimator]:
-    """The methods that are compared."""
+    """The methods to compare."""
     window = config.window
     samples = max(16, config.batch_size)
     return {
@@ -111,7 +111,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _runs(config, dataset, bar) -> Iterator[dict]:
-    """Every network and rate with every seed."""
+    """Runs every network and rate with every seed."""
     chosen = methods(config)
     for network, rate in itertools.product(config.networks, config.learning_rates):
         pair = make_pair(config, network, rate, chosen, dataset)
@@ -129,7 +129,7 @@ def records(config, train, measure, dataset, seed, bar) -> Iterator[tuple[int, d
     state = train.init(jax.random.key(seed))
     for step, chosen in enumerate(rows, start=1):
         due = step % config.every == 0
-        # A step takes its parameters over, and the truth is wanted under these.
+        # A step donates its parameters, and the truth is measured under these parameters.
         params = jax.tree.map(jnp.copy, state.params) if due else None
         state, _ = train.step(state, images, labels, chosen)
         if due:
@@ -141,7 +141,7 @@ def records(config, train, measure, dataset, seed, bar) -> Iterator[tuple[int, d
 def make_pair(
     config, network, rate, chosen, dataset
 ) -> tuple[training.Trainer, Callable[..., Any]]:
-    """The network that trains, and its twin that measures."""
+    """The network that trains, and its copy that measures."""
 
     def model(estimator):
         def norm(layer: nn.Module, train: bool) -> nn.Module:
@@ -166,7 +166,7 @@ def make_pair(
 
 
 def _columns(records: list, names: list[str]) -> dict:
-    """Records as JSON holds them: layer ↦ method ↦ mean or scale ↦ a number per step."""
+    """Records for JSON: layer ↦ method ↦ mean or scale ↦ a number per step."""
 
     def column(layer, name, kind):
         values = (getattr(measured[layer][name], kind) for _, measured in records)
@@ -252,7 +252,7 @@ def figure(results: dict, path: Path) -> None:
     draw_errors(measured, path, layers=list(panels))
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"statistics_error": figure}
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the streaming window unbiased, and how noisy? Prediction beside measurement.
+"""Bias and noise of the streaming window: predictions and measurements.
 
-A layer with Gaussian inputs, whose true variance is known, has its weights turned by the
-same angle at every step. The variance that each method believes after six windows is
-compared with the truth over many independent runs; docs/methods/streaming.md derives
-what it should be. Prints a table and draws a figure.
+A layer has Gaussian inputs and a known true variance. Its weights turn by the same angle at
+every step. The variance that each method estimates after six windows is compared with the
+true one over many independent runs. docs/methods/streaming.md derives the expected value.
+Prints a table and draws a figure.
 
 Run it with ``python -m benchmarks.studies.theory``.
 """
@@ -32,7 +32,7 @@ with needed_for("benchmarks"):
 from benchmarks.lib import report
 
 EPSILON = 1e-12
-ROWS = 8  # past positions that streaming remembers
+ROWS = 8  # past positions that streaming stores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Config:
     inputs: int = 32
     """Input features of the layer."""
     runs: int = 4000
-    """Independent runs of each cell."""
+    """Number of independent runs of each cell."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/theory")
     """Folder for results.json, table.md and theory.png."""
 
@@ -73,7 +73,7 @@ def main(config: Config, console: Console) -> dict:
 
 
 def _cells(config: Config, window: int) -> Iterator[dict]:
-    """One window, every turn."""
+    """The cells of one window, for every turn."""
     methods = {
         "streaming_batch_norm": cbn_jax.streaming_batch_norm(window, epsilon=EPSILON),
         "cross_iteration_batch_norm": cbn_jax.cross_iteration_batch_norm(
@@ -141,9 +141,9 @@ def simulator(estimator, batch_size: int, runs: int):
 
 
 def streaming_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
-    """The expected recursion: 1/N too little of the batches, and of each step what p takes.
+    """Bias of the expected recursion: 1/N too little per batch, and p's part per step.
 
-    A past row has a part in p, that of one value in so many later batches.
+    A past row contributes to p as one value in several later batches.
     """
     share, values = 1.0 / window, batch_size * (2 * window - 1)
     own = share / batch_size * np.mean((1.0 - share) ** np.arange(ROWS))
@@ -169,14 +169,14 @@ def streaming_deviation(weights: np.ndarray, window: int, batch_size: int) -> fl
 
 
 def _of_batch(weights: np.ndarray, then: int, window: int) -> np.ndarray:
-    """M of the moments of a batch: today's weights less what later rows supply."""
+    """M of the moments of a batch: the current weights minus the part of later rows."""
     now, age, share = weights[-1], len(weights) - 1 - then, 1.0 / window
     far = now - weights[then]
     return (1.0 - share) ** age * share * (np.outer(now, now) - np.outer(far, far))
 
 
 def _of_row(weights: np.ndarray, then: int, window: int) -> np.ndarray:
-    """M of the value of a batch that stays as a past row, over the steps it stays."""
+    """M of the value of a batch that is a past row, over the steps it is stored."""
     last, total = len(weights) - 1, np.zeros((weights.shape[1],) * 2)
     for later in range(then + 1, min(then + ROWS, last) + 1):
         step, far = weights[later] - weights[later - 1], weights[-1] - weights[later]
@@ -259,7 +259,7 @@ def figure(results: dict) -> Any:
     return made
 
 
-# Name of the file -> what draws it from the results.
+# Name of the file -> the function that draws it from the results.
 FIGURES = {"theory": figure}
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms without a layer before them: which method serves at two examples?
+"""Which method suits norms without a layer before them, at two examples?
 
 After an activation or a residual sum there is no layer whose weights a window could follow.
-Trains a residual network that normalizes its sums, or an MLP that normalizes behind its
-activations, at batch size 2, with independent examples and with pairs of one class, with an
-optimizer step at every batch and at every 16. Prints the test accuracy at each rate, and
-for each setting the methods whose best mean is within two standard errors of the best.
+Trains a residual network that normalizes its sums, or an MLP that normalizes after its
+activations, at batch size 2. The examples are independent or pairs of one class. The
+optimizer makes a step at every batch or at every 16. Prints the test accuracy at each rate.
+For each setting it prints the methods whose best mean is within two standard errors of the
+best.
 
 Run it with ``python -m benchmarks.studies.without_layer``.
 """
@@ -35,8 +36,8 @@ class Config(study.Options):
     """Options of the comparison."""
 
     networks: tuple[str, ...] = ("preactivation",)
-    """Networks whose norms have no layer; also mlp300_normalized_last, whose width does not
-    divide into the groups of group_norm."""
+    """Networks whose norms have no layer. mlp300_normalized_last is another choice; its
+    width does not divide into the groups of group_norm."""
     methods: tuple[str, ...] = (
         "batch_norm",
         "batch_renorm",
@@ -48,15 +49,15 @@ class Config(study.Options):
     )
     """Normalizers to compare."""
     batch_size: int = 2
-    """Examples per norm batch; even, for pairs."""
+    """Examples per norm batch. The number must be even for pairs."""
     pairings: tuple[training.Pairing, ...] = ("independent", "one class")
-    """What a batch holds: independent examples, or pairs of one class."""
+    """Examples of a batch: independent examples, or pairs of one class."""
     accumulate: tuple[int, ...] = (1, 16)
     """Batches per step of the optimizer."""
     learning_rates: tuple[float, ...] = (0.1, 0.4)
-    """Peak rates for steps of 32 examples; scaled in proportion to the step."""
+    """Peak rates for 32 examples per step, scaled in proportion to the step."""
     seeds: tuple[int, ...] = (0, 1)
-    """One run each."""
+    """One run per seed."""
     epochs: int = 2
     """Passes over the training images."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/without_layer")
@@ -138,7 +139,7 @@ def _accuracy(config: Config, setting: dict, trainer, dataset, seed: int) -> dic
 
 
 def markdown(results: dict) -> str:
-    """One row a setting and method; then the verdict."""
+    """One row per setting and method; then the verdict."""
     config = results["config"]
     rates = [f"{rate:g}" for rate in config["learning_rates"]]
     rows = [

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averages over time of statistics that only the backward pass knows.
+"""Averages over time of statistics that only the backward pass computes.
 
-Batch norm's gradient needs two more statistics of a batch, which are as noisy as its mean
-and variance. With g the gradient at the normalized value z::
+The gradient of batch norm uses two more statistics of a batch. They are as noisy as its
+mean and variance. With g the gradient at the normalized value z::
 
     ∂L/∂x = (g − E[g] − z E[g z]) · inv_std
 
-A ``Bidirectional`` method keeps averages of E[g] and E[g z]. They live among the
-parameters, where gradients are taken. Their "gradient" is their next value, and
+A ``Bidirectional`` method keeps averages of E[g] and E[g z]. The averages are nodes among
+the parameters, because gradients are taken there. Their "gradient" is their next value, and
 ``cbn_jax.optax.with_backward_statistics`` writes it.
 """
 
@@ -34,8 +34,8 @@ class BackwardStatistics(NamedTuple):
     """Averages that a ``Bidirectional`` method keeps, a node among the parameters.
 
     Attributes:
-      values: ``[n, C]``, what the method averages.
-      steps: ``[C]``, how many times the optimizer has written them.
+      values: ``[n, C]``, the averages of the method.
+      steps: ``[C]``, the number of times that the optimizer has written them.
     """
 
     values: jax.Array
@@ -43,12 +43,12 @@ class BackwardStatistics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the backward pass knows, summed over the ``size`` values of a statistic.
+    """Sums of the backward pass over the ``size`` values of a statistic.
 
     Attributes:
       g: Σ g, with g the gradient at the normalized value z.
       gz: Σ g z.
-      size: how many values.
+      size: the number of values.
     """
 
     g: jax.Array
@@ -63,7 +63,7 @@ class Correction(NamedTuple):
     gz: jax.Array
 
 
-# (averages, sums, context) ↦ the correction to use now, and the averages' next values
+# (averages, sums, context) ↦ the correction for this step and the averages' next values
 Rule = Callable[[BackwardStatistics, Sums, Any], tuple[Correction, jax.Array]]
 
 
@@ -71,18 +71,18 @@ Rule = Callable[[BackwardStatistics, Sums, Any], tuple[Correction, jax.Array]]
 class Bidirectional(Estimator):
     """An estimator that also averages statistics of the backward pass.
 
-    The Flax modules keep the averages in a parameter ``backward``. As functions, keep them
-    among your parameters::
+    The Flax modules keep the averages in a parameter ``backward``. If you use the
+    functions, keep the averages among your parameters::
 
         backward = estimator.init_backward(features)
         statistics, state = estimator.at(backward).train(state, x)
 
-    and wrap the optimizer in ``cbn_jax.optax.with_backward_statistics``, which writes them.
-    Differentiate in reverse mode: ``jax.jvp`` and ``jax.hessian`` are refused by JAX.
+    Wrap the optimizer in ``cbn_jax.optax.with_backward_statistics``, which writes the
+    averages. Differentiate in reverse mode: JAX refuses ``jax.jvp`` and ``jax.hessian``.
 
     Attributes:
-      init_backward: ``features -> BackwardStatistics``, before the first step.
-      train_with: ``train`` with the averages, its argument ``backward``.
+      init_backward: ``features -> BackwardStatistics``, the averages before the first step.
+      train_with: ``train`` with an additional argument ``backward``, the averages.
     """
 
     init_backward: Callable[[int], BackwardStatistics] = dataclasses.field(kw_only=True)
@@ -144,17 +144,18 @@ def attach(
     """The statistics, as constants, with the gradient that ``rule`` gives to ``x``.
 
     Args:
-      rule: the method's own part.
+      rule: computes the correction and the averages' next values.
       x: activations.
-      mask: of the activations.
-      statistics: by which they are normalized.
-      size: how many values of this device share each of the statistics.
+      mask: mask of the activations.
+      statistics: normalize the activations.
+      size: number of values on this device that share each statistic.
       backward: the averages.
-      context: what else the rule needs.
+      context: other inputs of the rule.
     """
     constants = lax.stop_gradient((statistics, size, context))
-    # Spread over the devices like x: then sums are this device's own, in every way of
-    # using devices, and the next values are averaged once, with the gradients.
+    # These values vary over the devices like x. Sums are then those of this device, under
+    # jit, shard_map and pmap alike, and the next values are averaged once, with the
+    # gradients.
     statistics, size, context, backward = _spread_like(x, (*constants, backward))
     broken = jnp.where(_is_written(backward.steps), 0.0, jnp.nan)
     broken = lax.stop_gradient(broken)
@@ -185,7 +186,7 @@ def _forward(rule, x, mask, statistics, size, backward, context):
 
 @jax.named_scope("backward_statistics")
 def _backward(rule, saved, cotangent):
-    """Normalizing gave the sums: as cotangents of its mean and its scale."""
+    """The sums follow from the cotangents of the mean and the scale in normalizing."""
     _warn_without_optimizer()
     x, mask, statistics, size, backward, context = saved
     scale = jnp.where(statistics.inv_std != 0, statistics.inv_std, 1.0)
@@ -225,8 +226,9 @@ def _refuse(primals, tangents):
 def _next(backward: BackwardStatistics, values: jax.Array) -> BackwardStatistics:
     """The "gradient" of the averages: their next values, and a weight of one.
 
-    A sum over calls, devices or micro-batches, and any factor of the loss, change both
-    alike; the optimizer divides one by the other. A weight of zero writes nothing.
+    A sum over calls, devices or micro-batches, and any factor of the loss, scale both
+    values and weight. The optimizer divides the values by the weight. A weight of zero
+    writes nothing.
     """
     finite = jnp.isfinite(values).all(axis=0)
     weight = finite.astype(backward.steps.dtype)
@@ -242,7 +244,7 @@ def is_backward(node: Any) -> bool:
 def written(
     backward: BackwardStatistics, gradient: BackwardStatistics
 ) -> BackwardStatistics:
-    """The averages after a step, from their "gradient"; as they are without a weight."""
+    """The averages after a step, from their "gradient"; unchanged if its weight is zero."""
     known = gradient.steps != 0
     values = gradient.values / jnp.where(known, gradient.steps, 1.0)[..., None, :]
     return BackwardStatistics(
@@ -266,7 +268,7 @@ def _accepted(name: str, backward: Any) -> BackwardStatistics:
 
 
 def _is_written(steps: jax.Array) -> jax.Array:
-    """Counts are whole and not negative; a step against a "gradient" of one leaves none."""
+    """Counts are whole and not negative; an ordinary gradient step breaks that."""
     return (steps >= 0) & (steps == jnp.floor(steps))
 
 

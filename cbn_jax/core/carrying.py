@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exponential windows of a layer's outputs that are carried along with its weights.
+"""Exponential windows of a layer's outputs that move with the weights of the layer.
 
-Features come in groups that see the same inputs, and so have one mean patch and one weight
-of the past.
+The features of a group have the same inputs. They therefore share one mean patch and one
+weight of the past.
 """
 
 import functools
@@ -20,17 +20,17 @@ from .running import RunningMoments, finite_moments
 
 
 class Window(NamedTuple):
-    """What an exponential window knows of each feature, at the weights of the last step.
+    """Values of an exponential window for each feature, at the weights of the last step.
 
-    A state has these numbers as the rows of one array ``[5, C]``, which costs a step one
-    kernel instead of five: ``Window(*rows)``.
+    A state stores these numbers as the rows of one array ``[5, C]``, ``Window(*rows)``. A
+    step then needs one kernel instead of five.
 
     Attributes:
       mean: ``[C]``.
       var: ``[C]``.
       size: ``[C]``, the sum of the weights of its values.
-      mean_at: ``[C]``, ⟨p, θ⟩, from which the mean moves on.
-      var_at: ``[C]``, what the variance moves on from, see the method.
+      mean_at: ``[C]``, ⟨p, θ⟩, the reference for the next move of the mean.
+      var_at: ``[C]``, the reference for the next move of the variance; see the method.
     """
 
     mean: jax.Array
@@ -53,7 +53,7 @@ def no_patch(params: Params, groups: int) -> Params:
 
 
 def decay_of(window: int, micro_batches: int, steps: jax.Array) -> float | jax.Array:
-    """The weight that the past keeps: a micro-batch within a step leaves it as it is."""
+    """The weight that the past keeps; 1 for a micro-batch within a step."""
     decay = 1.0 - 1.0 / window
     if micro_batches == 1:
         return decay
@@ -61,27 +61,27 @@ def decay_of(window: int, micro_batches: int, steps: jax.Array) -> float | jax.A
 
 
 def share_of(batch: Moments, past: Moments) -> jax.Array:
-    """The share of the batch in a window of both, a ``[C]``."""
+    """The share ``[C]`` of the batch in a window of batch and past."""
     size = batch.size + past.size
     return batch.size / jnp.where(size > 0, size, 1.0)
 
 
 def of_groups(per_feature: jax.Array, groups: int) -> jax.Array:
-    """``[C]`` as ``[groups]``, the number of the first feature of each group.
+    """``[C]`` reduced to ``[groups]``, the value of the first feature of each group.
 
-    The features of a group see the same inputs.
+    The features of a group have the same inputs.
     """
     return per_feature[:: per_feature.size // groups]
 
 
 def usable_in(moments: Moments, *more: jax.Array) -> jax.Array:
-    """The features ``[C]`` whose moments a window may take in, with finite ``more``."""
+    """The features ``[C]`` that a window may use: moments and ``more`` are finite."""
     finite = (jnp.isfinite(each) for each in more)
     return functools.reduce(jnp.logical_and, finite, finite_moments(moments))
 
 
 def remember(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """New numbers ``[..., C]`` of usable features; others stay as of their last step."""
+    """New numbers ``[..., C]`` for usable features; other features keep the old ones."""
     return jnp.where(align(usable, old), new.astype(old.dtype), old)
 
 
@@ -129,7 +129,7 @@ def mean_at(d_mean: Params, params: Params) -> jax.Array:
 
 
 def shift_of(mean: jax.Array, last: jax.Array) -> jax.Array:
-    """⟨p, θₜ⟩ − ⟨p, θₜ₋₁⟩; within the rounding of the mean, the weights stand still."""
+    """⟨p, θₜ⟩ − ⟨p, θₜ₋₁⟩; 0 if it is within the rounding of the mean."""
     shift = mean - last
     rounding = 8.0 * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
     return jnp.where(jnp.abs(shift) > rounding, shift, 0.0)
@@ -137,7 +137,7 @@ def shift_of(mean: jax.Array, last: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def mean_like(value: jax.Array, d_mean: Params, params: Params) -> jax.Array:
-    """``value``, which is ⟨p, θ⟩ and a constant, with its derivative."""
+    """``value``, which equals ⟨p, θ⟩ and is a constant, with its derivative."""
     del d_mean, params
     return value
 
@@ -145,13 +145,14 @@ def mean_like(value: jax.Array, d_mean: Params, params: Params) -> jax.Array:
 @mean_like.defjvp
 def _mean_like(primals, tangents):
     value, d_mean, _ = primals
-    # Called again, because a second derivative differentiates this value too.
+    # The rule calls the function again, because a second derivative also differentiates
+    # this value.
     return mean_like(*primals), mean_at(in_dtype(d_mean, value.dtype), tangents[2])
 
 
 @jax.custom_jvp
 def var_like(value: jax.Array, d_var: Params, params: Params) -> jax.Array:
-    """``value``, which is ⟨G, θ⟩ and a constant, with its derivative."""
+    """``value``, which equals ⟨G, θ⟩ and is a constant, with its derivative."""
     del d_var, params
     return value
 

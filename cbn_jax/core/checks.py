@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static checks: what came, what was expected, what to write, in one sentence."""
+"""Static checks; each error states the input, the expected input and the correction."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +19,12 @@ def accepted(
     """The state in float32 and ``x`` as a JAX array, after the checks of every method.
 
     Args:
-      method: the function that the user called.
-      state: what the user passed.
+      method: name of the function that the user called.
+      state: the state that the user passed.
       expected: the type of the method's states.
       per_feature: a leaf ``[..., C]`` of such a state.
-      x: what the user passed.
-      mask: what the user passed.
+      x: the activations that the user passed.
+      mask: the mask that the user passed.
     """
     x = activations(method, x)
     check_state_type(method, state, expected)
@@ -34,7 +34,7 @@ def accepted(
 
 
 def in_float32(state: Any) -> Any:
-    """A state that may have been cast to half precision, where averages stand still."""
+    """A state in float32, because averages in half precision stop changing."""
 
     def widened(leaf):
         leaf = jnp.asarray(leaf)
@@ -44,12 +44,12 @@ def in_float32(state: Any) -> Any:
 
 
 def in_dtype(state: Any, dtype: Any) -> Any:
-    """A state in the dtype of the statistics, float64 where those are."""
+    """A state in the dtype of the statistics, float64 if they are float64."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
 
 
 def activations(method: str, x: jax.Array) -> jax.Array:
-    """``x`` as a JAX array: floating point, features last."""
+    """``x`` as a JAX array, after a check that it is floating point with features last."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         parts = "jnp.concatenate([x.real, x.imag], axis=-1)"
@@ -67,7 +67,7 @@ def activations(method: str, x: jax.Array) -> jax.Array:
 
 
 def check_features(method: str, features: int, x: jax.Array) -> None:
-    """The state has as many features as ``x``."""
+    """Checks that the state has as many features as ``x``."""
     if x.shape[-1] != features:
         raise ValueError(
             f"{method} got x of shape {x.shape}, expected {features} features last as in "
@@ -76,7 +76,7 @@ def check_features(method: str, features: int, x: jax.Array) -> None:
 
 
 def check_state_type(method: str, state: Any, expected: type) -> None:
-    """The state is this method's own."""
+    """Checks that the state belongs to this method."""
     if isinstance(state, expected):
         return
     if hasattr(state, "get_value"):
@@ -93,7 +93,7 @@ def check_state_type(method: str, state: Any, expected: type) -> None:
 
 
 def check_features_last(method: str, features: int, params: Any) -> None:
-    """Every parameter has one entry (or filter) per feature on its last axis."""
+    """Checks that every parameter's last axis has one entry (or filter) per feature."""
     leaves = jax.tree.leaves_with_path(params)
     if not leaves:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_features_last(method: str, features: int, params: Any) -> None:
 
 
 def check_mask(method: str, x: jax.Array, mask: Any) -> None:
-    """A mask has the axes of ``x``; broadcasting would guess which ones are missing."""
+    """Checks that a mask has the axes of ``x``; broadcasting would guess missing ones."""
     if mask is None or jnp.ndim(mask) == 0:
         return
     shape = jnp.shape(mask)
@@ -124,7 +124,7 @@ def check_mask(method: str, x: jax.Array, mask: Any) -> None:
 
 
 def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
-    """All features of a position count, or none."""
+    """Checks that a mask treats all features of a position alike."""
     if mask is not None and jnp.ndim(mask) > 0 and jnp.shape(mask)[-1] != 1:
         raise ValueError(
             f"{method} got a mask of shape {jnp.shape(mask)} for x of shape {x.shape}, "
@@ -134,12 +134,12 @@ def check_position_mask(method: str, x: jax.Array, mask: Any) -> None:
 
 
 def axes_of(axis: int | Sequence[int], ndim: int) -> list[int]:
-    """One axis or several, counted from the front, in their order."""
+    """One axis or several as a list, counted from the front, in their order."""
     return sorted(each % ndim for each in ([axis] if isinstance(axis, int) else axis))
 
 
 def check_axis(axis: int | Sequence[int], x: jax.Array, layer: str | None) -> None:
-    """The activations have the feature axes of a module; that of a layer's is the last."""
+    """Checks that the activations have the feature axes; with a layer only the last."""
     ndim = jnp.ndim(x)
     axes = [axis] if isinstance(axis, int) else list(axis)
     if not all(-ndim <= each < ndim for each in axes):
@@ -162,20 +162,20 @@ def _write_mask(shape: tuple[int, ...], of_x: tuple[int, ...]) -> str:
 
 
 def check_traits(wrapper: str, traits: frozenset[str], refused: dict[str, str]) -> None:
-    """The wrapper fits this method; ``refused`` gives the reason against it, by trait."""
+    """Checks that the wrapper fits this method; ``refused`` maps traits to reasons."""
     for trait in sorted(traits & refused.keys()):
         raise ValueError(f"{wrapper} {refused[trait]}")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """One of a few words."""
+    """Checks that a value is one of a few words."""
     if value not in choices:
         expected = " or ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} is {value!r}, expected {expected}.")
 
 
 def check_fraction(name: str, value: float) -> None:
-    """A decay lies in [0, 1)."""
+    """Checks that a decay lies in [0, 1)."""
     check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(
@@ -185,13 +185,13 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """A plain number, which can be compared when the estimator is made."""
+    """Checks for a plain number, which can be compared when the estimator is made."""
     if isinstance(value, jax.Array):
         raise TypeError(f"{name} is an array, expected a number; write float({name}).")
 
 
 def check_unit(name: str, value: Any, meaning: str) -> None:
-    """A number lies in [0, 1]; an array may be traced and is not looked at."""
+    """Checks that a number lies in [0, 1]; an array may be traced and is not checked."""
     if isinstance(value, jax.Array) or jnp.ndim(value) > 0:
         return
     if not 0.0 <= value <= 1.0:
@@ -199,13 +199,13 @@ def check_unit(name: str, value: Any, meaning: str) -> None:
 
 
 def check_epsilon(value: float) -> None:
-    """ε keeps the root of a zero variance away from zero."""
+    """Checks ε, which keeps the root of a zero variance away from zero."""
     if not value > 0.0:
         raise ValueError(f"epsilon is {value!r}, expected a number above 0, such as 1e-5.")
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    """A whole number from ``least`` on."""
+    """Checks for a whole number from ``least`` on."""
     check_number(name, value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(

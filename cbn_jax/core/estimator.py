@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one noun of the library: a normalization method is an estimator of statistics."""
+"""The central type of the library: a normalization method estimates statistics."""
 
 import dataclasses
 from typing import Any, Literal, Protocol
@@ -44,9 +44,9 @@ class Infer(Protocol):
 class Estimator(Value):
     """A normalization method: three pure functions that estimate statistics.
 
-    Batch normalization and its relatives differ only in the mean and the scale by which
-    they normalize. An estimator computes those; ``normalize`` applies them, ``run_layer``
-    says where ``x`` came from, and the Flax modules carry the state.
+    Batch normalization and related methods differ only in the mean and the scale that
+    normalize. An estimator computes these two, and ``normalize`` applies them.
+    ``run_layer`` records the layer that made ``x``. The Flax modules carry the state.
 
     ::
 
@@ -61,19 +61,19 @@ class Estimator(Value):
 
     Attributes:
       init: ``(features, layer=None, params=None) -> state``. ``layer`` and ``params`` are
-        what ``run_layer`` takes; methods that look at the layer need them. Abstract arrays
-        do as ``params``. Every leaf of the state is a float32 array whose shape never
+        the arguments of ``run_layer``; methods that look at the layer need them. ``params``
+        may be abstract arrays. Every leaf of the state is a float32 array whose shape never
         changes.
       train: ``(state, x, source=None, *, axis_name=None, mask=None) -> (statistics,
-        state)``. Statistics to train with, and the state that includes this batch.
-        Gradients flow through ``statistics``, never through the state.
+        state)``. It returns the statistics for training, and the state that includes this
+        batch. Gradients flow through ``statistics``, never through the state.
       infer: ``(state, x, *, mask=None) -> statistics``. It returns no state, so that
-        evaluation cannot change one. ``x`` may hold no example.
+        evaluation cannot change one. ``x`` may have no examples.
       epsilon: ε, which keeps the scale finite.
-      traits: facts that wrappers and tools must know. "per_example": every example has
-        statistics of its own. "corrected": inference looks at the example. "gated": a gate
-        in the state may switch normalization off. "layered": it looks at the layer that
-        made ``x``.
+      traits: properties that wrappers and tools use. "per_example": every example has its
+        own statistics. "corrected": inference uses the example. "gated": a gate in the
+        state may switch normalization off. "layered": the method uses the layer that made
+        ``x``.
     """
 
     init: Init

@@ -18,7 +18,7 @@ X = TypeVar("X")
 
 
 class StepCount(NamedTuple):
-    """State of a method that keeps nothing else.
+    """State of a method without any other state.
 
     Attributes:
       steps: ``[C]``, the number of batches trained on.
@@ -31,9 +31,9 @@ class BatchBranch(NamedTuple):
     """The batch normalizer of a mixed method.
 
     Attributes:
-      statistics: of its input; the identity where they are unknown.
-      mix: w, the share of the group normalizer; 1 where the statistics are unknown.
-      moments: of its input.
+      statistics: statistics of its input; the identity if they are unknown.
+      mix: w, the share of the group normalizer; 1 if the statistics are unknown.
+      moments: moments of its input.
     """
 
     statistics: Statistics
@@ -54,12 +54,12 @@ def mixed(
       order: "group_first" is w G(x) + (1 − w) B(G(x)), "batch_first" is
         w G(B(x)) + (1 − w) B(x), "parallel" is w G(x) + (1 − w) B(x).
       x: the activations, or their moments.
-      group: G, from its input.
-      batch: B, from its input.
+      group: computes G from its input.
+      batch: computes B from its input.
       apply: normalizes ``x``.
 
     Returns:
-      The statistics of the mix, and the moments that B is made of.
+      The statistics of the mix, and the moments behind B.
     """
     if order == "group_first":
         g = group(x)
@@ -99,7 +99,7 @@ def pool_groups(instance: Moments, num_groups: int) -> Moments:
 
 
 def check_options(mix: Any, num_groups: int, order: str, epsilon: float) -> None:
-    """The arguments that the mixed methods share."""
+    """Checks the arguments that the mixed methods share."""
     check_unit("mix", mix, "the share of the group statistics")
     check_count("num_groups", num_groups, 1)
     check_choice("order", order, ORDERS)
@@ -107,7 +107,7 @@ def check_options(mix: Any, num_groups: int, order: str, epsilon: float) -> None
 
 
 def check_divides(method: str, features: int, num_groups: int) -> None:
-    """The features divide into groups of one size."""
+    """Checks that the features divide into groups of one size."""
     if features % num_groups:
         raise ValueError(
             f"{method} got {features} features and num_groups={num_groups}, expected a "
@@ -116,7 +116,7 @@ def check_divides(method: str, features: int, num_groups: int) -> None:
 
 
 def check_group_size(method: str, x: jax.Array, num_groups: int) -> None:
-    """A group holds two values or more, else every output is zero."""
+    """Checks that a group holds two values or more; otherwise every output is zero."""
     if math.prod(x.shape[1:]) == num_groups:
         raise ValueError(
             f"{method} got x of shape {x.shape} and num_groups={num_groups}, groups of "

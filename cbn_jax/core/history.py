@@ -27,14 +27,14 @@ from .statistics import std_of
 class History(NamedTuple):
     """Moments of iterations as functions of the layer's parameters θ.
 
-    ``S`` slots in a ring; an iteration s in it had parameters θₛ. Only the products with
-    θₛ are kept, not θₛ itself: ``⟨d, θ − θₛ⟩ = ⟨d, θ⟩ − ⟨d, θₛ⟩``.
+    The ring has ``S`` slots. An iteration s in it had parameters θₛ. The history keeps only
+    the products with θₛ, not θₛ itself: ``⟨d, θ − θₛ⟩ = ⟨d, θ⟩ − ⟨d, θₛ⟩``.
 
     Attributes:
-      window: ``[5, S, C]``, the rows of a ``Window``: μₛ and σ²ₛ at θₛ, their number of
-        values, 0 for an empty slot, ⟨∂μₛ/∂θ, θₛ⟩ and ⟨∂σ²ₛ/∂θ, θₛ⟩.
-      d_mean: ∂μₛ/∂θ, the mean input patch, each leaf ``[S, *leaf.shape[:-1], groups]``:
-        the same for all features of a group.
+      window: ``[5, S, C]``, the rows of a ``Window``: μₛ and σ²ₛ at θₛ, the number of their
+        values (0 for an empty slot), ⟨∂μₛ/∂θ, θₛ⟩ and ⟨∂σ²ₛ/∂θ, θₛ⟩.
+      d_mean: ∂μₛ/∂θ, the mean input patch, each leaf ``[S, *leaf.shape[:-1], groups]``. All
+        features of a group share it.
       d_var: ∂σ²ₛ/∂θ, each leaf ``[S, *leaf.shape]``.
     """
 
@@ -44,7 +44,7 @@ class History(NamedTuple):
 
 
 def empty_history(slots: int, features: int, params: Params, groups: int) -> History:
-    """Slots in which nothing counts yet."""
+    """A history with only empty slots."""
 
     def per_param(last):
         return jax.tree.map(
@@ -62,7 +62,7 @@ def empty_history(slots: int, features: int, params: Params, groups: int) -> His
 def transport(history: History, params: Params, rho: float, dtype: Any) -> Moments:
     """Moments ``[S, C]`` of the iterations in the ring, moved to the current parameters.
 
-    To first order: the variance may come out negative.
+    The move is to first order, so the variance may be negative.
     """
     rows, d_mean, d_var = in_dtype(history, dtype)
     old = Window(*rows)
@@ -94,8 +94,8 @@ def _pool_derivatives(
 ) -> tuple[Moments, Params, Params]:
     """Moments of all devices together, and their derivatives.
 
-    The derivative of the law of total variance, with the shares w of the devices, their
-    means μ_d and variances σ²_d, about any pivot c::
+    Derivative of the law of total variance. w are the shares of the devices, μ_d their
+    means, σ²_d their variances, and c is any pivot::
 
         ∂μ = Σ w ∂μ_d      ∂σ² = Σ w (∂σ²_d + 2 (μ_d − c) ∂μ_d) − 2 (μ − c) ∂μ
     """
@@ -129,9 +129,9 @@ def _derivatives(
 ) -> tuple[Params, Params]:
     """∂μ and ∂σ² of this device's values."""
     (mean, var, count), x = seen
-    # A layer in half precision takes the cotangent in it: 1/N would underflow there, and a
-    # sum without it overflow, as would large deviations. So deviations go in by their size
-    # and with 1/√N, and the rest follows.
+    # The cotangent has the dtype of the layer. In half precision 1/N would underflow. A sum
+    # without 1/N would overflow, and so would large deviations. The deviations are
+    # therefore divided by their standard deviation and by √N, and the result is rescaled.
     root, size = jnp.sqrt(jnp.maximum(count[0], 1.0)), jnp.ones_like(var)
     if x.dtype != mean.dtype:
         size = std_of(jnp.where(var > 0, var, 1.0))
@@ -160,7 +160,7 @@ def _slot(moments: Moments, d_mean: Params, d_var: Params, params: Params) -> Hi
 
 @jax.named_scope("remember")
 def push(history: History, entry: History, slot: jax.Array) -> History:
-    """Overwrites one slot; features that are not finite leave theirs empty."""
+    """Overwrites one slot; it stays empty for features that are not finite."""
     new, at = Window(*entry.window[:, 0]), slot.astype(int)
     usable = usable_in(Moments(new.mean, new.var, new.size), new.mean_at, new.var_at)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that are linear in their parameters, and what is known about them."""
+"""Layers that are linear in their parameters, and their known properties."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,17 +23,18 @@ from .windows import (
 class Layer(NamedTuple):
     """A layer ``x = apply(params, inputs)``, linear in its parameters.
 
-    ``run_layer`` takes a plain function too; a ``Layer`` says more. ``dense`` and
-    ``convolution`` make complete ones.
+    ``run_layer`` also takes a plain function; a ``Layer`` has more information. ``dense``
+    and ``convolution`` have all of it.
 
     Attributes:
-      apply: ``(params, inputs) -> x`` with ``x`` of shape ``[..., C]``, where feature c
-        depends on entry c of the parameters' last axis alone. It must read the number of
-        features off its parameters, because it is also run with one feature per group.
-      patches: what the layer sees, ∂x/∂θ, at some positions of ``x`` and on average; None
-        to differentiate ``apply`` for it.
-      groups: the features come in that many groups of equal size, each with inputs of its
-        own (``feature_group_count`` of a convolution); 1 if all see the same inputs.
+      apply: ``(params, inputs) -> x`` with ``x`` of shape ``[..., C]``. Feature c of ``x``
+        depends on entry c of the parameters' last axis alone. The function must take the
+        number of features from its parameters, because it also runs with one feature per
+        group.
+      patches: the input patches ∂x/∂θ, at some positions of ``x`` and on average. With
+        None, JAX differentiates ``apply`` for them.
+      groups: number of groups of features of equal size. Each group has its own inputs
+        (``feature_group_count`` of a convolution). 1 if all features have the same inputs.
     """
 
     apply: LayerFn
@@ -42,12 +43,12 @@ class Layer(NamedTuple):
 
 
 def as_layer(layer: LayerFn | Layer) -> Layer:
-    """A plain function as a layer about which nothing more is known."""
+    """A plain function as a layer without further information."""
     return layer if isinstance(layer, Layer) else Layer(layer)
 
 
 def check_layer(method: str, layer: Any, call: str) -> None:
-    """A layer, not its parameters."""
+    """Checks that ``layer`` is a layer, not its parameters."""
     if isinstance(layer, Layer) or callable(layer):
         return
     is_array = hasattr(layer, "shape")
@@ -68,16 +69,16 @@ def convolution(
 ) -> Layer:
     """A convolution in 1 to 3 (or more) dimensions, features last.
 
-    Parameters are a kernel ``[*window, in / groups, C]``, or a dict of ``kernel`` and, if
-    you like, ``bias`` ``[C]``. Inputs are ``[N, *space, in]``.
+    Parameters are a kernel ``[*window, in / groups, C]``, or a dict of ``kernel`` and
+    optionally ``bias`` ``[C]``. Inputs are ``[N, *space, in]``.
 
     Args:
       strides: one number, or one per dimension.
       padding: "SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL" (in one dimension), one
         number for all sides, or per dimension a number or (low, high).
-      dilation: of the kernel, one number or one per dimension.
+      dilation: dilation of the kernel, one number or one per dimension.
       groups: ``feature_group_count``.
-      input_dilation: of the inputs, one number or one per dimension.
+      input_dilation: dilation of the inputs, one number or one per dimension.
 
     Returns:
       A Layer that every estimator of this library accepts.
@@ -123,6 +124,6 @@ def _dense(params: Params, inputs: jax.Array) -> jax.Array:
     return x if bias is None else x + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-#: ``x = inputs @ kernel (+ bias)`` on the last axis. Parameters are the kernel ``[in, C]``,
-#: or a dict of ``kernel`` and, if you like, ``bias``.
+#: ``x = inputs @ kernel (+ bias)`` on the last axis. Parameters are the kernel
+#: ``[in, C]``, or a dict of ``kernel`` and optionally ``bias``.
 dense = Layer(_dense, dense_patches)

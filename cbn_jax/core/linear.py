@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a function is linear in its parameters, read off its jaxpr without running it.
+"""Finds from its jaxpr whether a function is linear in its parameters.
 
-The windows that move with the weights hold for ``x = ⟨P, θ⟩``, feature by feature. For a
-layer about which nothing is known, ``why_not_linear`` follows the parameters through the
-operations. Each value is constant, zero, or linear, and a linear one has an axis along
+The windows that move with the weights are valid for ``x = ⟨P, θ⟩``, feature by feature. For
+an unknown layer, ``why_not_linear`` follows the parameters through the operations without
+running them. Each value is constant, zero, or linear. A linear value has an axis along
 which entry c depends on entry c of the parameters' last axis alone.
 """
 
@@ -26,12 +26,12 @@ CONSTANT, ZERO = _Kind("constant"), _Kind("zero")
 
 
 class _Axis(NamedTuple):
-    """Where the features of a linear value are.
+    """The axis of the features in a linear value.
 
     Attributes:
       place: the axis.
-      times: how often they come in it, one after the other; ``vmap`` of a convolution
-        joins another axis with them for a while.
+      times: number of times the features occur in it, one after the other. ``vmap`` of a
+        convolution temporarily joins another axis with them.
     """
 
     place: int
@@ -46,16 +46,16 @@ class _NotLinearError(Exception):
 
 
 def why_not_linear(apply: Callable[..., jax.Array], params: Any, inputs: Any) -> str | None:
-    """Says why a layer is not linear in its parameters, feature by feature.
+    """Finds the reason why a layer is not linear in its parameters, feature by feature.
 
     Args:
       apply: ``(params, inputs) -> x``, with the features of ``x`` last.
-      params: pytree whose leaves have features last; abstract arrays do.
-      inputs: pytree of arrays; abstract ones do.
+      params: pytree whose leaves have features last; the arrays may be abstract.
+      inputs: pytree of arrays, which may be abstract.
 
     Returns:
-      None if it is linear; else the end of a sentence about the layer, such as "applies
-      rsqrt to its parameters".
+      None if the layer is linear. Otherwise the end of a sentence about the layer, such as
+      "applies rsqrt to its parameters".
     """
     closed = jax.make_jaxpr(apply)(params, inputs)
     leaves = jax.tree.leaves(params)
@@ -122,7 +122,8 @@ def _inner(equation: Any) -> Jaxpr | None:
     return None
 
 
-# One rule per operation: the axis of the features in its output, None if it is not linear.
+# One rule per operation. It returns the axis of the features in the output, or None if the
+# output is not linear.
 
 
 def _same(equation, values):
@@ -159,7 +160,7 @@ def _select(equation, values):
 
 
 def _reshape(equation, values):
-    """The features keep their distance in memory; their axis may join others or leave."""
+    """Keeps the features' distance in memory; other axes may join or leave theirs."""
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     place, times = values[0]
     features, distance = before[place] // times, math.prod(before[place + 1 :])
@@ -182,7 +183,7 @@ def _broadcast(equation, values):
 
 
 def _without(axes: Any, axis: _Axis) -> _Axis | None:
-    """The axis after others are gone."""
+    """The axis after other axes are removed."""
     if axis.place in axes:
         return None
     return axis._replace(place=axis.place - sum(other < axis.place for other in axes))
@@ -212,7 +213,7 @@ def _pad(equation, values):
 
 
 def _gather(equation, values):
-    """Rows by index, as an embedding takes them; the features come whole."""
+    """Rows by index, as in an embedding, with all features."""
     axis, numbers = values[0], equation.params["dimension_numbers"]
     if not isinstance(axis, _Axis) or isinstance(values[1], _Axis):
         return None

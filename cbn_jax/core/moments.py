@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and variance of a batch: accurate in float32, one collective."""
+"""Mean and variance of a batch, accurate in float32, with one collective."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ class Moments(NamedTuple):
     Attributes:
       mean: ``[..., C]``.
       var: ``[..., C]``, not negative, divided by ``size`` and not by ``size − 1``.
-      size: ``[..., C]``, how many values stand behind them; 0 where there was none.
+      size: ``[..., C]``, the number of values; 0 if there was none.
     """
 
     mean: jax.Array
@@ -32,14 +32,15 @@ class Moments(NamedTuple):
 def pool_moments(moments: Moments) -> Moments:
     """Moments of the union of groups, from the moments of each: the law of total variance.
 
-    Exact for groups of any size, so it joins devices, iterations and replicas alike.
+    The function is exact for groups of any size, so it joins devices, iterations and
+    replicas alike.
 
     Args:
       moments: moments of ``G`` groups, every field ``[G, C]``.
 
     Returns:
-      Moments of all their values together, every field ``[C]``. Groups with ``size = 0``
-      have no say; where all are empty, mean and variance are 0.
+      Moments of all their values together, every field ``[C]``. Groups with ``size = 0`` do
+      not count. If all groups are empty, mean and variance are 0.
 
     Example:
       Two groups, {0, 2} and {4}:
@@ -58,7 +59,8 @@ def pool_moments(moments: Moments) -> Moments:
     total = count.sum(axis=0)
     share = count / jnp.where(total > 0, total, 1.0)[None]
     mean = jnp.where(count > 0, mean, 0.0)
-    # Differences to the rounded mean keep the digits that a sum of large means would lose.
+    # Differences from the rounded mean keep the digits that a sum of large means would
+    # lose.
     pivot = lax.stop_gradient((share * mean).sum(axis=0))
     offset = jnp.where(count > 0, mean - pivot[None], 0.0)
     center = (share * offset).sum(axis=0)
@@ -67,7 +69,7 @@ def pool_moments(moments: Moments) -> Moments:
 
 
 def pool_two(current: Moments, past: Moments) -> Moments:
-    """``pool_moments`` of two, every field ``[C]``."""
+    """``pool_moments`` of two groups, every field ``[C]``."""
     total = current.size + past.size
     share = current.size / jnp.where(total > 0, total, 1.0)
     offset = current.mean - past.mean
@@ -88,24 +90,25 @@ def batch_moments(
 ) -> Moments:
     """Mean and biased variance of each feature over all other axes.
 
-    Two sums over ``x``: the mean, then the squares of the deviations from it. For a mean of
-    up to 10⁴ standard deviations, the relative error of the variance is below 1e-5 in
-    float32, in any order of up to 160³ values. The design page derives the bound.
+    The function makes two sums over ``x``: first the mean, then the squares of the
+    deviations from it. For a mean of up to 10⁴ standard deviations, the relative error of
+    the variance is below 1e-5 in float32. This holds for any order of up to 160³ values.
+    The design page derives the bound.
 
     Args:
       x: activations ``[..., C]``, floating point, at least two axes.
-      axis_name: axis or axes of ``shard_map``, ``pmap`` or ``vmap`` over which the batch
-        is spread. Leave it None under ``jit``, also with a sharded batch.
-      mask: True where a value counts, one axis for each of ``x``, of size 1 or that of
-        ``x``. Values that do not count may be anything, NaN included: they reach neither
-        the moments nor their gradients.
+      axis_name: axis or axes of ``shard_map``, ``pmap`` or ``vmap`` over which the batch is
+        spread. Leave it None under ``jit``, also with a sharded batch.
+      mask: True where a value counts. It has the axes of ``x``, each of size 1 or of the
+        size in ``x``. Values that do not count may be anything, including NaN. They affect
+        neither the moments nor their gradients.
       pivot: ``[C]``, a guess of the mean, the same on all devices; zeros if not given. It
-        matters with ``axis_name`` alone, and there for the number of collectives.
+        only affects the number of collectives under ``axis_name``.
 
     Returns:
       Moments, every field ``[C]``, in float32 (float64 for float64 input). A feature
-      without a single value that counts has mean 0, variance 0, size 0. A feature with
-      NaN or inf among its values has moments that are not finite.
+      without a value that counts has mean 0, variance 0 and size 0. A feature with NaN or
+      inf among its values has moments that are not finite.
 
     Raises:
       TypeError: ``x`` is not floating point.
@@ -118,8 +121,8 @@ def batch_moments(
       Array([1.], dtype=float32)
 
     Under an axis name the devices add up their sums about the pivot, in one collective of
-    3C numbers on any number of devices. A second one follows where a mean is more than
-    eight standard deviations from the pivot, because those sums have lost digits. A masked
+    3C numbers on any number of devices. If a mean is more than eight standard deviations
+    from the pivot, those sums have lost digits, and a second collective follows. A masked
     batch is read three times.
     """
     if axis_name is None:
@@ -128,11 +131,11 @@ def batch_moments(
 
 
 class Part(NamedTuple):
-    """What one device contributes to a batch's moments.
+    """The part of a batch's moments from one device.
 
     Attributes:
-      pivot: ``[C]``, the mean, rounded; the gradient of the mean flows through it.
-      moments: of ``x − pivot``, whose mean is what the rounding left.
+      pivot: ``[C]``, the rounded mean; the gradient of the mean flows through it.
+      moments: moments of ``x − pivot``; their mean is the rounding error of the pivot.
     """
 
     pivot: jax.Array
@@ -161,7 +164,7 @@ def pool_devices(
     """Moments of the whole batch, and the totals of ``sums`` over the devices."""
     if axis_name is None:
         return about_zero(part), sums
-    # Zeros like the mean would count as different on every device.
+    # Zeros made from the mean would count as different on every device.
     pivot = jnp.zeros(part.pivot.shape) if pivot is None else lax.stop_gradient(pivot)
     pivot = pivot.astype(part.pivot.dtype)
     totals, sums = lax.psum((_about(part, pivot), sums), axis_name)
@@ -172,11 +175,12 @@ def pool_devices(
     def again():
         return _from_totals(lax.psum(_about(part, mean), axis_name), mean)
 
-    # The same on all devices, which all take part in the second collective or do not.
+    # The condition is the same on all devices, so that either all or none of them take part
+    # in the second collective.
     return lax.cond(far.any(), again, lambda: moments), sums
 
 
-_FAR = 8.0  # standard deviations; squares about such a pivot lose two digits
+_FAR = 8.0  # standard deviations; with such a pivot squares lose two digits
 
 
 class _Totals(NamedTuple):
@@ -202,14 +206,14 @@ def _from_totals(totals: _Totals, pivot: jax.Array) -> Moments:
 
 
 def _not_negative(var: jax.Array) -> jax.Array:
-    """A scale of 0 would hide an overflow; NaN shows it."""
+    """NaN for a negative variance: a scale of 0 would hide an overflow, NaN shows it."""
     return jnp.where(var < jnp.inf, jnp.maximum(var, 0.0), jnp.nan)
 
 
 def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
     """Moments of each feature of each example, over the example's positions.
 
-    Every field is ``[N, 1, …, 1, C]``. A matrix ``[N, C]`` has one position an example:
+    Every field is ``[N, 1, …, 1, C]``. A matrix ``[N, C]`` has one position per example, so
     its variances are 0.
     """
     positions = x[:, None] if x.ndim == 2 else x
@@ -223,7 +227,7 @@ def instance_moments(x: jax.Array, mask: jax.Array | None = None) -> Moments:
 
 
 def count_values(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """How many values of each feature count on this device, ``[C]``."""
+    """The number of values of each feature that count on this device, ``[C]``."""
     rows, dtype = tuple(range(x.ndim - 1)), wide(x.dtype)
     if mask is None:
         return jnp.full(x.shape[-1], math.prod(x.shape[:-1]), dtype)
@@ -254,9 +258,9 @@ def _masked_part(x: jax.Array, mask: jax.Array) -> Part:
     def total(values):
         return jnp.where(mask, values, 0.0).sum(axis=rows)
 
-    # The middle position may not count, so the start is the mean.
+    # The middle position may be masked, so the start is the mean.
     start = lax.stop_gradient(total(x * align(_share(count), x)))
-    # NaN in a value that does not count would be 0 times NaN in gradients.
+    # A NaN that does not count would give 0 times NaN in gradients.
     return _about_mean(jnp.where(mask, x, align(start, x)), start, count, total)
 
 
@@ -266,14 +270,14 @@ def _about_mean(
     count: jax.Array,
     total: Callable[[jax.Array], jax.Array],
 ) -> Part:
-    """The mean, then the squares about it.
+    """The mean, then the squares of deviations from it.
 
-    The float32 number next to the mean may still be a deviation away from it, so what the
-    rounding left is kept.
+    The nearest float32 number may still be a standard deviation away from the mean, so the
+    function keeps the rounding error.
     """
     share = _share(count)
-    # Divided before the sum: a division after it may be fused with the additions below, and
-    # then the mean is rounded differently wherever a program needs it.
+    # The division comes before the sum. After the sum, XLA may fuse a division with the
+    # additions below, and then round the mean differently in each place that uses it.
     offset = total((x - align(start, x)) * align(share, x))
     mean = start + offset
     pivot = lax.stop_gradient(mean)  # gradients flow through the sums alone
@@ -291,16 +295,16 @@ def _share(count: jax.Array) -> jax.Array:
 def _squares(
     total: Callable[[jax.Array], jax.Array], x: jax.Array, pivot: jax.Array
 ) -> jax.Array:
-    """Σ (x − pivot)². The deviations are computed again rather than kept for gradients."""
+    """Σ (x − pivot)². The gradient recomputes the deviations instead of keeping them."""
     return total(jnp.square(x - align(pivot, x)))
 
 
 def _start(x: jax.Array) -> jax.Array:
-    """A value between those of the feature: the middle position, averaged over examples.
+    """A value within the range of the feature: the middle position, averaged over examples.
 
-    The rounding error of the mean grows with the distance of the start. A value between the
-    least and the greatest of N is at most √N standard deviations away. The batch axis is
-    not sliced but averaged, because it may be sharded.
+    The rounding error of the mean grows with its distance from the start. A value between
+    the least and the greatest of N values is at most √N standard deviations away. The batch
+    axis is averaged instead of sliced, because it may be sharded.
     """
     middle = lax.stop_gradient(x)
     for axis in range(1, x.ndim - 1):
@@ -322,12 +326,12 @@ def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def align(per_feature: jax.Array, x: jax.Array) -> jax.Array:
-    """Leading axes of size 1 for ``[C]`` (or more), until its rank is that of ``x``."""
+    """Adds leading axes of size 1 to ``[C]`` (or more), up to the rank of ``x``."""
     return jnp.expand_dims(per_feature, range(x.ndim - per_feature.ndim))
 
 
 def device_count(axis_name: AxisName) -> int:
-    """Over how many devices the batch is spread."""
+    """The number of devices over which the batch is spread."""
     return 1 if axis_name is None else lax.axis_size(axis_name)
 
 
@@ -337,10 +341,10 @@ def total(sums: Any, axis_name: AxisName) -> Any:
 
 
 def of_devices(rows: Any, axis_name: AxisName) -> Any:
-    """What each device has, on every device: leaves ``[devices, ...]``, in one collective.
+    """The rows of each device on every device: leaves ``[devices, ...]``, one collective.
 
-    Rows travel as a sum of one-hot rows instead of an ``all_gather``: the result is known
-    to be the same on all devices, so that ``shard_map`` accepts a state made of it as
+    The rows are sent as a sum of one-hot rows instead of an ``all_gather``. The result
+    then counts as the same on all devices, and ``shard_map`` accepts a state made of it as
     replicated.
     """
     if axis_name is None:

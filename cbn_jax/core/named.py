@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States as nested dicts of arrays, and the parts of a tree that are found by name.
+"""States as nested dicts of arrays, and parts of a tree found by name.
 
-A checkpoint, an npz file and ``flax.traverse_util`` know dicts and arrays, no NamedTuples.
-The Flax modules therefore keep ``to_dict(state)``. Tools that look for running moments or
-gates find them by the names of the leaves, in states and in such dicts alike.
+Checkpoints, npz files and ``flax.traverse_util`` support dicts and arrays, but not
+NamedTuples. The Flax modules therefore keep ``to_dict(state)``. Tools find running moments
+and gates by the names of the leaves, both in states and in such dicts.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ Name = tuple[str, ...]
 
 
 def to_dict(state: Any) -> Any:
-    """A state as nested dicts, its running moments on top: ``mean``, ``var``, ``steps``.
+    """A state as nested dicts, with ``mean``, ``var`` and ``steps`` at the top level.
 
-    The state of the method inside a wrapper is on top, too.
+    The state of a wrapped method is also at the top level.
     """
     if isinstance(state, RunningMoments):
         return state._asdict()
@@ -45,7 +45,7 @@ def _is_on_top(name: str, value: Any) -> bool:
 
 
 def from_dict(tree: Any, form: Any) -> Any:
-    """The state in the form of another one, whose arrays are not looked at."""
+    """The state in the form of another state, whose arrays are not used."""
     if isinstance(form, Mapping):
         return {name: from_dict(tree[str(name)], value) for name, value in form.items()}
     if not hasattr(form, "_fields"):
@@ -59,12 +59,12 @@ def from_dict(tree: Any, form: Any) -> Any:
 
 
 def named_leaves(tree: Any) -> dict[Name, Any]:
-    """The leaves of any tree by their names, those of dict keys and attributes."""
+    """The leaves of any tree by name, the dict keys and attributes that lead there."""
     return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _name(path: Any) -> Name:
-    """The path without what the variables of nnx and the boxes of linen add to it."""
+    """The path without the parts that nnx variables and linen boxes add."""
     if path[-1:] == (jax.tree_util.GetAttrKey("value"),):
         path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -76,7 +76,7 @@ def map_named(change: Callable[[Name, Any], Any], tree: Any) -> Any:
 
 
 def find_running(tree: Any) -> dict[Name, RunningMoments]:
-    """All running moments in a tree, by the name of the place that has them."""
+    """All running moments in a tree, by the name of their place."""
     leaves = named_leaves(tree)
     places = (name[:-1] for name in leaves if name[-1:] == ("steps",))
     return {
@@ -87,7 +87,7 @@ def find_running(tree: Any) -> dict[Name, RunningMoments]:
 
 
 def put_running(tree: Any, moments: Mapping[Name, RunningMoments]) -> Any:
-    """The tree with running moments exchanged."""
+    """The tree with its running moments replaced."""
     new: dict[Name, jax.Array] = {
         (*place, name): leaf
         for place, running in moments.items()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def require(package: str, module: str) -> Iterator[None]:
-    """Says what to install if an optional package is missing."""
+    """Names the package to install if an optional one is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ from .moments import (
 )
 from .source import Source
 
-# A TPU multiplies in bfloat16 by default, which is not enough for statistics.
+# By default a TPU multiplies in bfloat16, which is not accurate enough for statistics.
 _matmul = functools.partial(jnp.matmul, precision="highest")
 _einsum = functools.partial(jnp.einsum, precision="highest")
 
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
     Attributes:
       patches: P, leaves ``[n, *leaf.shape[:-1], groups]``.
-      weight: ``[n, 1]``, one over the number of positions, 0 where a position does not
+      weight: ``[n, 1]``, one over the number of positions; 0 for a position that does not
         count (``mask``). ``Σ weight · f`` is the sample's mean of f.
     """
 
@@ -52,12 +52,13 @@ def moments_and_sample(
 ) -> tuple[Moments, Sample, Any]:
     """Moments of the batch, about ``samples`` of its positions, and the totals of ``sums``.
 
-    Equally many positions of each example; one of some examples where there are more of
-    them than samples; all positions for None. Which ones is a function of ``step``.
-    Nothing in the sample carries a gradient.
+    Each example contributes equally many positions. If there are more examples than
+    samples, some examples contribute one each. None takes all positions. The choice is a
+    function of ``step``. The sample carries no gradient.
 
-    Every device learns the positions of all, in the one collective of the moments: a few
-    patches are less than the derivatives, as large as θ, that each would make of its own.
+    Every device receives the positions of all devices, in the one collective of the
+    moments. A few patches are smaller than the derivatives of each device, which are as
+    large as θ.
     """
     part = device_moments(x, mask)
     place, here = _places(x.shape[:-1], samples, step, axis_name)
@@ -91,11 +92,11 @@ def _take(
 def per_example(
     examples: int, positions: int, samples: int | None, axis_name: AxisName
 ) -> int:
-    """How many positions of each example make about ``samples`` on all devices."""
+    """Positions per example that give about ``samples`` on all devices."""
     if samples is None:
         return positions
     share = samples // (examples * device_count(axis_name))
-    return min_dim(positions, max_dim(1, share))  # also symbolic sizes
+    return min_dim(positions, max_dim(1, share))  # works for symbolic sizes too
 
 
 def _places(
@@ -103,8 +104,9 @@ def _places(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Rows ``[n]`` of this device's ``x`` as a matrix, and which of them it has.
 
-    Examples are counted over all devices, so that many look where one would. A device
-    without an example of the sample takes any other in its place.
+    Examples are counted over all devices, so that the sample is that of one device with the
+    whole batch. A device without an example of the sample uses any other example in its
+    place.
     """
     examples, positions = shape[0], math.prod(shape[1:])
     n = per_example(examples, positions, samples, axis_name)
@@ -121,12 +123,13 @@ def _places(
 def _rows(examples: int, n: int, samples: int | None, step: jax.Array) -> jax.Array:
     """The rows of the sample, n of each example.
 
-    Of more examples than samples, evenly many are taken, others in every step.
+    If there are more examples than samples, evenly spaced examples are taken, other ones in
+    every step.
     """
-    known = isinstance(examples, int)  # no symbolic size
+    known = isinstance(examples, int)  # not a symbolic size
     if samples is None or not known or examples <= samples:
         return jnp.arange(examples * n)
-    # Another sequence than that of the positions: their pairs fill the square.
+    # The sequence differs from that of the positions, so that their pairs fill the square.
     shift = _sequence(jnp.uint32(0), jnp.uint32(0), step.astype(jnp.uint32)) * examples
     return (jnp.arange(samples) * examples // samples + shift.astype(int)) % examples
 
@@ -136,7 +139,8 @@ def _position(
 ) -> jax.Array:
     """A position in one of n equal parts of ``range(positions)``.
 
-    Where in its part follows a sequence of low discrepancy, which costs no random numbers.
+    The place within its part follows a low-discrepancy sequence, which needs no random
+    numbers.
     """
     if n == positions:
         return part
@@ -147,10 +151,10 @@ def _position(
 
 
 def _sequence(step: jax.Array, example: jax.Array, part: jax.Array) -> jax.Array:
-    """Numbers from 0 to 1 that fill it evenly, along each argument and over all of them.
+    """Numbers that fill [0, 1] evenly, along each argument and over all of them.
 
-    Multiples of 1/g, 1/g², 1/g³ without their whole parts, where g⁴ = g + 1, in units of
-    2⁻³². Whole numbers of 32 bits drop the whole parts by themselves.
+    They are the fractional parts of multiples of 1/g, 1/g², 1/g³ with g⁴ = g + 1, in units
+    of 2⁻³². 32-bit integers drop the whole parts by overflow.
     """
     a, b, c = (jnp.uint32(each) for each in (3518319155, 2882110345, 2360945575))
     turns = a * step.astype(jnp.uint32) + b * example + c * part
@@ -158,7 +162,7 @@ def _sequence(step: jax.Array, example: jax.Array, part: jax.Array) -> jax.Array
 
 
 def product(patches: Params, params: Params) -> jax.Array:
-    """⟨P, θ⟩ ``[n, C]``: the layer at the positions of the patches."""
+    """⟨P, θ⟩ ``[n, C]``: the output of the layer at the positions of the patches."""
 
     def one(patch, leaf):
         n, groups = patch.shape[0], patch.shape[-1]
@@ -190,7 +194,7 @@ def pull(patches: Params, cotangent: jax.Array) -> Params:
 
 
 def inner(derivative: Params, params: Params) -> jax.Array:
-    """⟨d, θ⟩ per feature, ``[C]``: summed over all the parameters that feature c owns."""
+    """⟨d, θ⟩ per feature, ``[C]``: the sum over all the parameters of feature c."""
 
     def one(d, leaf):
         return (d * leaf.astype(d.dtype)).sum(axis=range(leaf.ndim - 1))
@@ -199,5 +203,5 @@ def inner(derivative: Params, params: Params) -> jax.Array:
 
 
 def per_row(values: jax.Array, leaf: jax.Array) -> jax.Array:
-    """``[n, 1]`` against leaves ``[n, ...]``."""
+    """``[n, 1]`` reshaped to broadcast against leaves ``[n, ...]``."""
     return values.reshape(-1, *(1,) * (leaf.ndim - 1))

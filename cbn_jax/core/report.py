@@ -11,10 +11,11 @@ class Replaced(NamedTuple):
     """One batch norm of a model.
 
     Attributes:
-      path: where it is, ``block_0/bn1``.
+      path: its place in the model, ``block_0/bn1``.
       layer: the path of the layer whose output it receives; None if there is none.
-      reason: why it has no layer; empty if it has one, or if its method needs none.
-      estimator: the method that took its place.
+      reason: the reason why it has no layer. Empty if it has one, or if its method needs
+        none.
+      estimator: the method that replaces it.
       state_size: the number of values in its state.
     """
 
@@ -27,7 +28,7 @@ class Replaced(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What replaced the batch norms of a model, in the order of their calls.
+    """The replacements of the batch norms of a model, in the order of their calls.
 
     ``print(report)`` shows a table, ``report.rows`` holds the data.
     """

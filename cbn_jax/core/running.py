@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Running moments: averages over the batches of training, for inference.
 
-All averages are ``r ← r + α_m (batch − r)``; they differ in α_m, the weight of batch m.
-With α₁ = 1 there is nothing to debias: after one step the average is that step's value.
+All averages are ``r ← r + α_m (batch − r)``. They differ in α_m, the weight of batch m.
+With α₁ = 1 no debiasing is needed: after one step the average is that step's value.
 """
 
 import math
@@ -31,21 +31,23 @@ class RunningMoments(NamedTuple):
     steps: jax.Array
 
 
-LONG = 1e6  # batches behind an average from elsewhere: weights no longer change
+LONG = 1e6  # batches of an imported average, so many that weights no longer change
 
 
 def from_batch_stats(mean: jax.Array, var: jax.Array) -> RunningMoments:
     """A state of ``batch_norm`` from the ``batch_stats`` of a trained Flax layer.
 
-    The averages have the weight of very many batches. An exponential average then
-    continues at its own pace, and an average over all batches hardly changes.
+    The averages get the weight of very many batches. An exponential average then continues
+    with its own decay, and an average over all batches hardly changes.
 
     Args:
       mean: ``[C]``.
-      var: ``[C]``, biased (Flax's is; PyTorch's times (n − 1)/n, n values per feature).
+      var: ``[C]``, biased. Flax's is biased. Multiply PyTorch's by (n − 1)/n, with n values
+        per feature.
 
     Returns:
-      A ``RunningMoments``, also the state of wrappers around ``batch_norm`` that add none.
+      A ``RunningMoments``. Wrappers around ``batch_norm`` without a state of their own use
+      it too.
 
     Raises:
       ValueError: shapes that differ.
@@ -57,7 +59,8 @@ def from_batch_stats(mean: jax.Array, var: jax.Array) -> RunningMoments:
       >>> cbn.from_batch_stats(**batch_stats).var
       Array([4.], dtype=float32)
     """
-    # Copies: a state is donated, and what it was made of may be used again.
+    # The arrays are copied: a state may be donated, and the caller may use the originals
+    # again.
     mean, var = jnp.array(mean, jnp.float32), jnp.array(var, jnp.float32)
     if mean.shape != var.shape:
         raise ValueError(
@@ -79,7 +82,7 @@ def init_running(features: int) -> RunningMoments:
 def update_running(
     running: RunningMoments, moments: Moments, average: ScheduleFn
 ) -> RunningMoments:
-    """Takes one batch into the average; a feature without usable moments stays as it is."""
+    """Adds one batch to the average; unchanged for features without usable moments."""
     running, moments = lax.stop_gradient((running, moments))
     moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moments)
     usable = usable_moments(moments)
@@ -87,8 +90,8 @@ def update_running(
     alpha = weights(average, jnp.maximum(steps, 1.0))
 
     def blend(old, new):
-        # The first batch is all there is to average, whatever the schedule. A difference
-        # to the start, 1, would cost a small variance its digits.
+        # The first average is the first batch, for every schedule. A difference from the
+        # initial 1 would cost a small variance its digits.
         blended = jnp.where(steps > 1, old + alpha * (new - old), new)
         return jnp.where(usable, blended, old)
 
@@ -102,7 +105,7 @@ def update_running(
 def independent(x: jax.Array, window: Moments) -> jax.Array:
     """Estimates the number of independent values in a window of batches like ``x``.
 
-    Neighbors in an image are alike: n positions of an example count as √n values.
+    Neighbors in an image are similar: n positions of an example count as √n values.
     """
     positions = jnp.asarray(math.prod(x.shape[1:-1]), window.size.dtype)
     return window.size / jnp.sqrt(positions)[None]
@@ -111,25 +114,25 @@ def independent(x: jax.Array, window: Moments) -> jax.Array:
 def restarted(
     running: RunningMoments, window: Moments, values: jax.Array, epsilon: float
 ) -> RunningMoments:
-    """Restarts the running moments of features where the window contradicts them.
+    """Restarts the running moments of features that differ from the window.
 
     After a conversion, a large step or a change of the data, an average of many windows is
-    out of date. If its mean or variance is more than three standard errors from that of
-    the window, it takes the window's moments. A window without variance contradicts
-    nothing.
+    out of date. If its mean or variance differs from that of the window by more than three
+    standard errors, the average takes the window's moments. A window without variance
+    restarts nothing.
 
     Args:
       running: the averages.
       window: the window's moments, ``[C]``.
       values: ``[C]``, the number of independent values in the window. With fewer than
-        eight nothing restarts.
-      epsilon: ε. Variances with it are compared, because those normalize.
+        eight, nothing restarts.
+      epsilon: ε. The function compares variances plus ε, because these normalize.
     """
     running, window = lax.stop_gradient((running, window))
     old = in_dtype(running, window.mean.dtype)
     inv_std = lax.rsqrt(window.var + epsilon)
-    # Deviations in squared standard errors. That of the variance is (r − 1)² / r with the
-    # ratio r of both, which is log(r)² for a small deviation.
+    # Deviations in squared standard errors. For the variance it is (r − 1)² / r, with r the
+    # ratio of both variances. For a small deviation this is about log(r)².
     ratio = (old.var + epsilon) * jnp.square(inv_std)
     mean_off = jnp.square((window.mean - old.mean) * inv_std) * values > 9.0
     var_off = jnp.square(ratio - 1.0) * values > 18.0 * ratio
@@ -140,15 +143,15 @@ def restarted(
     )
 
 
-# A single value has no variance. Where the number of values is static, too few are an
-# error; elsewhere such a feature is normalized by the running statistics and leaves them
-# as they are.
+# A single value has no variance. If the number of values is static, too few values are an
+# error. Otherwise the running statistics normalize such a feature, and it does not change
+# them.
 
 
 def check_values(method: str, x: jax.Array, axis_name: AxisName, least: int = 2) -> None:
-    """A batch has at least so many values per feature, here and on the other devices."""
+    """Checks for at least ``least`` values per feature, on this and the other devices."""
     count = math.prod(x.shape[:-1]) * device_count(axis_name)
-    if isinstance(count, int) and count < least:  # else the shape is symbolic
+    if isinstance(count, int) and count < least:  # otherwise the shape is symbolic
         more = "use more examples, axis_name=..., or small_batch_norm(batch_size=1)."
         raise ValueError(
             f"{method} got x of shape {x.shape}, {'one' if count else 'no'} value per "
@@ -164,7 +167,7 @@ def several_values(x: jax.Array, axis_name: AxisName) -> bool:
 
 
 def has_variance(moments: Moments) -> jax.Array:
-    """True for features of more than one value; in a window, values have weights."""
+    """True for features with more than one value; in a window, values have weights."""
     return moments.size > 1
 
 
@@ -179,14 +182,14 @@ def known_moments(moments: Moments, running: RunningMoments) -> Moments:
 
 
 def usable_moments(moments: Moments) -> jax.Array:
-    """True for features whose moments an average may take in."""
+    """True for features whose moments an average may include."""
     return finite_moments(moments) & has_variance(moments)
 
 
 def finite_moments(moments: Moments) -> jax.Array:
-    """True for features whose moments a window may take in, also those of one value.
+    """True for features whose moments a window may include, even those of one value.
 
-    One overflow or NaN must not enter a state: it shows in its own step and in no other.
+    An overflow or NaN must not enter a state. It affects the output of its own step only.
     """
-    # A mean that is not finite makes the variance NaN.
+    # If the mean is not finite, the variance is NaN.
     return jnp.isfinite(moments.var) & (moments.size > 0)

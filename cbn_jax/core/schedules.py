@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from .checks import check_count, check_fraction
 from .values import Value, factory, is_factory
 
-ScheduleFn = Callable[[jax.Array], jax.Array]  # a Schedule, or one of optax
+ScheduleFn = Callable[[jax.Array], jax.Array]  # a Schedule, or a schedule of optax
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Schedule(Value):
-    """A function of a number of batches that compares, prints and pickles as its call.
+    """A function of the number of batches that compares, prints and pickles as its call.
 
     Methods that take a schedule also take a plain function, such as a schedule of optax.
     A plain function compares by identity.
@@ -29,7 +29,7 @@ class Schedule(Value):
     rule: ScheduleFn
 
     def __call__(self, steps: jax.Array) -> jax.Array:
-        """The value after so many batches."""
+        """The value after ``steps`` batches."""
         return self.rule(steps)
 
 
@@ -37,10 +37,10 @@ class Schedule(Value):
 def exponential(momentum: float = 0.99) -> Schedule:
     """Weights of an exponential average with decay β, debiased: α_m = (1 − β) / (1 − βᵐ).
 
-    The weights of the last batches fall off as 1, β, β², … and sum to one at every step.
+    The weights of the last batches decrease as 1, β, β², … and sum to one at every step.
 
     Args:
-      momentum: the decay β in [0, 1), the fraction kept; 0 keeps the last batch only.
+      momentum: the decay β in [0, 1), the fraction kept; 0 keeps only the last batch.
 
     Returns:
       The schedule m ↦ α_m, the weight of the m-th batch.
@@ -54,8 +54,8 @@ def exponential(momentum: float = 0.99) -> Schedule:
       >>> cbn.exponential(0.5)(jnp.array([1.0, 2.0]))
       Array([1.       , 0.6666667], dtype=float32)
 
-    Differs from Flax and PyTorch, whose averages start at 0 and 1 and stay biased
-    towards them for several times 1 / (1 − β) steps.
+    Differs from Flax and PyTorch: their averages start at 0 and 1 and stay biased towards
+    them for several times 1 / (1 − β) steps.
     """
     check_fraction("momentum", momentum)
     log_decay = math.log(momentum) if momentum else -math.inf
@@ -80,14 +80,14 @@ def cumulative() -> Schedule:
 
 @factory
 def diminishing(power: float = 1.0) -> Schedule:
-    """Weights that shrink as a power: α_m = 1 / mᵖ.
+    """Weights that decrease as a power: α_m = 1 / mᵖ.
 
     With p = 1 all batches have the same weight (``cumulative``). With p > 1 early batches
-    have more: with p = 2 the first batch keeps half of all weight forever. With p < 1 late
-    batches have more.
+    have more weight: with p = 2 the first batch always keeps half of all weight. With p < 1
+    late batches have more weight.
 
     Args:
-      power: p, not negative; 0 keeps the last batch only.
+      power: p, not negative; 0 keeps only the last batch.
 
     Returns:
       The schedule m ↦ α_m, the weight of the m-th batch.
@@ -111,11 +111,11 @@ def ramp(steps: int) -> Schedule:
     """A burn-in that lengthens the window gradually, from 1 to k in ``steps`` iterations.
 
     Args:
-      steps: iterations until the whole window is in use, at least 1.
+      steps: number of iterations until the whole window is in use, at least 1.
 
     Returns:
-      The schedule for ``cross_iteration_batch_norm(burn_in=...)``, iterations so far ↦
-      share of the past iterations in use.
+      The schedule for ``cross_iteration_batch_norm(burn_in=...)``. It maps the number of
+      iterations so far to the share of the past iterations in use.
 
     Raises:
       ValueError: ``steps`` is not a whole number from 1 on.
@@ -132,18 +132,19 @@ def ramp(steps: int) -> Schedule:
 
 @factory
 def matched_noise(batch_size: int, steps: int, *, like: int = 32) -> Schedule:
-    """Weights that take the noise of small batches down to that of larger ones.
+    """Weights that reduce the noise of small batches to that of larger ones.
 
-    With q = min(batch_size / like, 1) and T ``steps``, the weight of the m-th batch is::
+    With q = min(batch_size / like, 1) and T = ``steps``, the weight of the m-th batch is::
 
         α_m = 1 + q − q ^ (max(T − m, 0) / (T − 1))
 
-    It falls from 1, the batch alone, where weights move fastest, to q at the end.
+    The weight falls from 1 to q. At first the weights of the network move fastest, and the
+    average is the batch alone.
 
     Args:
-      batch_size: examples per batch, at least 1.
-      steps: T, batches until training ends, at least 2.
-      like: examples of the batch whose noise is wanted at the end.
+      batch_size: number of examples per batch, at least 1.
+      steps: T, the number of batches until training ends, at least 2.
+      like: number of examples of a batch with the noise wanted at the end.
 
     Returns:
       The schedule for ``momentum_batch_norm``, m ↦ α_m.
@@ -168,16 +169,17 @@ def matched_noise(batch_size: int, steps: int, *, like: int = 32) -> Schedule:
 
 
 def rescale_decay(decay: float, batch_size: int, like: int = 32) -> float:
-    """The decay per step whose memory is as many examples as ``decay`` has at ``like``.
+    """Adapts a decay to the batch size, so that its memory holds as many examples.
 
-    ``decay ** (batch_size / like)``: an average with decay 0.99 holds about 100 batches.
-    That is 3,200 examples at 32 per batch, and 100 at one; this function keeps the 3,200.
-    It suits ``momentum``, and the decays of an optimizer, such as b2 of Adam.
+    The result is ``decay ** (batch_size / like)``. An average with decay 0.99 holds about
+    100 batches. That is 3,200 examples at 32 per batch, but 100 at one. This function keeps
+    the 3,200. Use it for ``momentum``, and for the decays of an optimizer, such as b2 of
+    Adam.
 
     Args:
-      decay: in [0, 1), the fraction kept at each step of ``like`` examples.
-      batch_size: examples per step, at least 1.
-      like: examples per step for which ``decay`` was chosen.
+      decay: the fraction kept at each step of ``like`` examples, in [0, 1).
+      batch_size: number of examples per step, at least 1.
+      like: number of examples per step for which ``decay`` was chosen.
 
     Returns:
       The decay for steps of ``batch_size``, a float.
@@ -212,7 +214,7 @@ def averaging(momentum: float | ScheduleFn, name: str = "momentum") -> ScheduleF
 
 
 def check_schedule(name: str, value: Any) -> None:
-    """``cumulative`` without parentheses makes a schedule and is none."""
+    """Refuses ``cumulative`` without parentheses, which makes a schedule but is not one."""
     if is_factory(value):
         raise TypeError(
             f"{name} is the function {value.__name__}, expected a number or a schedule; "
@@ -221,5 +223,5 @@ def check_schedule(name: str, value: Any) -> None:
 
 
 def weights(average: ScheduleFn, steps: jax.Array) -> jax.Array:
-    """α_m of each feature. Schedules of optax take one count at a time."""
+    """α_m of each feature; schedules of optax take one count at a time."""
     return jax.vmap(average)(steps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where activations came from: a layer, and the way back to its parameters."""
+"""The layer that made activations, and the way back to its parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -18,20 +18,21 @@ class Pullback(Protocol):
 
 
 class Source(NamedTuple):
-    """The layer behind ``x``, made by ``run_layer``.
+    """The layer that made ``x``; ``run_layer`` returns it.
 
     Attributes:
-      params: θ, the parameters with which the layer was run, the only thing here that
-        carries a gradient.
-      pullback: the cotangent ``[..., C]`` of ``x`` ↦ that of θ, this device's part.
-        Feature c of ``x`` depends on ``θ[..., c]`` alone, so 2 (x − mean) / N yields the
-        derivatives of all feature variances at once. ``masked`` replaces non-finite
-        inputs by 0, because 0 times NaN is NaN.
-      mean_patch: ``mask`` ↦ E[P], the mean of ∂x/∂θ over this device's positions that
-        count, in float32. Leaves are ``[*leaf.shape[:-1], groups]``, the same for every
-        feature of a group. ``mask`` is None or ``[..., 1]``.
-      patches: ``place`` ``[n]`` ↦ ∂x/∂θ at those rows of ``x`` as a matrix ``[-1, C]``.
-      groups: of the layer.
+      params: θ, the parameters of this run of the layer. Only this field carries a
+        gradient.
+      pullback: maps the cotangent ``[..., C]`` of ``x`` to that of θ, this device's part.
+        Feature c of ``x`` depends on ``θ[..., c]`` alone. The cotangent 2 (x − mean) / N
+        therefore yields the derivatives of all feature variances at once. ``masked``
+        replaces non-finite inputs by 0, because 0 times NaN is NaN.
+      mean_patch: maps ``mask`` to E[P], the mean of ∂x/∂θ over this device's positions that
+        count, in float32. Leaves are ``[*leaf.shape[:-1], groups]``, shared by all features
+        of a group. ``mask`` is None or ``[..., 1]``.
+      patches: maps ``place`` ``[n]`` to ∂x/∂θ at those rows of ``x`` as a matrix
+        ``[-1, C]``.
+      groups: the groups of the layer.
     """
 
     params: Params
@@ -46,20 +47,20 @@ def run_layer(
 ) -> tuple[jax.Array, Source]:
     """Runs a layer that is linear in its parameters and keeps its derivatives available.
 
-    Any such layer works: dense or convolution, with strides, padding, dilation, groups,
-    with or without bias. JAX differentiates a plain function; ``dense`` and
-    ``convolution`` also know their input patches, for which a plain function costs a
-    weight gradient of one feature for each position that an estimator looks at.
+    Any such layer works: dense or convolution, with strides, padding, dilation or groups,
+    with or without bias. ``dense`` and ``convolution`` compute their input patches
+    directly. JAX differentiates a plain function. This costs one weight gradient of one
+    feature for each position that an estimator uses.
 
     Args:
       layer: a ``Layer``, or a function ``(params, inputs) -> x`` with ``x`` of shape
-        ``[..., C]``; see there for what it must do.
+        ``[..., C]``. ``Layer`` lists the requirements.
       params: pytree whose leaves have features last.
       inputs: pytree of arrays, the layer's input.
 
     Returns:
-      ``x`` and its source. Gradients flow through ``x`` as without this function. A source
-      that is never used costs nothing under ``jit``.
+      ``x`` and its source. Gradients flow through ``x`` as without this function. An unused
+      source costs nothing under ``jit``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,7 +134,7 @@ def _sum_by_pullback(
 def _check_narrow(layer, params, inputs, shape):
     try:
         came = getattr(jax.eval_shape(layer.apply, params, inputs), "shape", None)
-    # Layers refuse parameters of another width each with an exception of their own.
+    # Each layer refuses parameters of another width with its own exception.
     except Exception as error:
         came = f"{type(error).__name__}: {error}".splitlines()[0]
     if came != shape:
@@ -146,13 +147,13 @@ def _check_narrow(layer, params, inputs, shape):
 
 
 def _varying(params: Params, like: jax.Array) -> Params:
-    """A copy of replicated parameters that counts as different wherever ``like`` does.
+    """A copy of replicated parameters that varies over the devices like ``like``.
 
-    Inside ``shard_map`` the derivative with respect to a replicated value is summed over
-    the devices by JAX itself; a sum of our own on top would multiply it by their number,
-    and groups of devices that normalize by themselves would be mixed. With respect to a
-    varying copy the derivative stays local, there as under ``pmap`` and ``vmap``, and the
-    estimator's one sum is right everywhere.
+    Inside ``shard_map``, JAX sums the derivative with respect to a replicated value over
+    the devices. A second sum in the estimator would multiply it by the number of devices.
+    It would also mix groups of devices that normalize separately. The derivative with
+    respect to a varying copy stays local, as under ``pmap`` and ``vmap``. The estimator's
+    one sum is then correct everywhere.
     """
     zero = lax.full_like(like, 0, shape=())
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), params)

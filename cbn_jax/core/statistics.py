@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every estimator returns, and the one formula that uses it."""
+"""The result of every estimator, and the one formula that uses it."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from .moments import Moments, align, wide
 
 
 class Statistics(NamedTuple):
-    """Location and inverse scale by which activations are normalized.
+    """Location and inverse scale that normalize activations.
 
-    The inverse standard deviation already holds ε. That is what lets one noun serve
-    methods which average σ instead of σ², leave a batch exactly as it is
-    (``mean=0, inv_std=1``), use statistics per example, or mix two normalizations
-    (a mix of affine maps of ``x`` is an affine map of ``x``).
+    The inverse standard deviation includes ε. One type therefore serves methods that
+    average σ instead of σ², leave a batch unchanged (``mean=0, inv_std=1``), or use
+    statistics per example. It also serves mixes of two normalizations, because a mix of
+    affine maps of ``x`` is an affine map of ``x``.
 
     Attributes:
       mean: broadcastable against ``x``; ``[C]`` for batch statistics.
@@ -33,13 +33,13 @@ def statistics_of(moments: Moments, epsilon: float) -> Statistics:
 
 
 def std_of(var: jax.Array) -> jax.Array:
-    """√var; where nothing varies 0, with gradient 0."""
+    """√var; 0 with gradient 0 if nothing varies."""
     constant = var == 0
     return jnp.where(constant, 0.0, jnp.sqrt(jnp.where(constant, 1.0, var)))
 
 
 def identity_where(condition: jax.Array, statistics: Statistics) -> Statistics:
-    """Mean 0 and scale 1, which leave ``x`` exactly as it is, where the condition holds."""
+    """Mean 0 and scale 1, which leave ``x`` unchanged, where the condition is true."""
     return Statistics(
         jnp.where(condition, 0.0, statistics.mean),
         jnp.where(condition, 1.0, statistics.inv_std),
@@ -47,14 +47,14 @@ def identity_where(condition: jax.Array, statistics: Statistics) -> Statistics:
 
 
 def compose(first: Statistics, then: Statistics) -> Statistics:
-    """Normalizing by ``first``, and what comes out by ``then``, in one step."""
-    # A scale of 0 (the variance overflowed) makes everything 0, whatever the means.
+    """One step that normalizes by ``first``, and the result by ``then``."""
+    # A scale of 0 (the variance overflowed) makes every output 0, for all means.
     scale = jnp.where(first.inv_std > 0, first.inv_std, 1.0)
     return Statistics(first.mean + then.mean / scale, first.inv_std * then.inv_std)
 
 
 def blend(weight: jax.Array, one: Statistics, other: Statistics) -> Statistics:
-    """``weight`` of what ``one`` makes of ``x``, the rest of what ``other`` makes of it."""
+    """The mix of ``weight`` times ``one`` and (1 − ``weight``) times ``other``."""
     share = weight * one.inv_std
     inv_std = share + (1.0 - weight) * other.inv_std
     share = share / jnp.where(inv_std > 0, inv_std, 1.0)
@@ -72,8 +72,8 @@ def normalize(
 ) -> jax.Array:
     """Normalizes activations: ``(x − mean) · inv_std · scale + bias``.
 
-    Written once for all methods. The arithmetic is done in float32 (float64 if ``x`` or
-    ``dtype`` is float64) and rounded once, at the end.
+    All methods use this function. The arithmetic is in float32 (float64 if ``x`` or
+    ``dtype`` is float64), with one rounding at the end.
 
     Args:
       x: activations ``[..., C]``, floating point.
@@ -97,8 +97,8 @@ def normalize(
       Array([[-1.],
              [ 1.]], dtype=float32)
 
-    Differs from ``flax.linen.BatchNorm``: the output keeps the dtype of ``x`` also where
-    the parameters have a wider one.
+    Differs from ``flax.linen.BatchNorm``: the output keeps the dtype of ``x`` even if the
+    parameters have a wider one.
     """
     x = activations("normalize", x)
     asked = _result_dtype(x.dtype if dtype is None else dtype)

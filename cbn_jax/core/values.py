@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objects made of functions that compare, hash, print and pickle like plain values.
 
-Python compares functions by identity and cannot pickle the inner ones. ``factory`` keeps
-the call that made an object, and the object compares, prints and pickles as that call.
+Python compares functions by identity and cannot pickle inner functions. ``factory`` stores
+the call that made an object. The object then compares, prints and pickles as that call.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ class Call(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Value:
-    """Equal, with equal hashes, if made by equal calls; printed and pickled as the call.
+    """Equal, with equal hashes, if made by equal calls; prints and pickles as the call.
 
-    Without a call, as after ``dataclasses.replace``, it compares by identity.
+    Without a call, for example after ``dataclasses.replace``, it compares by identity.
 
     Attributes:
-      call: the call of a factory that made it; ``factory`` writes it.
+      call: the factory call that made it; ``factory`` writes it.
     """
 
-    # No field of the dataclass: Flax looks into those for something to hash.
+    # It is not a field of the dataclass, because Flax hashes the fields.
     call: ClassVar[Call | None] = None
 
     @functools.cached_property
@@ -68,9 +68,10 @@ V = TypeVar("V", bound=Value)
 def factory(make: Callable[P, V]) -> Callable[P, V]:
     """Decorates a function that makes an estimator or a schedule.
 
-    What it returns compares, hashes, prints and pickles as the call that made it, as long
-    as the arguments do. Arrays compare by dtype, shape and content, traced ones and
-    functions by identity. The decorated function must be at the top level of a module.
+    The returned object compares, hashes, prints and pickles as the call that made it, if
+    the arguments do. Arrays compare by dtype, shape and content. Traced arrays and
+    functions compare by identity. The decorated function must be at the top level of a
+    module.
 
     Args:
       make: a function that returns a new ``Estimator`` or ``Schedule`` at each call.
@@ -92,7 +93,7 @@ def factory(make: Callable[P, V]) -> Callable[P, V]:
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> V:
-        value = dataclasses.replace(make(*args, **kwargs))  # nobody else holds this one
+        value = dataclasses.replace(make(*args, **kwargs))  # the only reference
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         object.__setattr__(value, "call", Call(made, bound))
@@ -106,7 +107,7 @@ _factories: list[Callable[..., Any]] = []
 
 
 def is_factory(value: Any) -> bool:
-    """Whether ``value`` makes estimators or schedules and is none, as ``batch_norm``."""
+    """Whether ``value`` is a factory of estimators or schedules, like ``batch_norm``."""
     return any(value is make for make in _factories)
 
 
@@ -115,7 +116,7 @@ def _remake(make: Callable[..., Value], args: tuple, kwargs: dict[str, Any]) -> 
 
 
 def _written(bound: inspect.BoundArguments) -> list[str]:
-    """The arguments as one would write them, named wherever Python allows it."""
+    """The arguments as in source code, by name if Python allows it."""
     words = []
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
@@ -137,13 +138,13 @@ def _word(value: Any) -> str:
 
 
 def _key_of(value: Any) -> Any:
-    """Something with equality and a hash that stands for the argument ``value``."""
+    """A value with equality and a hash that represents the argument ``value``."""
     if isinstance(value, dict):
         return tuple((name, _key_of(each)) for name, each in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_key_of, value))
     if isinstance(value, Tracer):
-        return id(value)  # alive as long as the call that holds it
+        return id(value)  # valid while the call refers to it
     if isinstance(value, jax.Array | np.ndarray):
         array = np.asarray(value)
         return array.dtype, array.shape, array.tobytes()

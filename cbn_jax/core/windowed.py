@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame of the methods whose window moves with the weights of the layer before them."""
+"""The common frame of methods whose window moves with the weights of their layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,16 +51,16 @@ def windowed(
     """An estimator from one step of its window.
 
     Args:
-      name: of the function that the user called, for errors.
-      state_type: its first field is ``running``, a ``RunningMoments``.
+      name: name of the function that the user called, for errors.
+      state_type: type of the states; the first field is ``running``, a ``RunningMoments``.
       init_state: makes the state.
-      step: one step of the window.
-      momentum: decay of the running average, which then restarts where the window
-        contradicts it; or a schedule, which is followed to the letter.
+      step: makes one step of the window.
+      momentum: decay of the running average, which restarts if it differs from the window.
+        Alternatively a schedule, which never restarts.
       epsilon: ε.
-      running: which moments are averaged for inference, "batch" or "window".
-      alone: whether a batch may have to supply statistics without the window, and so must
-        hold two values per feature.
+      running: the moments averaged for inference, "batch" or "window".
+      alone: whether the batch alone supplies the statistics and so needs two values per
+        feature.
     """
     average = averaging(momentum)
 
@@ -99,7 +99,7 @@ def windowed(
 
 
 def _if_any(batch: Moments, pooled: Moments) -> Moments:
-    """The window's moments; a step without a value leaves the averages as they are."""
+    """The window's moments; a step without a value does not change the averages."""
     return pooled._replace(size=jnp.where(batch.size > 0, pooled.size, 0.0))
 
 
@@ -109,7 +109,7 @@ def _groups_of(name: str, layer: Any) -> int:
 
 
 def _check_source(name: str, source: Source | None) -> Source:
-    """There is a source."""
+    """Checks that there is a source."""
     if source is None:
         raise ValueError(
             f"{name} got source=None, expected the layer that made x; take both from "
@@ -122,7 +122,7 @@ def _check_source(name: str, source: Source | None) -> Source:
 def _check_form(
     name: str, state: State, init_state: InitState, x: jax.Array, source: Source
 ) -> None:
-    """The state has the shapes that ``init`` makes for this layer."""
+    """Checks that the state has the shapes that ``init`` makes for this layer."""
     check_features_last(name, x.shape[-1], source.params)
     expected = jax.eval_shape(
         lambda params: init_state(x.shape[-1], params, source.groups), source.params

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers see: the input patch of a position, P = ∂x/∂θ, and its mean."""
+"""Input patches of layers: that of a position, P = ∂x/∂θ, and their mean."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ Mean = Callable[[Params, Any, tuple[int, ...], jax.Array | None], Params]
 
 
 class Patches(NamedTuple):
-    """What a layer sees, in the form of its parameters.
+    """The input patches of a layer, in the form of its parameters.
 
     Attributes:
       at: ``(params, inputs, place, grid) -> P``. ``place`` is ``[n]``, rows of ``x`` as a
         matrix ``[N · positions, C]``, and ``grid = x.shape[1:-1]``. Leaves are
         ``[n, *leaf.shape[:-1], groups]``.
-      mean: ``(params, inputs, grid, weight) -> E[P]`` in float32. ``weight`` is ``[N,
-        *grid]``, sums to one, and is None for the plain mean. Leaves are
+      mean: ``(params, inputs, grid, weight) -> E[P]`` in float32. ``weight`` is
+        ``[N, *grid]`` and sums to one, or None for the plain mean. Leaves are
         ``[*leaf.shape[:-1], groups]``.
     """
 
@@ -78,7 +78,7 @@ def conv_patches(
 
 
 class _Windows(NamedTuple):
-    """Inputs of a convolution, and where its windows lie in them, by dimension."""
+    """Inputs of a convolution, and the places of its windows in them, by dimension."""
 
     inputs: jax.Array
     window: Sequence[int]
@@ -107,15 +107,15 @@ def _cut(windows: _Windows, place: jax.Array, grid: tuple[int, ...]) -> jax.Arra
         size = (1, *windows.extent, padded.shape[-1])
         return lax.dynamic_slice(padded, corner, size)[(0, *every)]
 
-    # One gather: devices that share a batch add up what each of them has.
+    # One gather: devices that share a batch add up their parts.
     return jax.vmap(cut)(example, *start)
 
 
 def _mean_window(windows: _Windows, grid: tuple[int, ...]) -> jax.Array:
     """The mean ``[*window, in]`` of all windows.
 
-    Products with the shares in which taps read entries. The examples come last, so that
-    devices that share a batch add up single patches.
+    It is a product with the shares of the entries that each tap reads. The examples come
+    last, so that devices that share a batch add up single patches.
     """
     rank, inputs = len(windows.window), windows.inputs
     space = inputs.shape[-1 - rank : -1]
@@ -131,7 +131,7 @@ def _mean_window(windows: _Windows, grid: tuple[int, ...]) -> jax.Array:
 
 
 def _weighted_window(windows: _Windows, weight: jax.Array) -> jax.Array:
-    """The sum ``[*window, in]`` of all windows by their weights.
+    """The weighted sum ``[*window, in]`` of all windows.
 
     It is the derivative of a convolution with one feature.
     """
@@ -158,7 +158,7 @@ def _weighted_window(windows: _Windows, weight: jax.Array) -> jax.Array:
 
 
 def _shares(windows: _Windows, axis: int, size: int, outs: int) -> np.ndarray:
-    """Which share of the outputs reads entry h at tap k, ``[taps, size]``."""
+    """The share of the outputs that read entry h at tap k, ``[taps, size]``."""
     taps = np.arange(windows.window[axis])[:, None]
     start = np.arange(outs) * windows.stride[axis] - windows.pads[axis][0]
     entry, between = np.divmod(start + taps * windows.spread[axis], windows.apart[axis])
@@ -185,7 +185,7 @@ def _dense_mean(params, inputs, grid, weight):
     if weight is None:
         mean = jnp.mean(inputs, axis=rows, dtype=wide(inputs.dtype))
     else:
-        # Where a weight is zero, the row has been made finite.
+        # Rows of weight zero are finite already.
         mean = (jnp.asarray(inputs, weight.dtype) * weight[..., None]).sum(axis=rows)
     return _only(_like(params, mean[None, :, None]))
 
@@ -195,7 +195,7 @@ dense_patches = Patches(_dense_at, _dense_mean)
 
 
 def _like(params: Params, patches: jax.Array) -> Params:
-    """Patches in the form of the parameters; a bias always sees a one."""
+    """Patches in the form of the parameters; the patch of a bias is 1."""
     if not isinstance(params, dict):
         return patches
     ones = jnp.ones((patches.shape[0], patches.shape[-1]), patches.dtype)
@@ -203,7 +203,7 @@ def _like(params: Params, patches: jax.Array) -> Params:
 
 
 def _only(patches: Params) -> Params:
-    """The one patch of which there is a row."""
+    """The single patch of leaves with one row."""
     return jax.tree.map(lambda leaf: leaf[0], patches)
 
 
@@ -211,17 +211,17 @@ def patches_by_position(apply: LayerFn, groups: int) -> At:
     """Patches by differentiation, for any layer.
 
     Every position costs a weight gradient of one feature per group for the whole batch.
-    Gradients of single examples would cost less, but XLA computes those of convolutions
-    wrongly where a batch is spread over devices under ``jit``.
+    Gradients of single examples would cost less. But for convolutions XLA computes them
+    wrongly if a batch is spread over devices under ``jit``.
     """
 
     def patches(params, inputs, place, grid):
         del grid
-        # Zero times NaN is NaN: one bad position would spoil all the others.
+        # Zero times NaN is NaN: one bad position would make all others NaN.
         inputs = jax.tree.map(finite, inputs)
         narrow = one_per_group(params, groups)
         x, back = jax.vjp(lambda params: apply(params, inputs), narrow)
-        zeros = lax.full_like(x, 0).reshape(-1, groups)  # spread over devices as x
+        zeros = lax.full_like(x, 0).reshape(-1, groups)  # spread over devices like x
 
         def at(place):
             hot = zeros.at[place].set(1.0)
@@ -264,7 +264,7 @@ def padded_inputs(
     window: Sequence[int],
     dilation: int | Sequence[int],
 ) -> tuple[jax.Array, str | list[tuple[int, int]]]:
-    """Pads by other values than zeros; also gives the padding by zeros that remains."""
+    """Pads with values other than zeros; also returns the remaining zero padding."""
     rank = len(window)
     if padding not in ("CIRCULAR", "REFLECT", "CAUSAL"):
         return inputs, _pads(padding, rank)
@@ -278,7 +278,7 @@ def padded_inputs(
 
 
 def _pads(padding: Padding, rank: int) -> str | list[tuple[int, int]]:
-    """A word as it is, numbers as (low, high) for each dimension."""
+    """A word unchanged; numbers as (low, high) for each dimension."""
     if isinstance(padding, str):
         return padding
     sides = [padding] * rank if isinstance(padding, int) else padding

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Equinox: one module for every method, used as ``eqx.nn.BatchNorm`` is."""
+"""Equinox: one module for every method, used like ``eqx.nn.BatchNorm``."""
 
 from cbn_jax.core.optional import require as _require
 

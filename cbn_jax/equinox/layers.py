@@ -12,7 +12,7 @@ from cbn_jax.core.windows import Patches, conv_patches, dense_patches
 
 
 def check_layer(layer: Any) -> None:
-    """A layer of which the adapter knows where its outputs are."""
+    """Checks that the adapter knows which axis of a layer's output has the features."""
     if isinstance(layer, eqx.nn.Conv):
         return
     if isinstance(layer, eqx.nn.Linear):
@@ -46,7 +46,7 @@ def as_layer(layer: eqx.nn.Linear | eqx.nn.Conv) -> tuple[Layer, dict[str, jax.A
             module = eqx.tree_at(lambda module: module.bias, module, bias)
         return jnp.moveaxis(jax.vmap(module)(jnp.moveaxis(inputs, -1, 1)), 1, -1)
 
-    # Equinox has [out, in, *window].
+    # Equinox stores [out, in, *window].
     params = {"kernel": jnp.moveaxis(layer.weight, (1, 0), (-2, -1))}
     if layer.bias is not None:
         params["bias"] = layer.bias.reshape(-1)
@@ -54,7 +54,7 @@ def as_layer(layer: eqx.nn.Linear | eqx.nn.Conv) -> tuple[Layer, dict[str, jax.A
 
 
 def _patches(layer: eqx.nn.Linear | eqx.nn.Conv) -> Patches | None:
-    """None where JAX is to differentiate."""
+    """The patches of a layer; None if JAX must differentiate."""
     if isinstance(layer, eqx.nn.Linear):
         return dense_patches
     if layer.padding_mode != "ZEROS":

@@ -22,29 +22,29 @@ from .layers import as_layer, check_layer, sizes_of
 class Norm(eqx.nn.StatefulLayer):
     """Normalizes activations with any estimator of this library.
 
-    ``Norm(estimator, num_features=64, axis_name="batch")`` replaces
-    ``eqx.nn.BatchNorm(64, "batch")``, also inside ``eqx.nn.Sequential``.
-    ``Norm(estimator, layer=eqx.nn.Conv2d(...), axis_name="batch")`` runs the layer first
-    and lets the estimator see its parameters; every method accepts that form,
-    cross-iteration methods need it.
+    ``Norm(estimator, num_features=64, axis_name="batch")`` replaces ``eqx.nn.BatchNorm(64,
+    "batch")``, also inside ``eqx.nn.Sequential``. ``Norm(estimator,
+    layer=eqx.nn.Conv2d(...), axis_name="batch")`` runs the layer first and gives the
+    estimator access to its parameters. Every method accepts this form, and cross-iteration
+    methods need it.
 
-    A call takes one example, channels first, and the model is mapped over the batch. The
-    estimator's state is in ``eqx.nn.State``. ``eqx.nn.inference_mode`` switches the mode.
-    Inference needs no axis name; methods that predict from a batch, such as
-    ``cbn_jax.mixed_inference``, see it only with one.
-    Methods with backward statistics have a parameter ``backward``, which the optimizer
-    writes: wrap it in ``cbn_jax.optax.with_backward_statistics``.
+    A call takes one example, channels first. Map the model over the batch. The estimator's
+    state is in ``eqx.nn.State``. ``eqx.nn.inference_mode`` switches the mode. Inference
+    needs no axis name. Only methods that predict from a batch, such as
+    ``cbn_jax.mixed_inference``, need one to access the batch. Methods with backward
+    statistics have a parameter ``backward``, which the optimizer writes. Wrap the optimizer
+    in ``cbn_jax.optax.with_backward_statistics``.
 
     Args:
-      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
+      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``. Decay and ε are
         its arguments. With ``cbn_jax.learned(cbn_jax.group_batch_norm, ...)`` the module
         learns the weight of the method, as the sigmoid of a parameter ``mix``.
       layer: an ``eqx.nn.Linear`` or ``eqx.nn.Conv`` (``Conv1d``, ``Conv2d``, ``Conv3d``),
         run before normalizing.
-      num_features: number of channels; not needed where the layer tells it.
-      axis_name: the ``axis_name`` of the ``jax.vmap`` over the batch; a tuple if devices
-        share the batch under ``shard_map`` or ``pmap``, the name of the ``vmap`` last; None
-        where every call is a batch of its own.
+      num_features: number of channels; not needed if the layer determines it.
+      axis_name: the ``axis_name`` of the ``jax.vmap`` over the batch. If devices share the
+        batch under ``shard_map`` or ``pmap``, give a tuple with the name of the ``vmap``
+        last. None if every call is a separate batch.
       use_scale: whether to multiply by a learned ``scale``.
       use_bias: whether to add a learned ``bias``.
       dtype: dtype of the result; None for the dtype of the activations.
@@ -72,7 +72,7 @@ class Norm(eqx.nn.StatefulLayer):
       (5, 4)
 
     Differs from ``eqx.nn.BatchNorm``: the parameter ``weight`` is called ``scale``.
-    Training normalizes with the statistics of the method, as ``mode="batch"`` does for
+    Training normalizes with the statistics of the method, as ``mode="batch"`` does with
     those of a batch.
     """
 
@@ -130,7 +130,7 @@ class Norm(eqx.nn.StatefulLayer):
           x: ``[C]``, ``[C, H, W]``, …: activations, or the layer's input if the module has
             one.
           state: the model's state.
-          key: ignored; the rest of Equinox has it.
+          key: ignored; other Equinox modules have it.
           inference: overrides the module's own.
 
         Returns:
@@ -158,11 +158,11 @@ class Norm(eqx.nn.StatefulLayer):
     def _train(self, estimator, state, x, inputs):
         """Statistics for one example, from the whole batch.
 
-        The batch is there already, as the array under ``vmap``. A collective of the
-        estimator over that axis would cost the square of the batch size.
+        The array under ``vmap`` is already the whole batch. A collective of the estimator
+        over that axis would cost the square of the batch size.
         """
         devices, batch = _split(self.axis_name)
-        # The layer has run: of this call, only the source is used.
+        # The layer has already run, so only the source of this call is used.
         _, source = self._run_layer(_gather(inputs, batch))
         x = _gather(x, batch)
         if isinstance(estimator, Bidirectional) and self.backward is not None:
@@ -171,7 +171,7 @@ class Norm(eqx.nn.StatefulLayer):
         return jax.tree.map(lambda leaf: _own(leaf, x, batch), statistics), state
 
     def _infer(self, estimator, state, x):
-        """Some methods predict from a batch: the whole one, where its axis is named."""
+        """Statistics for inference, from the whole batch if its axis is named."""
         _, batch = _split(self.axis_name)
         batch = batch if batch is not None and _is_bound(batch) else None
         x = _gather(x, batch)
@@ -186,7 +186,7 @@ class Norm(eqx.nn.StatefulLayer):
 
 
 def _sizes(layer: Any, num_features: int | None) -> tuple[int, int]:
-    """Channels of what a call takes, and of what it returns."""
+    """The channels of a call's input and output."""
     if layer is not None:
         check_layer(layer)
         return sizes_of(layer)
@@ -199,7 +199,7 @@ def _sizes(layer: Any, num_features: int | None) -> tuple[int, int]:
 
 
 def _split(axis_name: AxisName) -> tuple[AxisName, AxisName]:
-    """The axes of devices, and the innermost one, that of the ``vmap``."""
+    """The axes of devices, and the innermost axis, that of the ``vmap``."""
     if not isinstance(axis_name, tuple):
         return None, axis_name
     return axis_name[:-1] or None, axis_name[-1]
@@ -213,7 +213,7 @@ def _gather(example: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _own(statistics: jax.Array, x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The statistics of this example, or of all, if the batch shares them."""
+    """The statistics of this example, or of all if the batch shares them."""
     if axis_name is None or statistics.ndim < x.ndim or statistics.shape[0] == 1:
         return statistics
     return lax.dynamic_slice_in_dim(statistics, lax.axis_index(axis_name), 1)
@@ -239,7 +239,7 @@ def _is_bound(axis_name: AxisName) -> bool:
 
 
 def _check_axis_name(axis_name: AxisName) -> None:
-    """Training sees the batch through the axis of a ``vmap``."""
+    """Checks the axis name: training gets the batch through the axis of a ``vmap``."""
     if axis_name is not None and not _is_bound(axis_name):
         raise ValueError(
             f"Norm got a call in training outside of a map with axis_name={axis_name!r}, "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax linen: one module for every method, a drop-in for ``nn.BatchNorm``."""
+"""Flax linen: one module for every method, a replacement for ``nn.BatchNorm``."""
 
 from cbn_jax.core.optional import require as _require
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen modules that normalize and activate at once, or activate after a norm."""
+"""Linen modules that normalize and activate in one step, or activate after a norm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,8 @@ from .norm import Norm
 class EvoNormS0(Norm):
     """EvoNorm-S0 in place of norm and activation; see ``cbn_jax.evonorm_s0``.
 
-    It takes what ``Norm`` takes, a layer too. Its parameters are ``scale``, ``bias`` and
-    ``v``.
+    It takes the arguments of ``Norm``, including a layer. Its parameters are ``scale``,
+    ``bias`` and ``v``.
 
     Attributes:
       estimator: group norm with the number of groups.
@@ -46,12 +46,12 @@ class EvoNormS0(Norm):
 class EvoNormB0(Norm):
     """EvoNorm-B0 in place of norm and activation; see ``cbn_jax.evonorm_b0``.
 
-    It takes what ``Norm`` takes, a layer too. Its parameters are ``scale``, ``bias`` and
-    ``v``.
+    It takes the arguments of ``Norm``, including a layer. Its parameters are ``scale``,
+    ``bias`` and ``v``.
 
     Attributes:
-      estimator: the method for the deviation of the batch. Any with statistics per feature
-        does, such as ``small_batch_norm(2)`` with a layer.
+      estimator: the method for the standard deviation of the batch. Use any method with
+        statistics per feature, such as ``small_batch_norm(2)`` with a layer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,7 +74,8 @@ class TLU(nn.Module):
     """The thresholded linear unit ``max(x, τ)``, which follows ``filter_response_norm``.
 
     Attributes:
-      threshold_init: initializer of τ, a parameter ``threshold`` of a number per feature.
+      threshold_init: initializer of τ, a parameter ``threshold`` with one number per
+        feature.
       param_dtype: dtype of ``threshold``.
 
     Example:
@@ -92,7 +93,7 @@ class TLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The greater of each value and its feature's threshold."""
+        """The maximum of each value and the threshold of its feature."""
         shape = (x.shape[-1],)
         threshold = self.param("threshold", self.threshold_init, shape, self.param_dtype)
         return jnp.maximum(x, jnp.broadcast_to(threshold.astype(x.dtype), x.shape))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``Norm`` and ``replace_batch_norm`` do within a bound module.
+"""Operations of ``Norm`` and ``replace_batch_norm`` within a bound module.
 
-The parameters ``scale`` and ``bias`` and the state lie in the module's own scope: that of a
-``Norm``, or that of an ``nn.BatchNorm`` in whose place the estimator works.
+The parameters ``scale`` and ``bias`` and the state are in the module's own scope. This is
+the scope of a ``Norm``, or that of an ``nn.BatchNorm`` that the estimator replaces.
 """
 
 from collections.abc import Callable
@@ -35,9 +35,9 @@ class Made(NamedTuple):
     """The layer that made activations.
 
     Attributes:
-      layer: as a pure function.
-      params: its parameters, as it uses them.
-      inputs: what it was called with.
+      layer: the layer as a pure function.
+      params: the parameters that it uses.
+      inputs: the inputs of its call.
       boxes: the parameters with their metadata, as Flax stores them.
     """
 
@@ -48,7 +48,7 @@ class Made(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """Whether to infer, which values count, and whether to update the state."""
+    """Whether to infer, the mask of values, and whether to update the state."""
 
     running: bool
     mask: jax.Array | None = None
@@ -60,7 +60,7 @@ Output = Callable[[jax.Array, Statistics, tuple[Any, Any], Any], jax.Array]
 
 
 def made_by(layer: nn.Module, inputs: Any, kernel: Kernel | None) -> Made:
-    """What is known about a layer that has run."""
+    """The layer that has run, as a ``Made``."""
     spec, params = as_layer(layer, inputs, kernel)
     return Made(spec, params, inputs, layer.variables.get("params", {}))
 
@@ -106,7 +106,7 @@ def normalize_in(
 
 
 def _affine(module: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """Scale and bias, in the shape that Flax gives them, as one axis."""
+    """Scale and bias in Flax's shape, flattened to one axis."""
 
     def param(use, name, init):
         if not use:
@@ -120,7 +120,7 @@ def _affine(module: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _bound(module: Any, estimator: Estimator, features: int) -> Estimator:
-    """A method with backward statistics, at those of the module."""
+    """A method with its backward statistics taken from the module."""
     if not isinstance(estimator, Bidirectional):
         return estimator
     check_backward(module)
@@ -157,7 +157,7 @@ def _init_state(
 
 
 def _boxed(state: Any, params: Any) -> Any:
-    """Arrays like a parameter, with or without slots, get its metadata of sharding."""
+    """Gives arrays like a parameter, with or without slots, its sharding metadata."""
 
     def is_box(node):
         return isinstance(node, meta.AxisMetadata)
@@ -204,7 +204,7 @@ _WRITE = (
 
 
 def place_of(module: nn.Module) -> str:
-    """Where the module is in the model."""
+    """The place of the module in the model."""
     return "/".join(module.path) or "the root"
 
 
@@ -216,12 +216,12 @@ def _write_state(module: Any, state: Any, shape: tuple[int, ...]) -> None:
 
 
 def _split(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """An array whose last axis is as many feature axes as in ``shape``."""
+    """Splits the last axis of an array into the feature axes of ``shape``."""
     return leaf.reshape(*leaf.shape[:-1], *shape)
 
 
 def flat_stats(stats: Any, shape: tuple[int, ...]) -> Any:
-    """Stored statistics with the feature axes, of which there may be several, as one."""
+    """Stored statistics with their feature axes merged into one."""
     if len(shape) == 1:
         return stats
     return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[: -len(shape)], -1), stats)

@@ -19,20 +19,20 @@ Path = tuple[str, ...]
 def from_batch_norm(
     variables: Mapping[str, Any], into: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Variables of a model with ``nn.BatchNorm``, for the same model with ``Norm``.
+    """Converts variables of a model with ``nn.BatchNorm`` to those with ``Norm``.
 
-    Parameters stay unchanged. Give the estimator the ε that the model was trained with.
-    Modules named by Flax, ``BatchNorm_0``, are renamed ``Norm_0``, and
+    Parameters stay unchanged. Give the estimator the ε with which the model was trained.
+    The function renames modules named by Flax from ``BatchNorm_0`` to ``Norm_0``.
     ``optimizer_from_batch_norm`` renames them in the state of an optimizer. In a model of
-    ``replace_batch_norm`` they keep their names.
+    ``replace_batch_norm`` the modules keep their names.
 
-    A method whose state holds more than running averages starts the rest afresh: pass the
-    fresh variables of the new model, from its ``init``, as ``into``. The new model predicts
-    as the old one did, and training continues.
+    If the state of a method holds more than running averages, pass fresh variables of the
+    new model, from its ``init``, as ``into``. The rest of the state starts from these. The
+    new model predicts as the old one did, and training continues.
 
     Args:
-      variables: those of the trained model, with ``params`` and ``batch_stats``.
-      into: variables of the new model, of the same structure; None for those of
+      variables: the variables of the trained model, with ``params`` and ``batch_stats``.
+      into: variables of the new model, of the same structure. None means those of
         ``Norm(batch_norm(...))``, also inside ``corrected_inference``.
 
     Returns:
@@ -65,11 +65,11 @@ def from_batch_norm(
 
 
 def optimizer_from_batch_norm(opt_state: Any, variables: Mapping[str, Any]) -> Any:
-    """The state of an optimizer, for the parameters that ``from_batch_norm`` renamed.
+    """Renames modules in the state of an optimizer as ``from_batch_norm`` does.
 
     Args:
-      opt_state: that of an optax optimizer, any tree with parts like ``params``.
-      variables: those of the trained model, as ``from_batch_norm`` takes them.
+      opt_state: the state of an optax optimizer, any tree with parts like ``params``.
+      variables: the variables of the trained model, as ``from_batch_norm`` takes them.
 
     Returns:
       The state with the modules renamed in the same way, everything else unchanged.
@@ -124,7 +124,7 @@ def _put(trained: Any, fresh: Any, name: str) -> Any:
     )
 
 
-_ADDED = "backward", "mix"  # parameters that some methods have besides
+_ADDED = "backward", "mix"  # additional parameters of some methods
 
 
 def _around(moments: RunningMoments, fresh: Any, name: str) -> Any:
@@ -141,22 +141,23 @@ def _around(moments: RunningMoments, fresh: Any, name: str) -> Any:
 
 
 def to_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of a model with ``Norm``, for the same model with ``nn.BatchNorm``.
+    """Converts variables of a model with ``Norm`` to those with ``nn.BatchNorm``.
 
-    The inverse of ``from_batch_norm``. Mean and variance are the running averages of each
-    state, and ``Norm_0`` becomes ``BatchNorm_0``.
+    This is the inverse of ``from_batch_norm``. Mean and variance are the running averages
+    of each state, and ``Norm_0`` becomes ``BatchNorm_0``.
 
-    With the estimator's ε, ``nn.BatchNorm`` predicts as ``Norm`` did for ``batch_norm``,
-    ``cross_iteration_batch_norm``, ``streaming_batch_norm`` and ``replay_batch_norm``, also
-    inside ``adaptive_batch_norm`` with ``inference="running"``. Predictions change if
-    inference looks at the example: ``corrected_inference`` and ``fitted_inference`` lose
-    their correction, and ``group_batch_norm`` averages other activations.
+    Give ``nn.BatchNorm`` the estimator's ε. It then predicts as ``Norm`` did for
+    ``batch_norm``, ``cross_iteration_batch_norm``, ``streaming_batch_norm`` and
+    ``replay_batch_norm``. The same holds inside ``adaptive_batch_norm`` with
+    ``inference="running"``. Predictions change if inference uses the example:
+    ``corrected_inference`` and ``fitted_inference`` lose their correction, and
+    ``group_batch_norm`` averages other activations.
 
-    A layer made inside the model's ``__call__`` stays where it is; one that a ``Norm`` owns
-    stays below it, as ``layer``.
+    A layer made inside the model's ``__call__`` keeps its place. A layer that a ``Norm``
+    owns stays below it, as ``layer``.
 
     Args:
-      variables: those of the trained model, with ``params`` and ``batch_stats``.
+      variables: the variables of the trained model, with ``params`` and ``batch_stats``.
 
     Returns:
       The variables for ``nn.BatchNorm(epsilon=...)``.
@@ -215,7 +216,7 @@ def _names(
     new: str,
     expected: set[Path] | None = None,
 ) -> dict[Path, str]:
-    """By path, the new names of modules; those that are expected keep theirs."""
+    """The new names of modules, by path; expected ones keep their names."""
     modules, names = _modules(variables), {}
     for path in found:
         if not path or (expected is not None and path in expected):
@@ -251,7 +252,7 @@ def _changed(
 
 
 def _renamed(node: Any, names: dict[Path, str], path: Path = ()) -> Any:
-    """A tree with the modules renamed, in each nest of mappings in it."""
+    """A tree with the modules renamed, in each nested mapping in it."""
     if isinstance(node, Mapping):
         return {
             names.get((*path, name), name): _renamed(child, names, (*path, name))
@@ -270,9 +271,10 @@ def _is_batch_norm(stats: Mapping[str, Any]) -> bool:
 
 
 def _is_state(stats: Mapping[str, Any]) -> bool:
-    """Whether it is the state of an estimator.
+    """Whether this is the state of an estimator.
 
-    All of them count what each feature has seen; ``diagnostics.watch`` has states inside.
+    All states count the batches or values of each feature. ``diagnostics.watch`` has states
+    inside.
     """
     counts = stats.get("steps", stats.get("examples"))
     per_feature = getattr(counts, "ndim", 0) > 0

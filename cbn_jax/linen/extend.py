@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose methods run within an interceptor of module calls.
+"""Models whose methods run within an interceptor of module calls.
 
-The class of the model is extended, so that its methods, fields and properties stay.
+A subclass of the model's class is made, so that its methods, fields and properties stay.
 """
 
 import contextvars
@@ -16,12 +16,13 @@ from flax.core import freeze
 
 
 class Plan(Hashable, Protocol):
-    """What an extended model does, a value that pickles."""
+    """The behavior of an extended model, a value that pickles."""
 
     def interceptor(self) -> Callable[..., Any]:
         """A new interceptor for one call of the model.
 
-        If it has a method ``check_init``, this gets the initialization that has run.
+        If the interceptor has a method ``check_init``, the extended model calls it with the
+        initialization that has run.
         """
         ...
 
@@ -60,7 +61,7 @@ def _extended(cls: type, plan: Plan) -> type:
     def post_init(self):
         cls.__post_init__(self)
         if self.scope is not None:
-            _mark(self, id(plan))  # of a plan that lives as long as the class
+            _mark(self, id(plan))  # the plan lives as long as the class
 
     def body(namespace):
         namespace.update(methods, **entries, __reduce__=nn.nowrap(reduce))
@@ -119,7 +120,7 @@ def _within(plan: Plan, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def running() -> Plan | None:
-    """The plan of the innermost extended model that runs."""
+    """The plan of the innermost running extended model."""
     return _plan.get()
 
 

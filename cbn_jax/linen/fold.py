@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole linen model with its norms folded into the layers before them."""
+"""Folds the norms of a whole linen model into the layers before them."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ Path = tuple[str, ...]
 
 
 class _Plan(NamedTuple):
-    """The norms of a folded model: place, whether it still scales, whether it shifts."""
+    """The norms of a folded model: place, and whether it still scales and shifts."""
 
     left: tuple[tuple[str, bool, bool], ...]
 
@@ -57,21 +57,21 @@ def fold(
 ) -> tuple[Any, dict[str, Any]]:
     """Folds all norms of a model into the layers before them, for inference.
 
-    It takes a model with ``nn.BatchNorm``, of ``replace_batch_norm``, or with ``Norm``. A
-    norm behind a layer becomes a part of its parameters, and one addition per value if the
-    layer has no bias. Any other norm becomes one multiplication and one addition.
+    The model has ``nn.BatchNorm`` or ``Norm``, or comes from ``replace_batch_norm``. A norm
+    after a layer becomes part of the layer's parameters. If the layer has no bias, one
+    addition per value remains. Any other norm becomes one multiplication and one addition.
 
     Args:
       model: the module.
       variables: its trained variables.
-      *args: those of a call of the model for inference; ``jax.ShapeDtypeStruct`` does for
-        an array. Both models are run with them, to compare.
-      without_layer: paths of norms behind layers whose output the model uses without the
-        norm, too.
-      **kwargs: as ``args``, by name.
+      *args: arguments of a call of the model for inference. Arrays may be
+        ``jax.ShapeDtypeStruct``. The function runs both models with them, to compare.
+      without_layer: paths of norms after layers whose output the model also uses without
+        the norm.
+      **kwargs: keyword arguments of that call.
 
     Returns:
-      A model that is called in the same way, and its variables, without the statistics.
+      A model with the same call, and its variables, without the statistics.
 
     Raises:
       ValueError: a method whose inference looks at the example; no norm in the model;
@@ -93,7 +93,7 @@ def fold(
             "fold got a model without a norm, expected nn.BatchNorm, a model of "
             "replace_batch_norm or cbn_jax.linen.Norm."
         )
-    made = jax.tree.map(lambda leaf: leaf, variables)  # dicts of its own
+    made = jax.tree.map(lambda leaf: leaf, variables)  # own copies of the dicts
     uses = Counter(each.layer for each in found.values())
     left = tuple(
         (place, *_fold_one(made, each, alone=uses[each.layer] == 1))
@@ -105,7 +105,7 @@ def fold(
 
 
 def _fold_one(variables: Any, found: _Found, *, alone: bool) -> tuple[bool, bool]:
-    """Folds one norm within the variables; whether it still scales, and shifts."""
+    """Folds one norm within the variables; returns whether it still scales and shifts."""
     own = _at(variables.setdefault("params", {}), found.path)
     stats = _at(variables["batch_stats"], found.path)
     layer = None if found.layer is None else _at(variables["params"], found.layer)
@@ -120,7 +120,7 @@ def _fold_one(variables: Any, found: _Found, *, alone: bool) -> tuple[bool, bool
 
 
 def _at(tree: Any, path: Path) -> Any:
-    """The dict at a path; a norm without parameters has none yet."""
+    """The dict at a path; empty for a norm without parameters."""
     for name in path:
         tree = tree.setdefault(name, {})
     return tree
@@ -147,7 +147,7 @@ def _search(
 
 
 class _Searcher:
-    """Notes the norms that are called, and the layers whose outputs they receive."""
+    """Records the norms that are called, and the layers whose outputs they receive."""
 
     def __init__(self, records: Mapping[str, Any], without_layer: tuple[str, ...]):
         self.records = records
@@ -221,7 +221,7 @@ class _Folded:
         )
         dtype = module.dtype
         if isinstance(module, nn.BatchNorm):
-            # As there, half precision becomes that of the parameters.
+            # As in the norm, half precision becomes that of the parameters.
             dtype = canonicalize_dtype(x, scale, bias, dtype=dtype)
         x, _, back = to_last(x, None, module.axis, None)
         return back(scale_and_shift(x, scale, bias, dtype))

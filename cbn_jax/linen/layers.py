@@ -24,11 +24,11 @@ LINEAR = *KNOWN, nn.ConvLocal, nn.DenseGeneral, nn.Einsum, nn.Embed
 def as_layer(
     layer: nn.Module, inputs: Any, kernel: Kernel | None = None
 ) -> tuple[Layer, Any]:
-    """A bound module as a pure function of its parameters, and these as they are used.
+    """A bound module as a pure function of its parameters, and the parameters it uses.
 
     Args:
       layer: the module.
-      inputs: what it was called with.
+      inputs: the inputs of its call.
       kernel: a change of its kernel.
 
     Raises:
@@ -61,7 +61,7 @@ def as_layer(
 
 
 def is_known(layer: nn.Module) -> bool:
-    """Whether it is a layer of Flax with its own arithmetic."""
+    """Whether the module is a layer of Flax with its own arithmetic."""
     if type(layer) not in KNOWN:
         return False
     names = "dot_general", "dot_general_cls", "conv_general_dilated"
@@ -72,8 +72,8 @@ def is_known(layer: nn.Module) -> bool:
 
 
 def _plain(module: Any, features: int) -> Any:
-    """The module with another width, for a kernel that is masked already."""
-    if isinstance(module, nn.Dense):  # which has no mask
+    """The module with another width, for an already masked kernel."""
+    if isinstance(module, nn.Dense):  # it has no mask
         return module.clone(features=features)
     return module.clone(features=features, mask=None)
 

@@ -22,27 +22,28 @@ class Norm(nn.Module):
     """Normalizes activations with any estimator of this library.
 
     ``Norm(estimator)(x)`` replaces ``nn.BatchNorm()(x)``.
-    ``Norm(estimator, layer=nn.Conv(...))(z)`` runs the layer first and lets the estimator
-    see its parameters; every method accepts that form, cross-iteration methods need it.
-    The layer's parameters stay where they were: ``Conv_0/kernel`` remains
-    ``Conv_0/kernel``. In ``setup``, make the layer an attribute first; one made within the
-    call of ``Norm`` there is below it, as ``layer``.
+    ``Norm(estimator, layer=nn.Conv(...))(z)`` runs the layer first and gives the estimator
+    access to its parameters. Every method accepts this form, and cross-iteration methods
+    need it. The layer's parameters keep their place: ``Conv_0/kernel`` remains
+    ``Conv_0/kernel``. In ``setup``, make the layer an attribute first. If ``setup`` creates
+    it in the call of ``Norm``, its parameters are below the ``Norm``, as ``layer``.
 
-    Learned ``scale`` and ``bias`` are in the collection ``params``, the estimator's state
-    is in ``batch_stats``: make that one mutable in training, as for ``nn.BatchNorm``. While
-    initializing the state is not updated and no collective runs. Methods with backward
-    statistics have a parameter ``backward``, which the optimizer writes: wrap it in
-    ``cbn_jax.optax.with_backward_statistics``.
+    Learned ``scale`` and ``bias`` are in the collection ``params``. The estimator's state
+    is in ``batch_stats``: make that collection mutable in training, as for
+    ``nn.BatchNorm``. Initialization does not update the state and runs no collective.
+    Methods with backward statistics have a parameter ``backward``, which the optimizer
+    writes. Wrap the optimizer in ``cbn_jax.optax.with_backward_statistics``.
 
     Attributes:
-      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
+      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``. Decay and ε are
         its arguments. With ``cbn_jax.learned(cbn_jax.group_batch_norm, ...)`` the module
         learns the weight of the method, as the sigmoid of a parameter ``mix``.
       layer: a module that is linear in its parameters (``nn.Conv``, ``nn.Dense``, …), run
         before normalizing.
-      kernel: a change of the layer's kernel before its use, ``cbn_jax.standardize``,
-        ``cbn_jax.center`` or a function of your own, kernel ↦ kernel of that shape.
-      use_running_average: True for inference, False for training; give it here or in the
+      kernel: a function that changes the layer's kernel before its use:
+        ``cbn_jax.standardize``, ``cbn_jax.center`` or your own. It returns a kernel of the
+        same shape.
+      use_running_average: True for inference, False for training. Give it here or in the
         call, not in both.
       axis: the feature axis, or several; ``layer`` needs features last.
       dtype: dtype of the result; None for the dtype of the activations.
@@ -95,13 +96,13 @@ class Norm(nn.Module):
 
         Args:
           inputs: activations, or the layer's input if the module has one.
-          use_running_average: True for inference, False for training; give it here or in
+          use_running_average: True for inference, False for training. Give it here or in
             the constructor, not in both.
-          mask: True where a value counts, one axis for each of the activations, of size 1
-            or theirs. Statistics ignore the others, in training and inference; the output
-            is computed everywhere.
-          update_stats: False trains with the method's statistics and leaves its state as
-            it is.
+          mask: True where a value counts. It has the axes of the activations, each of size
+            1 or of their size. Statistics ignore the other values, in training and
+            inference. The output is computed everywhere.
+          update_stats: False trains with the method's statistics and does not change its
+            state.
 
         Returns:
           Normalized activations.
@@ -121,7 +122,7 @@ class Norm(nn.Module):
         return normalize_in(self, estimator, x, made, mode, self._output)
 
     def _output(self, x, statistics, affine, mask):
-        """What follows the statistics; EvoNorm activates here."""
+        """The steps after the statistics; EvoNorm also activates here."""
         del mask
         return normalize(x, statistics, *affine, dtype=self.dtype)
 
@@ -135,6 +136,6 @@ class Norm(nn.Module):
             return inputs
         if self.kernel is None:
             return self.layer(inputs)
-        if self.is_initializing():  # makes the parameters that are changed
+        if self.is_initializing():  # creates the parameters that change
             self.layer(inputs)
         return run_changed(self.layer, self.kernel, inputs)

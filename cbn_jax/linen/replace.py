@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any linen model with the methods of this library in place of its batch norms."""
+"""Replaces the batch norms of any linen model by methods of this library."""
 
 import contextlib
 import contextvars
@@ -59,33 +59,34 @@ def replace_batch_norm(
     also: tuple[type, ...] = (),
     without_layer: tuple[str, ...] = (),
 ) -> M:
-    """A model in which an estimator takes the place of every ``nn.BatchNorm``.
+    """Replaces every ``nn.BatchNorm`` of a model by an estimator.
 
-    The result is used as the model is: ``init``, ``apply``, ``method=``, ``tabulate``,
-    ``bind``, as a part of another model. Its parameters have the same names and, from the
-    same key, the same values, so that trained parameters and the state of an optimizer fit.
-    Each batch norm keeps its settings (scale, bias, initializers, axes, dtype, mode).
+    Use the result like the model: with ``init``, ``apply``, ``method=``, ``tabulate`` or
+    ``bind``, or as a part of another model. Its parameters have the same names and, from
+    the same key, the same values. Trained parameters and the state of an optimizer
+    therefore fit. Each batch norm keeps its settings (scale, bias, initializers, axes,
+    dtype, mode).
 
-    Methods that look at the layer before them find it by themselves: it is the
-    ``nn.Conv``, ``nn.Dense`` or other linear layer whose output the batch norm receives.
-    A batch norm behind anything else (an activation, a sum, a concatenation, pooling) gets
-    the fallback. ``report`` lists what replaced each.
+    The function finds the layer for methods that look at the layer before them. It is the
+    ``nn.Conv``, ``nn.Dense`` or other linear layer whose output the batch norm receives. A
+    batch norm after anything else (an activation, a sum, a concatenation, pooling) gets the
+    fallback. ``report`` lists all replacements.
 
-    A layer and its batch norm that are called several times in a step, as a head is that
-    several levels share, count each call as a batch. ``small_batch_norm(batch_size,
-    micro_batches=calls)`` pools those of a step exactly.
+    A step may call a layer and its batch norm several times, for example a head shared by
+    several levels. Each call then counts as a batch.
+    ``small_batch_norm(batch_size, micro_batches=calls)`` pools the calls of a step exactly.
 
     Args:
       model: any linen module, not yet bound. It is not changed.
       estimator: the method, such as ``cbn_jax.small_batch_norm(2)``, with the ε of the
         batch norms.
-      fallback: the method for batch norms without a layer, if ``estimator`` needs one.
-        None for ``batch_renorm(warmup_steps=100)``, the best of those that add no
-        parameters; ``bidirectional_batch_norm()`` is better and adds the parameter
+      fallback: the method for batch norms without a layer, if ``estimator`` needs one. None
+        means ``batch_renorm(warmup_steps=100)``, the best method without additional
+        parameters. ``bidirectional_batch_norm()`` is better but adds the parameter
         ``backward``, for ``cbn_jax.optax.with_backward_statistics``.
-      kernel: a change of the kernel of each layer before a batch norm, such as
+      kernel: a function that changes the kernel of each layer before a batch norm, such as
         ``cbn_jax.standardize``.
-      also: classes of your own with the fields and the call of ``nn.BatchNorm``.
+      also: your own classes with the fields and the call of ``nn.BatchNorm``.
       without_layer: paths of batch norms that get the fallback although they have a layer.
 
     Returns:
@@ -124,15 +125,15 @@ def replace_batch_norm(
 
 
 def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """Lists what replaced each batch norm of a model, without running it.
+    """Lists the replacement of each batch norm of a model, without running the model.
 
     Args:
       model: from ``replace_batch_norm``.
-      *args: those of a call of the model; ``jax.ShapeDtypeStruct`` does for an array.
-      **kwargs: the same.
+      *args: arguments of a call of the model. Arrays may be ``jax.ShapeDtypeStruct``.
+      **kwargs: keyword arguments of that call.
 
     Returns:
-      A ``Report``: print it, or read its rows.
+      A ``Report``. Print it, or read its rows.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -151,7 +152,7 @@ def report(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     return Report(tuple(row for row, _ in records.values()))
 
 
-#: By path, the row of a batch norm and the change of its layer's kernel.
+#: The row of a batch norm and the change of its layer's kernel, by path.
 Records = dict[str, tuple[Replaced, Kernel | None]]
 
 _records: contextvars.ContextVar[Records | None] = contextvars.ContextVar(
@@ -171,7 +172,7 @@ def recording() -> Iterator[Records]:
         _records.reset(token)
 
 
-_fresh = jax.make_user_context()  # a new value keeps ``nn.jit`` from reusing traces
+_fresh = jax.make_user_context()  # with a new value, ``nn.jit`` does not reuse traces
 
 
 class _Call(NamedTuple):
@@ -182,7 +183,7 @@ class _Call(NamedTuple):
 
 
 class _Interceptor:
-    """Runs an estimator where a batch norm is called, and notes what layers give."""
+    """Runs an estimator in place of each batch norm, and records the outputs of layers."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -191,7 +192,7 @@ class _Interceptor:
         self.places: set[str] = set()
 
     def check_init(self, init: Callable[[], Any]) -> None:
-        """A model has batch norms; those that ``nn.jit`` took from its cache count, too."""
+        """Checks that the model has batch norms, including those that ``nn.jit`` cached."""
         if self.places:
             check_places(self.plan.without_layer, self.places)
             return
@@ -207,7 +208,7 @@ class _Interceptor:
         module = context.module
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        inner = running() != self.plan  # a part that has a method already
+        inner = running() != self.plan  # a part with its own replacement
         if original(type(module)) in self.plan.classes and not inner:
             return self._normalize(module, *args, **kwargs)
         if not inner:
@@ -234,7 +235,7 @@ class _Interceptor:
         return normalize_in(module, estimator, x, made, mode, _output(module))
 
     def _chosen(self, module: Any, x: jax.Array) -> tuple[Estimator, Made | None, Any]:
-        """The method for a batch norm, the layer behind ``x``, and why there is none."""
+        """The method for a batch norm, the layer behind ``x``, and the reason for none."""
         estimator, kernel = self.plan.estimator, self.plan.kernel
         layered = "layered" in estimator.traits
         call = self.outputs.find(x)
@@ -249,7 +250,7 @@ class _Interceptor:
         return self.plan.fallback if layered else estimator, None, (None, made)
 
     def _made(self, module: Any, x: jax.Array, call: _Call | None) -> Made | str:
-        """The layer that made ``x``, or why it is of no use."""
+        """The layer that made ``x``, or the reason why it cannot be used."""
         if place_of(module) in self.plan.without_layer:
             return NAMED
         if call is None:
@@ -264,13 +265,13 @@ class _Interceptor:
             return f"{place_of(call.layer)} {error.reason}"
 
     def _check_calls(self, module: Any, layer: str | None) -> None:
-        """A state belongs to one layer, at all calls of the batch norm."""
+        """Checks that all calls have one layer, because a state belongs to one layer."""
         place = place_of(module)
         check_one_layer(place, self.layers.setdefault(place, layer), layer)
 
 
 def _output(module: Any) -> Any:
-    """Normalizes into the dtype that Flax would give."""
+    """Normalizes to the dtype of Flax's output."""
 
     def output(x, statistics, affine, mask):
         del mask
@@ -290,7 +291,7 @@ _NEEDED = *_NEEDED, "use_bias", "use_running_average", "use_scale"
 
 
 def _check_batch_norm(module: Any, estimator: Estimator) -> None:
-    """A batch norm has the fields of Flax's, the ε of the method, and no index groups."""
+    """Checks for Flax's fields, the ε of the method, and no index groups."""
     missing = [name for name in _NEEDED if not hasattr(module, name)]
     if missing:
         raise ValueError(
@@ -309,7 +310,7 @@ def _record(
     module: Any,
     kernel: Kernel | None,
 ) -> None:
-    """A record, if somebody collects them."""
+    """Adds a record while ``recording`` is active."""
     records = _records.get()
     if records is None:
         return

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file per method: its equations, its state, its factory."""
+"""Methods: each file holds the equations, the state and the factory of one method."""

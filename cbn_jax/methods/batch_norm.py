@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalization: the baseline against which every other method is measured."""
+"""Batch normalization, the baseline for all other methods."""
 
 from cbn_jax.core.checks import accepted, check_epsilon
 from cbn_jax.core.estimator import Estimator
@@ -20,16 +20,16 @@ from cbn_jax.core.values import factory
 def batch_norm(momentum: float | ScheduleFn = 0.99, *, epsilon: float = 1e-5) -> Estimator:
     """Batch normalization: statistics of the current batch.
 
-    Training uses ``E[x]`` and ``Var[x]`` over all axes but the last, inference their
-    running averages. The state is a ``RunningMoments``.
+    Training normalizes by ``E[x]`` and ``Var[x]`` over all axes but the last. Inference
+    uses their running averages. The state is a ``RunningMoments``.
 
-    Prefer it from some 16 values per feature and example group on; below that, see
-    ``small_batch_norm``.
+    Use it if a batch holds about 16 or more values per feature and example group. With
+    fewer values, use ``small_batch_norm``.
 
     Args:
-      momentum: decay of the running averages in [0, 1), the fraction kept at each step
-        (PyTorch's ``momentum`` is one minus this); or a schedule m ↦ α_m, the weight of
-        the m-th batch, such as ``cumulative()``.
+      momentum: decay of the running averages in [0, 1), the fraction kept at each step.
+        PyTorch's ``momentum`` is one minus this decay. Alternatively a schedule m ↦ α_m,
+        the weight of the m-th batch, such as ``cumulative()``.
       epsilon: added to the variance, inside the root.
 
     Returns:
@@ -40,9 +40,9 @@ def batch_norm(momentum: float | ScheduleFn = 0.99, *, epsilon: float = 1e-5) ->
         values per feature; features that do not fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with fewer than two values that count (``mask``) are normalized by the running
-    statistics and leave the state as it is. NaN or inf in a feature makes that feature's
-    output NaN in this step; the running averages do not take it in.
+    The running statistics normalize a feature with fewer than two values that count
+    (``mask``), and its state does not change. NaN or inf in a feature makes the output of
+    that feature NaN in this step. Its running averages skip the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,16 +60,17 @@ def batch_norm(momentum: float | ScheduleFn = 0.99, *, epsilon: float = 1e-5) ->
     Reference: Sergey Ioffe, Christian Szegedy, "Batch Normalization: Accelerating Deep
     Network Training by Reducing Internal Covariate Shift", 2015, arXiv:1502.03167.
 
-    Differs from ``flax.linen.BatchNorm``: the running averages are debiased; moments stay
-    accurate at any mean (Flax's default loses the variance from mean/std = 1e3 on); a
-    batch with one value per feature is an error; masks are exact across devices. From the
-    paper: the running variance is the biased one, as in Flax.
+    Differs from ``flax.linen.BatchNorm``: the running averages are debiased. Moments are
+    accurate at any mean, whereas Flax's default loses the variance from mean/std = 1e3 on.
+    A batch with one value per feature is an error. Masks are exact across devices.
+
+    Differs from the paper: the running variance is the biased one, as in Flax.
     """
     return named_batch_norm("batch_norm", momentum, epsilon)
 
 
 def named_batch_norm(name: str, momentum: float | ScheduleFn, epsilon: float) -> Estimator:
-    """``batch_norm`` whose errors speak of the function ``name``."""
+    """``batch_norm`` with the function ``name`` in its error messages."""
     check_epsilon(epsilon)
     average = averaging(momentum)
 

@@ -29,7 +29,7 @@ from cbn_jax.core.values import factory
 
 
 class _Limits(NamedTuple):
-    """How far r and d may be from 1 and 0, ``[C]``."""
+    """The limits of r and d, ``[C]``."""
 
     r: jax.Array
     d: jax.Array
@@ -48,34 +48,36 @@ def batch_renorm(
 ) -> Estimator:
     """Batch renormalization: the batch's statistics, pulled towards the running ones.
 
-    With (μ, σ) of the batch, (μ', σ') of the running averages before it, σ = √(Var + ε)::
+    Let (μ, σ) be the statistics of the batch, (μ', σ') those of the running averages before
+    the batch, and σ = √(Var + ε)::
 
         r = clip(σ / σ', 1 / r_max, r_max)
         d = clip((μ − μ') / σ', −d_max, d_max)
         y = (x − μ) / σ · r + d
 
-    r and d are constants for the gradient. Where neither is clipped, ``y`` is what
-    inference gives; the gradient is that of batch norm, times r.
+    The gradient treats r and d as constants. If neither is clipped, ``y`` equals the output
+    of inference. The gradient is that of batch norm, times r.
 
     The method starts as batch norm. After ``warmup_steps`` batches the limits grow linearly
     until they are ``r_max`` after ``r_steps`` batches and ``d_max`` after ``d_steps``.
 
-    Prefer it where training and inference must agree and a batch holds many examples, as in
-    reinforcement learning. It needs no layer. At two examples its gradient is as noisy as
-    batch norm's; ``small_batch_norm`` averages that noise too.
+    Use it if training and inference must agree and a batch holds many examples, as in
+    reinforcement learning. It needs no layer. With two examples its gradient is as noisy as
+    that of batch norm. ``small_batch_norm`` also averages that noise.
 
     Args:
-      momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m, the weight of the m-th batch. Large enough to average many batches: the
-        running averages are what the method trains with.
-      r_max: the last limit of r, at least 1.
-      d_max: the last limit of d, not negative.
-      warmup_steps: batches of plain batch norm. The paper's 5,000 suit long training; for
-        fine-tuning from ``from_batch_stats`` the averages are ready, and the limits are
-        the last ones from the start.
-      r_steps: batches until r has its last limit; None for 8 · ``warmup_steps``, the
-        paper's 40,000.
-      d_steps: the same for d; None for 5 · ``warmup_steps``, the paper's 25,000.
+      momentum: decay of the running averages in [0, 1), the fraction kept. Alternatively a
+        schedule m ↦ α_m, the weight of the m-th batch. Choose it large enough to average
+        many batches, because training uses the running averages.
+      r_max: the final limit of r, at least 1.
+      d_max: the final limit of d, not negative.
+      warmup_steps: number of batches of plain batch norm. The paper's 5,000 are for long
+        training. For fine-tuning from ``from_batch_stats`` the averages are ready, and the
+        limits have their final values from the start.
+      r_steps: number of batches until r has its final limit. None means
+        8 · ``warmup_steps``, the paper's 40,000.
+      d_steps: number of batches until d has its final limit. None means
+        5 · ``warmup_steps``, the paper's 25,000.
       epsilon: added to the variances, inside the roots.
 
     Returns:
@@ -86,9 +88,9 @@ def batch_renorm(
         feature; features that do not fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with fewer than two values that count (``mask``) are normalized by the running
-    statistics. NaN or inf in a feature makes that feature's output NaN in this step; the
-    running averages do not take it in.
+    The running statistics normalize a feature with fewer than two values that count
+    (``mask``). NaN or inf in a feature makes the output of that feature NaN in this step.
+    Its running averages skip the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,11 +105,12 @@ def batch_renorm(
     Reference: Sergey Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence
     in Batch-Normalized Models", 2017, arXiv:1702.03275.
 
-    Differs from the paper: the running averages are debiased, and of the variance instead
-    of the standard deviation. Differs from the class that reinforcement-learning code bases
-    copy: ε is the same in σ, σ' and the output, so that a feature of small variance has
-    variance 1; the limits grow instead of jumping, but with ``r_steps`` and ``d_steps``
-    equal to ``warmup_steps``.
+    Differs from the paper: the running averages are debiased. They average the variance
+    instead of the standard deviation.
+
+    Differs from the class that reinforcement-learning code bases copy: ε is the same in σ,
+    σ' and the output, so that a feature of small variance has variance 1. The limits grow
+    instead of jumping, unless ``r_steps`` and ``d_steps`` equal ``warmup_steps``.
     """
     name = "batch_renorm"
     check_epsilon(epsilon)
@@ -150,7 +153,7 @@ def batch_renorm(
 def _renormalized(
     moments: Moments, running: RunningMoments, limits: _Limits, epsilon: float
 ) -> Statistics:
-    """(x − μ) / σ · r + d as one mean and one scale."""
+    """The mean and the scale that give (x − μ) / σ · r + d."""
     batch = statistics_of(moments, epsilon)
     past, limits = in_dtype((running, limits), batch.mean.dtype)
     past = Statistics(past.mean, lax.rsqrt(past.var + epsilon))
@@ -162,7 +165,7 @@ def _renormalized(
 
 
 def _grown(steps: jax.Array, start: int, end: int) -> jax.Array:
-    """0 until ``start`` batches, 1 from ``end`` on; 0 while there is no average."""
+    """0 until ``start`` batches and 1 from ``end`` on; 0 if there is no average yet."""
     part = jnp.clip((steps - start) / max(end - start, 1), 0.0, 1.0)
     return jnp.where(steps > 0, jnp.where(steps >= end, 1.0, part), 0.0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows over time of the statistics of both passes, forward and backward."""
+"""Windows over time of the statistics of the forward and the backward pass."""
 
 from typing import NamedTuple
 
@@ -48,26 +48,27 @@ class BidirectionalState(NamedTuple):
 def bidirectional_batch_norm(
     window: int = 16, *, momentum: float | ScheduleFn = 0.99, epsilon: float = 1e-5
 ) -> Bidirectional:
-    """Exponential windows of the statistics of both passes; the method without a layer.
+    """Exponential windows of the statistics of both passes, for norms without a layer.
 
-    The forward pass normalizes by the moments (μ, σ²) of an exponential window, pooled as
-    they were, the spread between batches included. They are constants for the gradient.
-    The backward pass uses windows of the same length over E[g] and E[g z], with g the
-    gradient at the normalized value z::
+    The forward pass normalizes by the moments (μ, σ²) of an exponential window. The window
+    pools past moments unchanged, and includes the spread between batches. The gradient
+    treats the moments as constants. The backward pass uses windows of the same length over
+    E[g] and E[g z]. g is the gradient at the normalized value z::
 
         ∂L/∂x = (g − Q₁ − z Q₂) / σ
         Q₁ ← Q₁ + α (E[g] − Q₁),   Q₂ ← Q₂ + α (E[g z] − Q₂)
 
     α falls from 1 to 1/k while the window fills. ``window=1`` is batch norm.
 
-    Prefer it where a norm has no layer before it: after a sum, a concatenation, an
-    activation, a pooling. With a layer, ``small_batch_norm`` also follows its weights.
+    Use it if a norm has no layer before it: after a sum, a concatenation, an activation or
+    a pooling. If there is a layer, ``small_batch_norm`` also follows the weights of that
+    layer.
 
     Args:
-      window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
+      window: k ≥ 1, the effective number of iterations. The weights decrease as (1 − 1/k)ˢ.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
-        window contradicts it by more than three standard errors.
+        m ↦ α_m such as ``cumulative()``. With a decay, an average restarts if it differs
+        from the window by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
@@ -80,8 +81,8 @@ def bidirectional_batch_norm(
       TypeError: ``x`` is not floating point; the state is another method's; training
         without ``at``.
 
-    NaN or inf makes the output of its own step NaN and is kept out of the windows. A window
-    of one value has no variance; that step is normalized by the running statistics.
+    NaN or inf makes the output of its own step NaN, and the windows skip it. A window of
+    one value has no variance. The running statistics then normalize that step.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,8 +98,9 @@ def bidirectional_batch_norm(
     "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization",
     ICLR 2020, arXiv:2001.06838, which averages the second moment and E[g z].
 
-    Differs from it: the mean and E[g] are averaged too, so kernels need no centering; the
-    windows are exponential; no factor pulls the output towards the running statistics.
+    Differs from the paper: the mean and E[g] are averaged too, so kernels need no
+    centering. The windows are exponential. No factor pulls the output towards the running
+    statistics.
     """
     name = "bidirectional_batch_norm"
     check_count("window", window, 1)
@@ -135,7 +137,7 @@ def bidirectional_batch_norm(
 
         size = count_values(x, mask)
         statistics = attach(rule, x, mask, statistics_of(used, epsilon), size, backward)
-        if not callable(momentum):  # a schedule is followed to the letter
+        if not callable(momentum):  # a schedule never restarts
             values = independent(x, pooled)
             running = restarted(state.running, pooled, values, epsilon)
             state = state._replace(running=running)
@@ -153,7 +155,7 @@ def bidirectional_batch_norm(
 def _remembered(
     state: BidirectionalState, batch: Moments, pooled: Moments, average: ScheduleFn
 ) -> BidirectionalState:
-    """A batch without a usable value leaves the state as it is."""
+    """A batch without a usable value does not change the state."""
     usable = finite_moments(pooled._replace(size=batch.size))
     window = jax.tree.map(
         lambda new, old: jnp.where(usable, new.astype(old.dtype), old), pooled, state.window

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carried batch normalization: a window that moves with the weights at hardly any cost."""
+"""Carried batch normalization: a window that moves with the weights at very low cost."""
 
 from typing import NamedTuple
 
@@ -56,43 +56,46 @@ def carried_batch_norm(
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """Carried batch normalization: a window that moves with the weights at hardly any cost.
+    """Carried batch normalization: a window that moves with the weights at very low cost.
 
-    Of an exponential window of past batches the state holds the mean input patch p and the
-    moments (μ, σ²). With P what the layer saw at a position (x = ⟨P, θ⟩, E the mean over
-    the batch), and ‖θ‖ the norm of a feature's weights, one step is::
+    The state holds the mean input patch p and the moments (μ, σ²) of an exponential window
+    of past batches. P is the input patch of a position, so that x = ⟨P, θ⟩. E is the mean
+    over the batch, and ‖θ‖ the norm of a feature's weights. One step is::
 
         μ'  = ⟨p, θₜ⟩
         σ²' = σ² · ‖θₜ‖² / ‖θₜ₋₁‖²
         (μ, σ²) ← (1 − a) · (μ', σ²')  pooled with  a · (E[x], Var[x])
         p ← p + a (E[P] − p)
 
-    where a falls from 1 to 1/k while the window fills. The mean is exact for any change of
-    the weights, because it is linear in them. The variance is exact if the weights only
-    change in length, or if the inputs are white; else it lags behind within the window.
+    a falls from 1 to 1/k while the window fills. The mean is exact for any change of the
+    weights, because it is linear in them. The variance is exact if only the length of the
+    weights changes, or if the inputs are white. Otherwise the variance lags behind within
+    the window.
 
     The gradient is that of these equations. It goes through ⟨p, θₜ⟩ and ‖θₜ‖² at full
-    strength, and so has no part along the weights of a feature, as in batch norm.
+    strength. As in batch norm, it therefore has no component along the weights of a
+    feature.
 
-    Prefer it with 1 to 8 examples per step where memory, compile time or step time count.
-    Its state is one patch and eight numbers per feature. ``streaming_batch_norm`` moves
-    the variance exactly.
+    Use it with 1 to 8 examples per step if memory, compile time or step time matter. Its
+    state is one patch and eight numbers per feature. ``streaming_batch_norm`` moves the
+    variance exactly.
 
     Args:
-      window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
+      window: k ≥ 1, the effective number of iterations. The weights decrease as (1 − 1/k)ˢ.
         k = 1 gives the statistics of batch norm. ``⌈32 / batch_size⌉`` is a good choice.
-      micro_batches: calls of ``train`` in one step of the optimizer, under gradient
-        accumulation. Those of one step count alike, as one batch; the window is over steps.
+      micro_batches: number of calls of ``train`` in one step of the optimizer, under
+        gradient accumulation. All micro-batches of a step have equal weight and form one
+        batch. The window counts steps.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
-        window contradicts it by more than three standard errors.
+        m ↦ α_m such as ``cumulative()``. With a decay, an average restarts if it differs
+        from the window by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
       An Estimator whose state is a ``CarriedState``. ``init`` needs the layer and its
-      parameters, ``train`` its ``source``. Any layer that is linear in its parameters
-      does. A parameter of one number per feature counts as a bias and not as a weight,
-      unless there are no others.
+      parameters, ``train`` needs its ``source``. Any layer that is linear in its parameters
+      works. A parameter of one number per feature counts as a bias, not as a weight, unless
+      the layer has no other parameters.
 
     Raises:
       ValueError: an argument out of range; parameters without features last; ``train``
@@ -115,15 +118,15 @@ def carried_batch_norm(
     Reference: the aim is that of Zhuliang Yao, Yue Cao, Shuxin Zheng, Gao Huang, Stephen
     Lin, "Cross-Iteration Batch Normalization", CVPR 2021, arXiv:2002.05712.
 
-    Differs from it: an exponential window instead of k − 1 old iterations; the mean moves
-    by its derivative, the variance by the radial part of its derivative, which needs no
-    array of the size of θ; gradients through the compensation; statistics for inference
-    from the window, which move with the weights.
+    Differs from the paper: the window is exponential instead of k − 1 old iterations. The
+    mean moves by its derivative. The variance moves by the radial part of its derivative,
+    which needs no array of the size of θ. Gradients flow through the compensation.
+    Statistics for inference come from the window and move with the weights.
 
-    NaN or inf makes the output of its own step NaN and is kept out of the state. Without a
-    single value that counts (``mask``), the window is used as it is. A window of one value,
-    as in the first step of a dense layer at batch size 1, has no variance: that step is
-    normalized by the running statistics, which are 0 and 1 before training.
+    NaN or inf makes the output of its own step NaN, and the state skips it. If no value
+    counts (``mask``), the step uses the unchanged window. A window of one value has no
+    variance, as in the first step of a dense layer at batch size 1. The running statistics
+    then normalize that step. They are 0 and 1 before training.
     """
     check_count("window", window, 1)
     check_count("micro_batches", micro_batches, 1)
@@ -194,6 +197,6 @@ def _square(params: Params) -> jax.Array:
 
 
 def _growth(square: jax.Array, last: jax.Array) -> jax.Array:
-    """‖θₜ‖² / ‖θₜ₋₁‖², attached; 1 where there is no last step or no weight."""
+    """‖θₜ‖² / ‖θₜ₋₁‖², differentiable; 1 if there is no last step or no weight."""
     known = (last > 0) & (square > 0)
     return jnp.where(known, square / jnp.where(known, last, 1.0), 1.0)

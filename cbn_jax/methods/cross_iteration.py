@@ -51,48 +51,50 @@ def cross_iteration_batch_norm(
 ) -> Estimator:
     """Cross-iteration batch normalization: statistics of the last k iterations.
 
-    An iteration s steps ago saw other weights, so its moments are first moved to today's,
-    along their derivative with respect to the weights θ of the layer that made ``x``::
+    The weights have changed since an iteration s steps ago. The method therefore first
+    moves the moments of that iteration to the current weights. It uses their derivative
+    with respect to the weights θ of the layer that made ``x``::
 
         μₛ(θₜ) = μₛ + ρ ⟨∂μₛ/∂θ, θₜ − θₛ⟩        νₛ(θₜ) = νₛ + ρ ⟨∂νₛ/∂θ, θₜ − θₛ⟩
 
-    with ν = E[x²]. The window's statistics are the averages of μₛ(θₜ) and of
-    max(νₛ(θₜ), μₛ(θₜ)²), the current iteration included. Until the window is full, the
-    iterations that exist are averaged.
+    ν is E[x²]. The statistics of the window are the averages of μₛ(θₜ) and of max(νₛ(θₜ),
+    μₛ(θₜ)²) over its iterations, including the current one. Until the window is full, the
+    method averages the iterations seen so far.
 
-    This is the published method, and the defaults are the publication's. The first-order
-    step underestimates the variance by ⟨Δθ, Q Δθ⟩, which grows with the learning rate and
-    the window; ``streaming_batch_norm`` has no such bias and less state. Trained from
-    scratch, ``gradient="window"`` is worth points.
+    This is the published method, with the published defaults. The first-order step
+    underestimates the variance by ⟨Δθ, Q Δθ⟩. That error grows with the learning rate and
+    the window. ``streaming_batch_norm`` has no such bias and less state. In training from
+    scratch, ``gradient="window"`` improves accuracy by percentage points.
 
     Args:
-      window: k ≥ 1, iterations averaged, the current one included. An iteration is a call
-        of ``train``; with gradient accumulation the weights stand still in between, and
-        the window pools the micro-batches exactly.
-      burn_in: number of first iterations that use the current batch alone (plain batch
-        norm), while the history already fills; or a schedule, iterations so far ↦ share of
-        the past iterations in use, such as ``ramp(steps)``. E epochs are
-        ``round(E * (examples // batch_size))`` iterations.
-      rho: strength ρ of the compensation; 0 averages old statistics as they are.
-      guard: what happens where a compensated variance is negative: "max" puts it to zero,
-        as the paper's max(ν, μ²); "drop" leaves that iteration out of that feature's
-        average, as the authors' released layer.
-      gradient: "current" differentiates through the current iteration's moments only, as
-        published; "window" also through θₜ in the compensation, which makes the gradient
-        with respect to θ that of the function that is computed.
-      running: where the averages for inference come from, each "batch" (as in the
-        released layer) or the whole "window". With few values per feature the batch's
-        variance is too small, by 1/n on average, and inference sees another scale than
-        training: take "window" there; with one value it is the only choice.
+      window: k ≥ 1, the number of iterations averaged, including the current one. An
+        iteration is a call of ``train``. Under gradient accumulation the weights do not
+        change between micro-batches, and the window pools these exactly.
+      burn_in: number of first iterations that use the current batch alone, as plain batch
+        norm does. The history already fills during the burn-in. Alternatively a schedule
+        from the number of iterations so far to the share of the past iterations in use,
+        such as ``ramp(steps)``. E epochs are ``round(E * (examples // batch_size))``
+        iterations.
+      rho: strength ρ of the compensation; 0 averages old statistics unchanged.
+      guard: treatment of a negative compensated variance. "max" sets it to zero, like the
+        paper's max(ν, μ²). "drop" leaves that iteration out of the average of that feature,
+        like the authors' released layer.
+      gradient: "current" differentiates only through the moments of the current iteration,
+        as published. "window" also differentiates through θₜ in the compensation. The
+        gradient with respect to θ is then that of the computed function.
+      running: source of the averages for inference, either each "batch" (as in the released
+        layer) or the whole "window". With n values per feature, the variance of the batch
+        is too small by 1/n on average, and the scale in inference differs from training.
+        With few values use "window". With one value only "window" works.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``. With ``running="window"``, an average with a decay
-        restarts where the window contradicts it by more than three standard errors.
+        m ↦ α_m such as ``cumulative()``. With a decay and ``running="window"``, an average
+        restarts if it differs from the window by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
       An Estimator whose state is a ``CrossIterationState``. ``init`` needs the layer and
-      its parameters, ``train`` the layer's ``source`` (from ``run_layer``). The state holds
-      k arrays of the size of θ.
+      its parameters. ``train`` needs the ``source`` of the layer, from ``run_layer``. The
+      state holds k arrays of the size of θ.
 
     Raises:
       ValueError: an argument out of range; parameters without features last; ``train``
@@ -116,19 +118,18 @@ def cross_iteration_batch_norm(
     "Cross-Iteration Batch Normalization", CVPR 2021, arXiv:2002.05712. As there, the
     derivative is taken with respect to the weights of the same layer only.
 
-    Differs from the paper: the same statistics are computed in central form,
-    ``σ²ₛ(θₜ) = max(σ²ₛ + ⟨∂σ²ₛ/∂θ, Δθ⟩ − ⟨∂μₛ/∂θ, Δθ⟩², 0)``, in which nothing cancels at
-    large means; iterations count by their number of values, which is the paper's plain
-    average wherever all batches have one size; a bias is compensated like a kernel.
+    Differs from the paper: the same statistics are computed in central form, ``σ²ₛ(θₜ) =
+    max(σ²ₛ + ⟨∂σ²ₛ/∂θ, Δθ⟩ − ⟨∂μₛ/∂θ, Δθ⟩², 0)``. Nothing cancels in it at large means.
+    Iterations are weighted by their number of values, which is the paper's plain average if
+    all batches have one size. A bias is compensated like a kernel.
 
-    Differs from the authors' released layer: it drops a negative variance
-    (``guard="drop"``), adds ε outside the root, takes variances of the current batch by
-    n − 1, and fills its history only after the burn-in. Its two-stage burn-in is
-    ``burn_in=steps``, its other one ``ramp(steps)``; its ``buffer_num`` is window − 1.
+    Differs from the authors' released layer: that layer drops a negative variance
+    (``guard="drop"``) and adds ε outside the root. It computes the variance of the current
+    batch with n − 1, and fills its history only after the burn-in. Its two-stage burn-in is
+    ``burn_in=steps``, its other one ``ramp(steps)``. Its ``buffer_num`` is window − 1.
 
-    NaN or inf makes the output of its own step NaN and is kept out of the state.
-    A window of a single value has no variance; such a step is normalized by the running
-    statistics.
+    NaN or inf makes the output of its own step NaN, and the state skips it. A window of a
+    single value has no variance. The running statistics then normalize that step.
     """
     check_count("window", window, 1)
     check_choice("guard", guard, _GUARDS)
@@ -149,7 +150,8 @@ def cross_iteration_batch_norm(
         params = source.params
         if gradient == "current":
             params = lax.stop_gradient(params)
-        # Written first and read after: a ring that is still to be read would be copied.
+        # The step writes the ring first and reads the new ring afterwards. XLA would copy
+        # an old ring that is still to be read.
         history = push(state.history, iteration, state.slot)
         past = _GUARDS[guard](transport(history, params, rho, batch.mean.dtype))
         in_use = _in_use(state, window, share_of_past)
@@ -173,10 +175,10 @@ def cross_iteration_batch_norm(
 def _in_use(
     state: CrossIterationState, window: int, share_of_past: ScheduleFn
 ) -> jax.Array:
-    """``[S, C]``, which past slots count: none but the youngest during a burn-in."""
+    """``[S, C]``, the past slots in use; during a burn-in only the youngest ones."""
     age = (state.slot - jnp.arange(window, dtype=state.slot.dtype))[:, None]
     age = jnp.where(age < 0, age + window, age)
-    # A share that is a rounding error below a whole slot includes that slot.
+    # A share that is smaller than a whole slot by a rounding error includes that slot.
     reach = jnp.floor((window - 1) * share_of_past(state.running.steps) + 1e-3)[None]
     return (age > 0) & (age <= reach)
 
@@ -187,7 +189,7 @@ def _max(moments: Moments) -> Moments:
 
 
 def _drop(moments: Moments) -> Moments:
-    """A negative variance does not count at all."""
+    """A negative variance is left out."""
     return _max(moments._replace(size=jnp.where(moments.var < 0.0, 0.0, moments.size)))
 
 
@@ -195,7 +197,7 @@ _GUARDS = {"max": _max, "drop": _drop}
 
 
 def _share_of_past(burn_in: int | ScheduleFn) -> ScheduleFn:
-    """A schedule unchanged; a number as so many iterations without the past."""
+    """A schedule unchanged; a number as that many iterations without the past."""
     check_schedule("burn_in", burn_in)
     if callable(burn_in):
         return burn_in

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diminishing batch normalization: one average of statistics, in training and inference."""
+"""Diminishing batch normalization: one average for both training and inference."""
 
 from typing import Literal, NamedTuple
 
@@ -43,32 +43,32 @@ def diminishing_batch_norm(
     normalize_by: Literal["updated", "previous"] = "updated",
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """Diminishing batch normalization: one average of statistics, also used in training.
+    """Diminishing batch normalization: one average for both training and inference.
 
-    Batch m moves the average, and training normalizes by it, as inference does::
+    Batch m updates the averages. Training normalizes by these averages, as inference does::
 
         μ ← (1 − α_m) μ + α_m mean(x)
         σ ← (1 − α_m) σ + α_m std(x)
         y = (x − μ) / (σ + ε)
 
-    α ≡ 1 is batch norm in training. Small α averages over about 1/α batches, whose weights
-    were others: statistics lag behind where the weights move fast, and nothing corrects
-    that (``cross_iteration_batch_norm`` and ``streaming_batch_norm`` do). Gradients flow
-    through the current batch's share, with the factor α_m.
+    α ≡ 1 is batch norm in training. A small α averages over about 1/α batches, which had
+    other weights. If the weights move fast, the statistics lag behind. This method does not
+    correct that lag; ``cross_iteration_batch_norm`` and ``streaming_batch_norm`` do.
+    Gradients flow through the current batch's share, with the factor α_m.
 
-    Prefer it where training and inference must agree, and place it after the activation,
-    as the paper does. Before the activation, where statistics and weights work against each
-    other, a small constant α fails: gradients see only the share α of the statistics.
+    Use it if training and inference must agree. Place it after the activation, as the paper
+    does. Before the activation, statistics and weights work against each other and a small
+    constant α fails: gradients see only the share α of the statistics.
 
     Args:
-      alpha: α in [0, 1], the same for all batches; or a schedule m ↦ α_m, m = 1, 2, …, such
-        as ``diminishing(power)``, ``cumulative()`` or one of optax. The values of a
-        schedule are not checked. A constant mixes the start, mean 0 and deviation 1, into
-        the average; ``exponential(1 − α)`` does not.
-      normalize_by: "updated" normalizes by the average that includes the current batch;
-        "previous" by the average before it, the literal order of the paper's algorithm:
-        the first batch then passes unchanged, except for ε, and no gradient flows through
-        statistics.
+      alpha: α in [0, 1], the same for all batches. Alternatively a schedule m ↦ α_m, m = 1,
+        2, …, such as ``diminishing(power)``, ``cumulative()`` or one of optax. The values
+        of a schedule are not checked. A constant mixes the initial mean 0 and deviation 1
+        into the average; ``exponential(1 − α)`` does not.
+      normalize_by: "updated" normalizes by the average that includes the current batch.
+        "previous" normalizes by the average before it, the literal order of the paper's
+        algorithm. With "previous" the first batch passes unchanged, except for ε, and no
+        gradient flows through statistics.
       epsilon: added to the standard deviation, as published.
 
     Returns:
@@ -79,9 +79,9 @@ def diminishing_batch_norm(
         that do not fit the state.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with fewer than two values that count (``mask``) are normalized by the average
-    as it is. NaN or inf in a feature makes that feature's output NaN in this step (with
-    "previous" only in its own place); the averages do not take it in.
+    The unchanged average normalizes a feature with fewer than two values that count
+    (``mask``). NaN or inf in a feature makes the output of that feature NaN in this step.
+    With "previous", only the value itself becomes NaN. The averages skip that batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,10 +96,10 @@ def diminishing_batch_norm(
     Reference: Yintai Ma, Diego Klabjan, "Diminishing Batch Normalization", IEEE TNNLS
     35(5), 2024, arXiv:1705.08011.
 
-    Differs from the paper: its analysis takes the whole data set as one batch, where both
-    orders are close; with mini-batches "updated" makes α = 1 batch norm. The layer
-    normalizes before or after the activation, as you place it. The paper gives neither ε
-    nor the start of the averages; here they are 1e-5 and (0, 1).
+    Differs from the paper: its analysis takes the whole data set as one batch, for which
+    both orders are close. With mini-batches, "updated" makes α = 1 batch norm. The caller
+    places the layer before or after the activation. The paper gives neither ε nor the
+    initial averages. Here they are 1e-5 and (0, 1).
     """
     name = "diminishing_batch_norm"
     check_schedule("alpha", alpha)
@@ -144,7 +144,7 @@ def diminishing_batch_norm(
 def _update(
     state: DiminishingState, moments: Moments, alpha: float | ScheduleFn
 ) -> DiminishingState:
-    """The average with one more batch; exactly that batch for α = 1."""
+    """The average with one more batch; for α = 1 exactly that batch."""
     steps = state.steps + 1.0
     weight = weights(alpha, steps) if callable(alpha) else alpha
     return DiminishingState(
@@ -157,7 +157,7 @@ def _update(
 def _choose(
     condition: jax.Array, new: DiminishingState, old: DiminishingState
 ) -> DiminishingState:
-    """By feature, in the dtype of the old state."""
+    """Chooses by feature, in the dtype of the old state."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n.astype(o.dtype), o), new, old)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EvoNorm: two formulas that normalize and activate at once."""
+"""EvoNorm: two formulas that normalize and activate in one step."""
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ def evonorm_s0(
 ) -> jax.Array:
     """EvoNorm-S0: ``x · sigmoid(v x) · inv_std · scale + bias``, in place of norm and ReLU.
 
-    The deviation is that of a group of features in one example: ``statistics`` come from
-    ``group_norm(32)``. No mean is subtracted. ``EvoNormS0`` in ``cbn_jax.linen`` and
-    ``cbn_jax.nnx`` is the module.
+    The standard deviation is that of a group of features in one example. ``statistics``
+    come from ``group_norm(32)``. The formula subtracts no mean. ``EvoNormS0`` in
+    ``cbn_jax.linen`` and ``cbn_jax.nnx`` is the module.
 
     Args:
       x: activations ``[..., C]``, floating point.
-      statistics: of ``group_norm``; their mean is not used.
+      statistics: statistics from ``group_norm``; the formula ignores their mean.
       v: learned ``[C]``, 1 at the start.
       scale: learned factor ``[C]``; None for 1.
       bias: learned offset ``[C]``; None for 0.
@@ -64,13 +64,14 @@ def evonorm_b0(
 ) -> jax.Array:
     """EvoNorm-B0: ``x / max(σ, v x + σᵢ) · scale + bias``, in place of norm and ReLU.
 
-    σ is the deviation of the batch, from ``batch_norm(epsilon=1e-3)`` or any other method
-    with statistics per feature; σᵢ that of the feature within the example. No mean is
-    subtracted. ``EvoNormB0`` in ``cbn_jax.linen`` and ``cbn_jax.nnx`` is the module.
+    σ is the standard deviation of the batch, from ``batch_norm(epsilon=1e-3)`` or any other
+    method with statistics per feature. σᵢ is that of the feature within the example. The
+    formula subtracts no mean. ``EvoNormB0`` in ``cbn_jax.linen`` and ``cbn_jax.nnx`` is the
+    module.
 
     Args:
       x: activations ``[..., C]``, floating point.
-      statistics: of a method for batches; their mean is not used.
+      statistics: statistics from a method for batches; the formula ignores their mean.
       v: learned ``[C]``, 1 at the start.
       scale: learned factor ``[C]``; None for 1.
       bias: learned offset ``[C]``; None for 0.

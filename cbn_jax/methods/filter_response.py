@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filter response normalization: each feature of each example by its mean square."""
+"""Filter response normalization: divides each feature of an example by its RMS."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,24 +15,25 @@ from cbn_jax.core.values import factory
 
 @factory
 def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
-    """Filter response normalization: each feature of each example by its mean square.
+    """Filter response normalization: divides each feature of an example by its RMS.
 
-    With E the mean over the positions of one example::
+    Let E be the mean over the positions of one example::
 
         y = x / √(E[x²] + ε)
 
-    No mean is subtracted, so an activation with a learned threshold follows: the
-    thresholded linear unit ``max(y, τ)``, ``TLU`` in ``cbn_jax.linen`` and ``cbn_jax.nnx``.
-    Neither the batch size nor the other examples matter.
+    The method subtracts no mean, so an activation with a learned threshold follows it. That
+    activation is the thresholded linear unit ``max(y, τ)``, ``TLU`` in ``cbn_jax.linen``
+    and ``cbn_jax.nnx``. The output depends neither on the batch size nor on the other
+    examples.
 
-    Prefer it in convolutional networks where batch statistics are unwanted, and group norm
-    for dense layers. The paper warms the learning rate up.
+    Use it in convolutional networks that should not use batch statistics. For dense layers
+    use group norm. The paper trains with a learning-rate warm-up.
 
     Args:
       epsilon: added to the mean square, inside the root.
 
     Returns:
-      An Estimator whose state is a ``StepCount``; nothing depends on it. Its statistics are
+      An Estimator whose state is a ``StepCount``, which affects nothing. Its statistics are
       ``[N, 1, …, 1, C]``, with mean 0.
 
     Raises:
@@ -40,7 +41,7 @@ def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
         fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Under a ``mask``, a feature without a value that counts passes as it is. NaN or inf
+    With a ``mask``, a feature without a value that counts passes unchanged. NaN or inf
     makes the output of its feature and example NaN.
 
     Example:
@@ -56,8 +57,9 @@ def filter_response_norm(*, epsilon: float = 1e-6) -> Estimator:
     Eliminating Batch Dependence in the Training of Deep Neural Networks", CVPR 2020,
     arXiv:1911.09737.
 
-    Differs from the paper: ε is not learned. The paper learns it where a feature map has
-    one position, as behind dense layers; there the output is nearly the sign of ``x``.
+    Differs from the paper: ε is not learned. The paper learns ε if a feature map has one
+    position, as after dense layers. With the fixed ε the output is then nearly the sign of
+    ``x``.
     """
     name = "filter_response_norm"
     check_epsilon(epsilon)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ghost batch normalization: a large batch in parts, each normalized by itself."""
+"""Ghost batch normalization: normalizes each part of a large batch separately."""
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,17 @@ from cbn_jax.core.values import factory
 def ghost_batch_norm(
     examples: int, *, momentum: float | ScheduleFn = 0.99, epsilon: float = 1e-5
 ) -> Estimator:
-    """Ghost batch normalization: a large batch in parts, each normalized by itself.
+    """Ghost batch normalization: normalizes each part of a large batch separately.
 
-    Every ``examples`` neighboring examples are normalized by their own moments. The running
-    averages take the mean of the parts' means and variances.
+    Each group of ``examples`` neighboring examples is normalized by its own moments. The
+    running averages take the mean of the parts' means and variances.
 
-    Prefer it to keep the noise of small batches while a step sees a large one; and to
-    imitate, on one device, devices that normalize alone.
+    Use it to keep the noise of small batches in steps with a large batch. Use it also to
+    imitate, on one device, several devices that normalize separately.
 
     Args:
-      examples: in one part, at least 1. The batch on a device must be a multiple of it.
+      examples: number of examples in one part, at least 1. The batch on a device must be a
+        multiple of it.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
         m ↦ α_m, the weight of the m-th batch.
       epsilon: added to the variance, inside the root.
@@ -47,8 +48,8 @@ def ghost_batch_norm(
         of fewer than two values; features that do not fit the state.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Under a ``mask``, a part with fewer than two values is normalized by the running
-    statistics. NaN or inf makes the output of its part NaN and is kept out of the averages.
+    With a ``mask``, the running statistics normalize a part with fewer than two values that
+    count. NaN or inf makes the output of its part NaN, and the averages skip it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,7 +65,7 @@ def ghost_batch_norm(
     arXiv:1705.08741.
 
     Differs from the paper: one step takes all parts into the running averages at once,
-    instead of one after the other.
+    instead of one after another.
     """
     name = "ghost_batch_norm"
     check_count("examples", examples, 1)
@@ -97,7 +98,7 @@ def ghost_batch_norm(
 
 
 def _moments_of_parts(x: jax.Array, mask: jax.Array | None, examples: int) -> Moments:
-    """Every field ``[parts, C]``."""
+    """The moments of the parts, every field ``[parts, C]``."""
     shape = (x.shape[0] // examples, examples, *x.shape[1:])
     if mask is None:
         return jax.vmap(batch_moments)(x.reshape(shape))
@@ -119,7 +120,7 @@ def _mean_of_parts(parts: Moments, axis_name: AxisName) -> Moments:
 
 
 def _spread(leaf: jax.Array, x: jax.Array, examples: int) -> jax.Array:
-    """A row for each example, ``[N, 1, …, 1, C]``."""
+    """One row per example, ``[N, 1, …, 1, C]``."""
     rows = jnp.repeat(leaf, examples, axis=0)
     return jnp.expand_dims(rows, tuple(range(1, x.ndim - 1)))
 

@@ -39,37 +39,39 @@ def group_batch_norm(
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """Group normalization with batch normalization mixed in, by a learned weight w.
+    """Group normalization mixed with batch normalization, by a learned weight w.
 
-    With G(x) normalized by groups of features within each example, B(x) by batch
-    statistics (running ones in inference)::
+    G(x) is ``x`` normalized by groups of features within each example. B(x) is ``x``
+    normalized by batch statistics, or by running ones in inference::
 
         group_first    y = w G(x) + (1 − w) B(G(x))
         batch_first    y = w G(B(x)) + (1 − w) B(x)
         parallel       y = w G(x) + (1 − w) B(x)
 
-    w = 1 is group norm (but for batch_first, where G sees B(x)), w = 0 batch norm (for
-    group_first that of G(x)). Every order is one affine map of ``x``: feature maps are read
-    once for moments and once to be normalized, whatever the order.
+    w = 1 is group norm, except that in batch_first G acts on B(x). w = 0 is batch norm, in
+    group_first that of G(x). Every order is one affine map of ``x``. The layer reads
+    feature maps once for moments and once to normalize them, for every order.
 
-    Prefer it to group norm where batches hold a few examples; ``small_batch_norm`` has
-    better batch statistics at one or two.
+    Prefer it to group norm if a batch holds a few examples. ``small_batch_norm`` has better
+    batch statistics with one or two examples.
 
     The weight is learned like any parameter. A Flax module learns it with
-    ``Norm(learned(group_batch_norm, num_groups=8))``: a scalar whose sigmoid is w, 0.73 at
-    the start as published. Elsewhere call this function with the parameter.
+    ``Norm(learned(group_batch_norm, num_groups=8))``. The module's parameter is a scalar
+    whose sigmoid is w, initially 0.73 as published. Outside of Flax modules call this
+    function with the parameter.
 
     Args:
       mix: w in [0, 1], a scalar or ``[C]``; may be traced.
-      num_groups: groups of neighboring features, a divisor of their number. Groups of two
-        values, after narrow dense layers, leave little but signs.
+      num_groups: number of groups of neighboring features, a divisor of the number of
+        features. Normalizing a group of two values, as after a narrow dense layer, keeps
+        little more than signs.
       order: which normalizer sees ``x``.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
         m ↦ α_m such as ``cumulative()``.
       epsilon: added to the variances, inside the root.
 
     Returns:
-      An Estimator whose state is a ``RunningMoments``, of what B sees. Its statistics are
+      An Estimator whose state is a ``RunningMoments`` of the input of B. Its statistics are
       ``[N, 1, …, 1, C]``.
 
     Raises:
@@ -77,11 +79,11 @@ def group_batch_norm(
         ``num_groups``, that do not fit the state, or that leave groups of one value.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with fewer than two values in the whole batch (a single example after a dense
-    layer, or a ``mask``) use the running statistics for B. Before the first batch they are
-    normalized by groups alone, as in inference. A group with fewer than two values passes
-    G as it is. NaN or inf makes the output of
-    its feature, and of its example's group, NaN; the averages do not take it in.
+    B uses the running statistics for features with fewer than two values in the whole
+    batch: a single example after a dense layer, or a ``mask``. Before the first batch, G
+    alone normalizes such features, as in inference. A group with fewer than two values
+    passes through G unchanged. NaN or inf makes the output of its feature, and of the group
+    in its example, NaN. The averages skip it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,10 +98,10 @@ def group_batch_norm(
     Reference: Agus Gunawan, Xu Yin, Kang Zhang, "Understanding and Improving Group
     Normalization", 2022, arXiv:2207.01972.
 
-    Differs from the paper, as far as the authors' code shows: batch statistics over
-    examples and positions instead of examples only, running ones in inference, so that a
-    prediction does not depend on what else is predicted; biased variances, ε inside the
-    root. ``group_norm_plus`` is the layer as published.
+    Differs from the paper, as far as the authors' code shows: batch statistics are over
+    examples and positions instead of examples only. Inference uses running statistics, so
+    that a prediction does not depend on the other examples in its batch. Variances are
+    biased, with ε inside the root. ``group_norm_plus`` is the layer as published.
     """
     name = "group_batch_norm"
     check_options(mix, num_groups, order, epsilon)
@@ -149,7 +151,7 @@ def group_batch_norm(
 
 
 def _normalized(moments: Moments, statistics: Statistics) -> Moments:
-    """The moments after normalizing; an overflow stays one, and so enters no state."""
+    """The moments after normalizing; an overflow stays non-finite, so no state takes it."""
     return Moments(
         (moments.mean - statistics.mean) * statistics.inv_std,
         jnp.where(

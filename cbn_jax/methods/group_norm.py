@@ -17,27 +17,28 @@ from cbn_jax.core.values import factory
 def group_norm(num_groups: int = 32, *, epsilon: float = 1e-5) -> Estimator:
     """Group normalization: statistics of groups of features within each example.
 
-    Each example is normalized by itself, so neither the batch size nor the other examples
-    matter, and training and inference are the same function. ``num_groups=1`` takes all
-    features and positions of an example together; as many groups as features are instance
-    norm.
+    The layer normalizes each example by itself. The output depends neither on the batch
+    size nor on the other examples. Training and inference are the same function.
+    ``num_groups=1`` takes all features and positions of an example together. With as many
+    groups as features, the method is instance norm.
 
     Args:
-      num_groups: groups of neighboring features, a divisor of their number. Groups of two
-        values, after narrow dense layers, leave little but signs.
+      num_groups: number of groups of neighboring features, a divisor of the number of
+        features. Normalizing a group of two values, as after a narrow dense layer, keeps
+        little more than signs.
       epsilon: added to the variance, inside the root.
 
     Returns:
-      An Estimator whose state is a ``StepCount``, the number of batches; nothing depends on
-      it. Its statistics are ``[N, 1, …, 1, C]``.
+      An Estimator whose state is a ``StepCount``, the number of batches, which affects
+      nothing. Its statistics are ``[N, 1, …, 1, C]``.
 
     Raises:
       ValueError: an argument out of range; features that are no multiple of
         ``num_groups``, that do not fit the state, or that leave groups of one value.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Under a ``mask``, a group of fewer than two values passes as it is. NaN or inf makes the
-    output of its example's group NaN.
+    With a ``mask``, a group of fewer than two values passes unchanged. NaN or inf makes the
+    output of its group in its example NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,8 +52,8 @@ def group_norm(num_groups: int = 32, *, epsilon: float = 1e-5) -> Estimator:
 
     Reference: Yuxin Wu, Kaiming He, "Group Normalization", ECCV 2018, arXiv:1803.08494.
 
-    Differs from ``flax.linen.GroupNorm``: ε is 1e-5 as in the paper's code, not 1e-6;
-    variances stay accurate at any mean.
+    Differs from ``flax.linen.GroupNorm``: ε is 1e-5 as in the paper's code, not 1e-6.
+    Variances are accurate at any mean.
     """
     name = "group_norm"
     check_count("num_groups", num_groups, 1)

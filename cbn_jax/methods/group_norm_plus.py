@@ -42,16 +42,19 @@ def group_norm_plus(
 ) -> Estimator:
     """Group norm plus, with the conventions of the published code.
 
-    As ``group_batch_norm``, but that B normalizes over the examples of a batch only, place
-    by place; deviations are taken by n − 1, with ε added to them; and inference uses the
-    statistics of the batch that is predicted. So a prediction depends on what else is
-    predicted, and training batches hold two examples or more. For comparisons; else take
-    ``group_batch_norm``.
+    This is ``group_batch_norm`` with three changes. B normalizes over the examples of a
+    batch only, separately at each position. Standard deviations use n − 1, and ε is added
+    to them. Inference uses the statistics of the batch that it predicts.
+
+    A prediction therefore depends on the other examples in its batch, and a training batch
+    needs at least two examples. Use this layer for comparisons, and ``group_batch_norm``
+    for anything else.
 
     Args:
       mix: w in [0, 1], a scalar or ``[C]``; may be traced.
-      num_groups: groups of neighboring features, a divisor of their number. Groups of two
-        values, after narrow dense layers, leave little but signs.
+      num_groups: number of groups of neighboring features, a divisor of the number of
+        features. Normalizing a group of two values, as after a narrow dense layer, keeps
+        little more than signs.
       order: which normalizer sees ``x``.
       epsilon: added to the standard deviations.
 
@@ -65,8 +68,9 @@ def group_norm_plus(
         ``train`` with a single example.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    A place with fewer than two values, by a ``mask`` or in inference for a single example,
-    is normalized by groups alone. A group with fewer than two values passes G as it is.
+    G alone normalizes a position with fewer than two values, because of a ``mask`` or
+    because inference gets a single example. A group with fewer than two values passes
+    through G unchanged.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,8 +85,8 @@ def group_norm_plus(
     Reference: as for ``group_batch_norm``; the conventions are those of the first author's
     code, agusgun/CS-570-Project on GitHub.
 
-    Differs from that code: a single example is an error in training and normalized by
-    groups in inference, instead of NaN; a place that does not vary has finite gradients.
+    Differs from that code: a single example is an error in training, and G alone normalizes
+    it in inference, instead of NaN. A position that does not vary has finite gradients.
     """
     name = "group_norm_plus"
     check_options(mix, num_groups, order, epsilon)
@@ -95,7 +99,7 @@ def group_norm_plus(
     def statistics_of_batch(x, axis_name, mask):
         x = x.astype(wide(x.dtype))
         if mask is not None:
-            # NaN in a value that does not count would be 0 times NaN in gradients.
+            # A NaN that does not count would give 0 times NaN in gradients.
             x = jnp.where(mask, x, 0.0)
 
         def group(x):
@@ -130,13 +134,13 @@ def group_norm_plus(
 
 
 def _unbiased(moments: Moments, epsilon: float) -> Statistics:
-    """Deviations by n − 1, as in torch.std, plus ε."""
+    """Standard deviations with n − 1, as in torch.std, plus ε."""
     var = moments.var * moments.size / jnp.maximum(moments.size - 1.0, 1.0)
     return Statistics(moments.mean, 1.0 / (std_of(var) + epsilon))
 
 
 def _place_moments(x: jax.Array, axis_name: AxisName, mask: jax.Array | None) -> Moments:
-    """Moments over the examples at each place, ``[1, ..., C]``."""
+    """Moments over the examples at each position, ``[1, ..., C]``."""
     flat = (x.shape[0], math.prod(x.shape[1:]))
     rows = x.reshape(flat)
     if mask is not None:
@@ -147,7 +151,7 @@ def _place_moments(x: jax.Array, axis_name: AxisName, mask: jax.Array | None) ->
 
 def _check_examples(name: str, x: jax.Array, axis_name: AxisName) -> None:
     examples = x.shape[0] * device_count(axis_name)
-    if isinstance(examples, int) and examples < 2:  # else the shape is symbolic
+    if isinstance(examples, int) and examples < 2:  # otherwise the shape is symbolic
         raise ValueError(
             f"{name} got x of shape {x.shape}, expected two examples or more, as it "
             "normalizes over examples; write group_batch_norm(...) instead."

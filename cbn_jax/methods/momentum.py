@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Momentum batch normalization: past statistics as they were, mixed with the batch's."""
+"""Momentum batch normalization: mixes past statistics with those of the batch."""
 
 from typing import NamedTuple
 
@@ -43,22 +43,22 @@ def momentum_batch_norm(
 ) -> Estimator:
     """Momentum batch normalization: training uses an average of past and current moments.
 
-    With λ_m the decay of step m, training normalizes by::
+    λ_m is the decay of step m. Training normalizes by::
 
         μ  ← λ_m μ  + (1 − λ_m) E[x]
         σ² ← λ_m σ² + (1 − λ_m) Var[x]
 
-    Past moments enter as they were, although the weights have moved since. Gradients flow
-    through the current batch's share, with the factor 1 − λ_m. It is
-    ``streaming_batch_norm`` without the compensation for moving weights, and without its
+    Past moments enter unchanged, although the weights have moved since. Gradients flow
+    through the current batch's share, with the factor 1 − λ_m. The method is
+    ``streaming_batch_norm`` without the compensation for moving weights and without its
     gradient through the window.
 
-    Prefer it as the simplest average, and to see the value of a compensation.
+    Use it as the simplest average, or to measure the benefit of a compensation.
 
     Args:
-      decay: λ in [0, 1), the same for all batches and debiased; or a schedule
-        m ↦ α_m = 1 − λ_m, the weight of the m-th batch. ``matched_noise(batch_size,
-        steps)`` is the paper's.
+      decay: λ in [0, 1), the same for all batches and debiased. Alternatively a schedule
+        m ↦ α_m = 1 − λ_m, the weight of the m-th batch. The paper's schedule is
+        ``matched_noise(batch_size, steps)``.
       momentum: decay of the running averages in [0, 1), for inference; or a schedule.
       epsilon: added to the variance, inside the root.
 
@@ -70,9 +70,9 @@ def momentum_batch_norm(
         feature; features that do not fit the state; a mask that does not fit.
       TypeError: ``x`` is not floating point; the state is another method's.
 
-    Features with fewer than two values that count (``mask``) are normalized by the running
-    statistics. NaN or inf in a feature makes that feature's output NaN in this step; the
-    averages do not take it in.
+    The running statistics normalize a feature with fewer than two values that count
+    (``mask``). NaN or inf in a feature makes the output of that feature NaN in this step.
+    Its averages skip the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,8 +87,8 @@ def momentum_batch_norm(
     Batch Normalization for Deep Learning with Small Batch Size", ECCV 2020,
     doi:10.1007/978-3-030-58610-2_14.
 
-    Differs from the paper: the first batch is taken over exactly, whatever the schedule,
-    and the running averages for inference are debiased.
+    Differs from the paper: the average after the first batch is that batch exactly, for
+    every schedule. The running averages for inference are debiased.
     """
     name = "momentum_batch_norm"
     check_epsilon(epsilon)
@@ -124,7 +124,7 @@ def momentum_batch_norm(
 
 
 def _mixed(state: MomentumState, batch: Moments, average: ScheduleFn) -> Moments:
-    """The average with this batch; the first batch is all there is to average."""
+    """The average with this batch; after the first batch, that batch alone."""
     state = in_dtype(state, batch.mean.dtype)
     steps = state.running.steps
     alpha = jnp.where(steps > 0, weights(average, steps + 1.0), 1.0)

@@ -54,26 +54,27 @@ def moving_average_batch_norm(
 ) -> Bidirectional:
     """Moving average batch normalization (MABN): second moments of both passes, averaged.
 
-    No mean is subtracted; the kernels before it are centered instead. With V the mean of
-    E[x²] over the last k batches and R its running average::
+    The method subtracts no mean. Instead, the kernels before it are centered. V is the mean
+    of E[x²] over the last k batches, and R its running average::
 
         r = clip(√(V + ε) / √(R + ε), 1 / L, L)
         y = x / √(V + ε) · r
         ∂L/∂x = (r g − x Q / √(V + ε)) / √(V + ε)
 
-    g is the gradient at ``y``, and Q the mean of E[g y] over the last k batches. V, r and Q
-    are constants for the gradient. V and Q are those of the current batch alone in the
-    first k batches and in the first ``warmup_steps``. L is 1 in the first ``limit_steps``
-    batches, then ``limit``.
+    g is the gradient at ``y``, and Q the mean of E[g y] over the last k batches. The
+    gradient treats V, r and Q as constants. V and Q are those of the current batch alone in
+    the first k batches and in the first ``warmup_steps``. L is 1 in the first
+    ``limit_steps`` batches, then ``limit``.
 
-    Prefer it after convolutions of deep networks. Center their kernels, as published:
+    Use it after convolutions of deep networks. Center their kernels, as published:
     ``Norm(moving_average_batch_norm(16), layer=nn.Conv(...), kernel=cbn_jax.center)``.
 
     Args:
-      window: k ≥ 1, batches in the windows; the paper takes 32 examples.
-      warmup_steps: t from which the windows are used.
-      limit: L ≥ 1, at last.
-      limit_steps: batches, at least ``warmup_steps``, in which L is 1.
+      window: k ≥ 1, the number of batches in the windows. In the paper a window holds 32
+        examples.
+      warmup_steps: the number t of batches from which the windows are used.
+      limit: the final L ≥ 1.
+      limit_steps: number of batches with L = 1, at least ``warmup_steps``.
       momentum: decay of R in [0, 1), the fraction kept; or a schedule m ↦ α_m.
       epsilon: added to the second moments, inside the roots.
 
@@ -87,8 +88,8 @@ def moving_average_batch_norm(
       TypeError: ``x`` is not floating point; the state is another method's; training
         without ``at``.
 
-    NaN or inf makes the output of its own step NaN and is kept out of the averages. A
-    feature without a value that counts (``mask``) is normalized by R.
+    NaN or inf makes the output of its own step NaN, and the averages skip it. R normalizes
+    a feature without a value that counts (``mask``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,8 +105,8 @@ def moving_average_batch_norm(
     "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization",
     ICLR 2020, arXiv:2001.06838.
 
-    Differs from the authors' code: R is debiased, so it starts at the first batch; any
-    batch size and any number of dimensions are accepted; devices may share statistics.
+    Differs from the authors' code: R is debiased, so it starts at the first batch. Any
+    batch size and any number of dimensions are accepted. Devices may share statistics.
     """
     name = "moving_average_batch_norm"
     check_count("window", window, 1)
@@ -131,7 +132,7 @@ def moving_average_batch_norm(
         return jnp.clip(ratio, 1.0 / most, most)
 
     def follow(state, used, rows):
-        """The state after a batch, which is all that R has after the first."""
+        """The state after a batch; after the first batch R is that batch alone."""
         steps = state.steps + 1.0
         mixed = state.square + weights(average, steps) * (used - state.square)
         square = jnp.where(state.steps > 0, mixed, used)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online normalization: one example after the other, by statistics of those before it."""
+"""Online normalization: normalizes each example by statistics of earlier examples."""
 
 from typing import Any, NamedTuple
 
@@ -37,12 +37,12 @@ class OnlineState(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the backward pass needs of each example, ``[examples of all devices, C]``.
+    """Values of each example for the backward pass, ``[examples of all devices, C]``.
 
     Attributes:
       y: E[y], the mean of its normalized values.
       square: E[y²].
-      inv_std: the scale by which it was normalized.
+      inv_std: the scale that normalized it.
       usable: whether it has finite values that count.
     """
 
@@ -56,25 +56,27 @@ class _Seen(NamedTuple):
 def online_norm(
     forward_decay: float = 0.999, backward_decay: float = 0.99, *, epsilon: float = 1e-5
 ) -> Bidirectional:
-    """Online normalization: one example after the other, by statistics of those before it.
+    """Online normalization: normalizes each example by statistics of earlier examples.
 
-    With E and Var over the positions of example t, and a the forward decay::
+    E and Var are over the positions of example t, and a is the forward decay::
 
         y  = (x − μ) / √(σ² + ε)
         σ² ← a σ² + (1 − a) Var[x] + a (1 − a) (E[x] − μ)²
         μ  ← a μ + (1 − a) E[x]
 
     Two averages of the backward pass, u and v, keep its gradient orthogonal to 1 and to y
-    over time. With g the gradient at y, and b the backward decay::
+    over time. g is the gradient at y, and b is the backward decay::
 
         h = g − (1 − b) v y,                      v ← v + E[h y]
         ∂L/∂x = h / √(σ² + ε) − (1 − b) u,        u ← u + E[∂L/∂x]
 
-    The examples of a batch follow one another; over devices, in the order of the devices.
+    The method takes the examples of a batch one after another. With several devices it
+    takes them in the order of the devices.
 
-    Prefer it at one example per step. Activations may grow with depth, because statistics
-    of the past normalize today's weights. The paper adds a guard after scale and bias:
-    ``jnp.clip(norm(x), -5, 5)``, or layer scaling, ``nn.RMSNorm`` over a whole example.
+    Use it with one example per step. Activations may grow with depth, because past
+    statistics normalize the output of the current weights. The paper adds a guard after
+    scale and bias: ``jnp.clip(norm(x), -5, 5)``, or layer scaling, ``nn.RMSNorm`` over a
+    whole example.
 
     Args:
       forward_decay: a in [0, 1), per example.
@@ -92,8 +94,8 @@ def online_norm(
       TypeError: ``x`` is not floating point; the state is another method's; training
         without ``at``.
 
-    An example without a value that counts (``mask``), or with NaN or inf in a feature,
-    leaves the averages of that feature as they are.
+    An example without a value that counts (``mask``), or with NaN or inf in a feature, does
+    not change the averages of that feature.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,7 +111,7 @@ def online_norm(
     Samaniego de la Fuente, Vishal Subbiah, Michael James, "Online Normalization for
     Training Neural Networks", NeurIPS 2019, arXiv:1905.05894.
 
-    Differs from the paper: the guard is not part of it.
+    Differs from the paper: the method does not include the guard.
     """
     name = "online_norm"
     check_fraction("forward_decay", forward_decay)
@@ -199,7 +201,7 @@ def _chosen(usable: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _like_row(carry: Any, rows: Any) -> Any:
-    """The start of a scan, in the dtype of the rows and spread over devices like them."""
+    """The start of a scan, with the dtype of the rows and their spread over devices."""
     zero = lax.full_like(jax.tree.leaves(rows)[0][0], 0)
     return jax.tree.map(lambda leaf: leaf + zero, carry)
 

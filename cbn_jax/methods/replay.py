@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replay batch normalization: remembered inputs, seen through today's weights."""
+"""Replay batch normalization: recomputes past outputs from stored inputs."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ class ReplayState(NamedTuple):
       running: averages of the window's moments, for inference.
       patches: P of each row, each leaf ``[rows, *leaf.shape[:-1], groups]`` with
         ``(window − 1) · samples`` rows (``samples`` empty rows for a window of one).
-      size: ``[rows, 1]``, how many values a row stands for; 0 for an empty row.
-      slot: scalar, the iteration whose rows are overwritten next.
+      size: ``[rows, 1]``, the number of values that a row represents; 0 for an empty row.
+      slot: scalar, the iteration whose rows the next step overwrites.
     """
 
     running: RunningMoments
@@ -45,40 +45,44 @@ def replay_batch_norm(
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """Replay batch normalization: remembered inputs, seen through today's weights.
+    """Replay batch normalization: recomputes past outputs from stored inputs.
 
-    Keeps what the layer saw (its input rows, or for a convolution its input patches P) at
-    ``samples`` positions of each of the last k − 1 iterations, and computes what it would
-    answer today, x = ⟨P, θₜ⟩. Mean and variance are those of the current batch and these
-    values together, each remembered iteration with the weight of its whole batch.
+    The method stores inputs of the layer at ``samples`` positions of each of the last k − 1
+    iterations. These are the input rows, or for a convolution the input patches P. Each
+    step computes their outputs under the current weights, x = ⟨P, θₜ⟩. Mean and variance
+    are those of the current batch and these values together. Each stored iteration has the
+    weight of its whole batch.
 
-    No Taylor term, so it is exact to every order: the variance is one of real values and
-    cannot be negative, no learning rate or window breaks it, and the gradient with respect
-    to θ goes through all of the window. What remains is the sampling error where
+    There is no Taylor term, so the method is exact to every order. The variance is that of
+    real values and cannot be negative, for any learning rate and window. The gradient with
+    respect to θ goes through the whole window. The only error is the sampling error if
     ``samples`` is smaller than the number of positions.
 
-    Prefer it for dense layers, where it is exact and its state is small, or as the
-    yardstick for other methods; on convolutions ``streaming_batch_norm`` uses more
-    positions for less.
+    Use it for dense layers, for which it is exact and its state is small, or as the
+    reference for other methods. On convolutions ``streaming_batch_norm`` uses more
+    positions at a lower cost.
 
     Args:
-      window: k ≥ 1, iterations pooled, the current one included; 1 is batch norm.
-      samples: positions remembered of each iteration, equally many of each example, at
-        random within; where a batch has fewer, as in a dense layer with ``samples``
-        examples or less, all of them. Memory and cost are (k − 1) · ``samples`` rows,
-        whether in use or not: on dense layers write the batch size.
+      window: k ≥ 1, the number of iterations pooled, including the current one; 1 is batch
+        norm.
+      samples: number of positions stored of each iteration. Each example contributes
+        equally many, at random positions. A batch with fewer positions, as in a dense layer
+        with at most ``samples`` examples, contributes all of them. Memory and cost are
+        (k − 1) · ``samples`` rows, including empty ones. On dense layers write the batch
+        size.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
-        window contradicts it by more than three standard errors.
+        m ↦ α_m such as ``cumulative()``. With a decay, an average restarts if it differs
+        from the window by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
       An Estimator whose state is a ``ReplayState``. ``init`` needs the layer and its
-      parameters, ``train`` its ``source``. Any layer that is linear in its parameters
-      does; JAX differentiates those that are neither dense nor convolutions. Under an axis
-      name the devices share out ``samples`` among them, every device keeps all rows, and
-      the state is replicated. Without one, states of replicas that saw different data must
-      not be averaged: averages of patches vary less than the patches.
+      parameters, ``train`` needs its ``source``. Any layer that is linear in its parameters
+      works. JAX differentiates the layers that are neither dense nor convolutions.
+
+      Under an axis name the devices divide the ``samples`` among them. Every device keeps
+      all rows, and the state is replicated. Without an axis name, never average the states
+      of replicas that saw different data: averages of patches vary less than the patches.
 
     Raises:
       ValueError: an argument out of range; more examples than ``samples``; parameters
@@ -101,12 +105,12 @@ def replay_batch_norm(
     Reference: the aim is that of Zhuliang Yao et al., "Cross-Iteration Batch
     Normalization", CVPR 2021, arXiv:2002.05712.
 
-    Differs from it: past inputs instead of past statistics with a Taylor term; gradients
-    through the whole window; statistics for inference from the window.
+    Differs from the paper: the method stores past inputs instead of past statistics with a
+    Taylor term. Gradients flow through the whole window. Statistics for inference come from
+    the window.
 
-    NaN or inf makes the output of its own step NaN and is not remembered.
-    A window of a single value has no variance; such a step is normalized by the running
-    statistics.
+    NaN or inf makes the output of its own step NaN and is not stored. A window of a single
+    value has no variance. The running statistics then normalize that step.
     """
     check_count("window", window, 1)
     check_count("samples", samples, 1)
@@ -181,15 +185,15 @@ def _rows(sample: Sample, batch: Moments) -> _Rows:
         for p in jax.tree.leaves(sample.patches)
     ]
     usable = functools.reduce(jnp.logical_and, finite, size > 0)
-    usable &= finite_moments(batch).any()  # an overflow would stay for a whole window
+    usable &= finite_moments(batch).any()  # otherwise an overflow stays in the window
     rows = _Rows(sample.patches, size)
     return jax.tree.map(lambda leaf: jnp.where(per_row(usable, leaf), leaf, 0.0), rows)
 
 
 def _check_examples(x: jax.Array, samples: int, axis_name: AxisName) -> None:
-    """There is a row for each example."""
+    """Raises an error if there is not a row for each example."""
     examples = x.shape[0] * device_count(axis_name)
-    if not isinstance(examples, int):  # a symbolic size, which may have bounds
+    if not isinstance(examples, int):  # a symbolic size may have bounds
         fits = max_dim(examples, samples) == samples
         write = f"give symbolic_shape constraints=['{x.shape[0]} <= {samples}']"
     else:
@@ -214,7 +218,7 @@ def _padded(rows: _Rows, samples: int) -> _Rows:
 
 
 def _overwrite(state: ReplayState, rows: _Rows, start: jax.Array) -> ReplayState:
-    """The rows in place of those of the oldest iteration."""
+    """Replaces the rows of the oldest iteration by these rows."""
 
     def put(ring, new):
         new = lax.stop_gradient(new).astype(ring.dtype)

@@ -11,7 +11,7 @@ from cbn_jax.core.values import factory
 from .batch_norm import named_batch_norm
 from .streaming import named_streaming
 
-EXAMPLES = 32  # the batch size from which on batch norm works; the window holds as many
+EXAMPLES = 32  # batch norm works from this batch size on; the window holds as many
 
 
 @factory
@@ -22,28 +22,30 @@ def small_batch_norm(
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """The method that we recommend for small batches, set up for a batch size.
+    """The method that we recommend for small batches, configured for a batch size.
 
-    ``streaming_batch_norm`` whose window is the fewest iterations that hold 32 examples,
-    ``k = ⌈32 / batch_size⌉``: 32 at batch size 1, 16 at 2, 11 at 3. From batch size 32 on
-    one batch is enough, and the method is ``batch_norm``. Under gradient accumulation an
-    iteration is a step of the optimizer, with all its micro-batches.
+    This is ``streaming_batch_norm`` with the shortest window that holds 32 examples,
+    ``k = ⌈32 / batch_size⌉``. The window is 32 at batch size 1, 16 at 2 and 11 at 3. From
+    batch size 32 on, one batch is enough, and the method is ``batch_norm``. Under gradient
+    accumulation an iteration is a step of the optimizer, with all its micro-batches.
 
     Args:
-      batch_size: examples per iteration, at least 1. Count the examples on all devices if
-        the devices share statistics (sharded ``jit``, ``axis_name``), else those on one
-        device. Under gradient accumulation count those of one micro-batch.
-      micro_batches: calls of ``train`` in one step of the optimizer, the
-        ``every_k_schedule`` of ``optax.MultiSteps``. Those of a step are pooled exactly.
+      batch_size: number of examples per iteration, at least 1. If the devices share
+        statistics (sharded ``jit``, ``axis_name``), count the examples on all devices.
+        Otherwise count those on one device. Under gradient accumulation count the examples
+        of one micro-batch.
+      micro_batches: number of calls of ``train`` in one step of the optimizer, the
+        ``every_k_schedule`` of ``optax.MultiSteps``. The window pools the micro-batches of
+        a step exactly.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
-        window contradicts it by more than three standard errors.
+        m ↦ α_m such as ``cumulative()``. With a decay, an average restarts if it differs
+        from the window by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
       An Estimator. Its state is a ``StreamingState``, one array of the size of the layer's
       parameters and nine patches. From batch size 32 on it is a ``RunningMoments``.
-      ``init`` needs the layer and its parameters, ``train`` its ``source``.
+      ``init`` needs the layer and its parameters, ``train`` needs its ``source``.
 
     Raises:
       ValueError: ``batch_size`` is not a whole number from 1 on; and what

@@ -45,7 +45,7 @@ FEW = 64  # inputs of a feature
 
 
 class PastRows(NamedTuple):
-    """Positions of past batches, and what the layer made of them in the last step.
+    """Positions of past batches, and the layer's outputs for them in the last step.
 
     Attributes:
       patches: P, each leaf ``[rows, *leaf.shape[:-1], groups]``.
@@ -87,10 +87,9 @@ def streaming_batch_norm(
 ) -> Estimator:
     """Streaming batch normalization: an exponential window that moves with the weights.
 
-    The window's moments (μ, σ²) and their derivatives (p, G) are carried from step to
-    step. With Δ = θₜ − θₜ₋₁, P what the layer saw at a position (its input patch, so that
-    x = ⟨P, θ⟩), E the mean over the batch and Ê that over eight positions of past
-    batches, one step is::
+    The state carries the window's moments (μ, σ²) and their derivatives (p, G) from step to
+    step. Δ is θₜ − θₜ₋₁. P is the input patch of a position, so that x = ⟨P, θ⟩. E is the
+    mean over the batch, and Ê the mean over eight positions of past batches. One step is::
 
         μ'  = ⟨p, θₜ⟩
         σ²' = σ² + ⟨G, Δ⟩ + Ê[⟨P − p, Δ⟩²]
@@ -98,37 +97,40 @@ def streaming_batch_norm(
         G ← (1 − a) (G + 2 Ê[⟨P − p, Δ⟩ (P − p)]) + 2 a E[(x − μ) (P − p)]
         p ← p + a E[P − p]
 
-    where a falls from 1 to 1/k while the window fills. The quadratic term makes the
-    transport exact in expectation. Where the weights turn by more than a radian in k steps
-    its noise would grow: the window then shortens itself to the steps of one radian.
+    a falls from 1 to 1/k while the window fills. The quadratic term makes the transport
+    exact in expectation. Its noise would grow if the weights turn by more than a radian in
+    k steps. The window then shortens to the steps in which the weights turn by one radian.
 
     The gradient with respect to θ goes through the current batch, through μ' along p, and
-    through σ²' along the new G. The derivatives averaged over the window are as strong as a
-    large batch's and less noisy than the current one's.
+    through σ²' along the new G. The derivatives averaged over the window are as strong as
+    those of a large batch. They are less noisy than those of the current batch.
 
-    Prefer it with 1 to 8 examples per step; ``small_batch_norm(batch_size)`` chooses the
-    window. Its state is one array of the size of θ and nine patches, whatever the window.
-    ``carried_batch_norm`` does without the array.
+    Use it with 1 to 8 examples per step. ``small_batch_norm(batch_size)`` chooses the
+    window. The state is one array of the size of θ and nine patches, for every window.
+    ``carried_batch_norm`` needs no array of the size of θ.
 
     Args:
-      window: k ≥ 1, effective number of iterations: the weights fall off as (1 − 1/k)ˢ.
+      window: k ≥ 1, the effective number of iterations. The weights decrease as (1 − 1/k)ˢ.
         k = 1 gives the statistics of batch norm.
-      micro_batches: calls of ``train`` in one step of the optimizer, under gradient
-        accumulation. Those of one step count alike, as one batch; the window is over steps.
-      samples: how many positions of the batch enter G, equally many of each example, or
-        one of some examples where the batch has more examples than that. None takes all
-        positions. Moments and mean patch always take all. Under an axis name the devices
-        exchange these positions.
+      micro_batches: number of calls of ``train`` in one step of the optimizer, under
+        gradient accumulation. All micro-batches of a step have equal weight and form one
+        batch. The window counts steps.
+      samples: number of positions of the batch that enter G. Each example contributes
+        equally many. If the batch has more examples than ``samples``, some examples
+        contribute one position each. None takes all positions. The moments and the mean
+        patch always use all positions. Under an axis name the devices exchange the sampled
+        positions.
       momentum: decay of the running averages in [0, 1), the fraction kept; or a schedule
-        m ↦ α_m such as ``cumulative()``. An average with a decay restarts where the
-        window contradicts it by more than three standard errors.
+        m ↦ α_m such as ``cumulative()``. With a decay, an average restarts if it differs
+        from the window by more than three standard errors.
       epsilon: added to the variance, inside the root.
 
     Returns:
       An Estimator whose state is a ``StreamingState``. ``init`` needs the layer and its
-      parameters, ``train`` its ``source``. Any layer that is linear in its parameters
-      does. ``dense``, ``convolution`` and their like in Flax know what they saw at a
-      position; JAX differentiates another layer at the sampled positions.
+      parameters, ``train`` needs its ``source``. Any layer that is linear in its parameters
+      works. ``dense``, ``convolution`` and their counterparts in Flax compute the input
+      patch of a position directly. JAX differentiates any other layer at the sampled
+      positions.
 
     Raises:
       ValueError: an argument out of range; parameters without features last; ``train``
@@ -156,16 +158,16 @@ def streaming_batch_norm(
     arXiv:1610.06160, is another method: it averages statistics and gradients over past
     samples as they were, and nothing there moves with the weights.
 
-    Differs from the former: an exponential window that is linearized anew at every step,
-    to second order, instead of k − 1 old ones to first order; gradients through the
-    compensation; statistics for inference from the window, which move with the weights.
-    The last weights are not kept: of ⟨G, θ⟩ and of the eight positions, the state has the
-    values under them.
+    Differs from the former: the window is exponential. Every step linearizes it again, to
+    second order, instead of k − 1 old iterations to first order. Gradients flow through the
+    compensation. Statistics for inference come from the window and move with the weights.
+    The state does not keep the last weights. It keeps the values under them of ⟨G, θ⟩ and
+    of the eight positions.
 
-    NaN or inf makes the output of its own step NaN and is kept out of the state. Without a
-    single value that counts (``mask``), the window is used as it is. A window of one value,
-    as in the first step of a dense layer at batch size 1, has no variance: that step is
-    normalized by the running statistics, which are 0 and 1 before training.
+    NaN or inf makes the output of its own step NaN, and the state skips it. If no value
+    counts (``mask``), the step uses the unchanged window. A window of one value has no
+    variance, as in the first step of a dense layer at batch size 1. The running statistics
+    then normalize that step. They are 0 and 1 before training.
     """
     options = samples, momentum, epsilon
     return named_streaming("streaming_batch_norm", window, micro_batches, *options)
@@ -179,7 +181,7 @@ def named_streaming(
     momentum: float | ScheduleFn,
     epsilon: float,
 ) -> Estimator:
-    """``streaming_batch_norm`` whose errors speak of the function ``name``."""
+    """``streaming_batch_norm`` with the function ``name`` in its error messages."""
     check_count("window", window, 1)
     check_count("micro_batches", micro_batches, 1)
     if samples is not None:
@@ -211,7 +213,7 @@ def named_streaming(
             d_var=_derivative(usable, share, state.d_var, seen, cotangent),
             rows=_remember_rows(usable, share, state, sample, seen, mask is not None),
         )
-        # The gradient goes through today's G, so that the last one need not be kept.
+        # The gradient goes through the new G, so that the step need not keep the last one.
         past = past._replace(
             mean=mean_like(past.mean, now.d_mean, params),
             var=var_like(past.var, new.d_var, params),
@@ -247,7 +249,7 @@ def _init_state(features: int, params: Params, groups: int) -> StreamingState:
 
 
 def _row_count(features: int, params: Params, groups: int) -> int:
-    """Eight; where features see many inputs, each its own, a power of two within θ."""
+    """Eight; for many inputs a power of two, at most the features of a group."""
     inputs = sum(leaf.size for leaf in jax.tree.leaves(params)) // features
     if inputs <= FEW:
         return ROWS
@@ -282,7 +284,7 @@ def _look(
 
 
 class _Seen(NamedTuple):
-    """What the layer makes of patches under today's parameters, as constants.
+    """Outputs of the layer for patches under the current parameters, as constants.
 
     Attributes:
       patches: P − p of the sample and of the past rows, then p and E[P] − p.
@@ -332,7 +334,7 @@ def _run(
 def _past_size(size: jax.Array, batch: Moments, seen: _Seen, groups: int) -> jax.Array:
     """The weight of the past: at most as many batches as θ takes to turn by one radian.
 
-    The same for all features of a group, which share p.
+    All features of a group share p and have the same weight.
     """
     turn = jnp.minimum(seen.spread, seen.var) / jnp.where(seen.var > 0, seen.var, 1.0)
     turn = turn.reshape(groups, -1).mean(axis=1)  # squared
@@ -348,15 +350,15 @@ def _growth(var: jax.Array, last: jax.Array) -> jax.Array:
 
 @jax.named_scope("derivatives")
 def _factors(sample: Sample, seen: _Seen, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What multiplies P − p in G, at the sample and at the past rows; and the new ⟨G, θ⟩.
+    """Factors of P − p in G, at the sample and at the past rows; and the new ⟨G, θ⟩.
 
     G ← (1 − a) G + 2 E[a (x − μ) (P − p)] + 2 (1 − a) E[⟨P − p, Δ⟩ (P − p)]
     """
-    # The mean of the window with the batch, as these patches have it.
+    # The mean of the window including the batch, for these patches.
     offset = seen.x[: sample.weight.shape[0]] - (share * seen.of_batch)[None]
     now = 2.0 * share[None] * sample.weight * offset
     past = (2.0 / len(seen.moved)) * (1.0 - share)[None] * seen.moved
-    means = jnp.zeros_like(seen.x[-2:])  # have no part in it
+    means = jnp.zeros_like(seen.x[-2:])  # the means do not contribute
     cotangent = jnp.concatenate([now, past, means])
     return cotangent, (1.0 - share) * seen.var_at + (cotangent * seen.x).sum(axis=0)
 
@@ -384,7 +386,7 @@ def _remember_rows(
     seen: _Seen,
     masked: bool,
 ) -> PastRows:
-    """The past rows under today's parameters: all new at first, then one in every step."""
+    """The past rows under the current parameters: all new at first, then one each step."""
     old, n = state.rows, sample.weight.shape[0]
     many = len(old.x)
     turn = state.running.steps[0].astype(jnp.int32) & (many - 1)
@@ -395,7 +397,7 @@ def _remember_rows(
     def put(new, old):
         return jnp.where(per_row(write[:, None], old), cycled(new).astype(old.dtype), old)
 
-    x = seen.x - (share * seen.of_batch)[None]  # less the new mean
+    x = seen.x - (share * seen.of_batch)[None]  # minus the new mean
     return PastRows(
         patches=jax.tree.map(put, sample.patches, old.patches),
         x=put(x[:n], remember(usable, x[n:-2], old.x)),
@@ -403,7 +405,7 @@ def _remember_rows(
 
 
 def _cycled(sample: Sample, many: int, masked: bool) -> Callable[[jax.Array], jax.Array]:
-    """What takes so many rows of a leaf of the sample, again and again those that count."""
+    """A function that takes ``many`` rows of a leaf, repeating the rows that count."""
     n, rows = sample.weight.shape[0], jnp.arange(many)
     if not masked:
         return lambda leaf: leaf[:many] if n == many else leaf[rows % n]

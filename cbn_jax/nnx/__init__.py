@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax nnx: one module for every method, a drop-in for ``nnx.BatchNorm``."""
+"""Flax nnx: one module for every method, a replacement for ``nnx.BatchNorm``."""
 
 from cbn_jax.core.optional import require as _require
 

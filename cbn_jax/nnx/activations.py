@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nnx modules that normalize and activate at once, or activate after a norm."""
+"""Nnx modules that normalize and activate in one step, or activate after a norm."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,12 @@ from .norm import Norm
 class EvoNormS0(Norm):
     """EvoNorm-S0 in place of norm and activation; see ``cbn_jax.evonorm_s0``.
 
-    It takes what ``Norm`` takes. Its parameters are ``scale``, ``bias`` and ``v``.
+    It takes the arguments of ``Norm``. Its parameters are ``scale``, ``bias`` and ``v``.
 
     Args:
-      estimator: group norm with the number of groups, 32 unless given.
-      **options: those of ``Norm``, such as ``layer``, ``num_features`` and ``rngs``.
+      estimator: group norm with the number of groups; 32 groups if not given.
+      **options: the arguments of ``Norm``, such as ``layer``, ``num_features`` and
+        ``rngs``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,12 +48,14 @@ class EvoNormS0(Norm):
 class EvoNormB0(Norm):
     """EvoNorm-B0 in place of norm and activation; see ``cbn_jax.evonorm_b0``.
 
-    It takes what ``Norm`` takes. Its parameters are ``scale``, ``bias`` and ``v``.
+    It takes the arguments of ``Norm``. Its parameters are ``scale``, ``bias`` and ``v``.
 
     Args:
-      estimator: the method for the deviation of the batch, ``batch_norm(epsilon=1e-3)``
-        unless given. Any with statistics per feature does.
-      **options: those of ``Norm``, such as ``layer``, ``num_features`` and ``rngs``.
+      estimator: the method for the standard deviation of the batch,
+        ``batch_norm(epsilon=1e-3)`` if not given. Use any method with statistics per
+        feature.
+      **options: the arguments of ``Norm``, such as ``layer``, ``num_features`` and
+        ``rngs``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,7 +109,7 @@ class TLU(nnx.Module):
         self.threshold = nnx.Param(value)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The greater of each value and its feature's threshold."""
+        """The maximum of each value and the threshold of its feature."""
         threshold = self.threshold.get_value().astype(x.dtype)
         return jnp.maximum(x, jnp.broadcast_to(threshold, x.shape))
 

@@ -15,15 +15,15 @@ from .norm import Norm
 def from_batch_norm(
     module: nnx.BatchNorm, estimator: Estimator, layer: nnx.Module | None = None
 ) -> Norm:
-    """A ``Norm`` that continues from a trained ``nnx.BatchNorm``.
+    """Makes a ``Norm`` that continues from a trained ``nnx.BatchNorm``.
 
     Args:
-      module: the trained module; assign the result where it was.
-      estimator: ``batch_norm`` with the module's ε, or any other with running moments,
-        such as ``small_batch_norm``, also inside ``corrected_inference`` and other
-        wrappers. It predicts as the module did; the rest of its state starts afresh.
-      layer: the trained layer before the module, for methods that look at it; the ``Norm``
-        runs it from then on.
+      module: the trained module. Assign the result in its place.
+      estimator: ``batch_norm`` with the module's ε, or any other method with running
+        moments, such as ``small_batch_norm``, also inside ``corrected_inference`` and other
+        wrappers. It predicts as the module did. The rest of its state starts fresh.
+      layer: the trained layer before the module, for methods that look at it. From then on
+        the ``Norm`` runs it.
 
     Returns:
       A ``Norm`` with the module's parameters, running statistics, mode and axes.
@@ -81,20 +81,20 @@ def from_batch_norm(
 
 
 def to_batch_norm(module: Norm, *, momentum: float = 0.99) -> nnx.BatchNorm:
-    """An ``nnx.BatchNorm`` that continues from a trained ``Norm``.
+    """Makes an ``nnx.BatchNorm`` that continues from a trained ``Norm``.
 
-    The inverse of ``from_batch_norm``. Mean and variance are the running averages
-    of the state, ε is that of the estimator.
+    This is the inverse of ``from_batch_norm``. Mean and variance are the running averages
+    of the state, and ε is that of the estimator.
 
     It predicts as ``Norm`` did for ``batch_norm``, ``cross_iteration_batch_norm``,
-    ``streaming_batch_norm`` and ``replay_batch_norm``, also inside ``adaptive_batch_norm``
-    with ``inference="running"``. Predictions change if inference looks at the example:
-    ``corrected_inference`` and ``fitted_inference`` lose their correction, and
-    ``group_batch_norm`` averages other activations.
+    ``streaming_batch_norm`` and ``replay_batch_norm``. The same holds inside
+    ``adaptive_batch_norm`` with ``inference="running"``. Predictions change if inference
+    uses the example: ``corrected_inference`` and ``fitted_inference`` lose their
+    correction, and ``group_batch_norm`` averages other activations.
 
     Args:
-      module: the trained module; assign the result where it was. A ``Norm`` with a layer is
-        replaced by ``nnx.Sequential(module.layer, to_batch_norm(module))``.
+      module: the trained module. Assign the result in its place. Replace a ``Norm`` with a
+        layer by ``nnx.Sequential(module.layer, to_batch_norm(module))``.
       momentum: decay of the new module's averages.
 
     Returns:
@@ -113,7 +113,7 @@ def to_batch_norm(module: Norm, *, momentum: float = 0.99) -> nnx.BatchNorm:
       (2, 4)
     """
     moments = running_in(module.state)
-    # Flax hands on several names and axes too.
+    # Flax also passes on several names and axes.
     axis_name: Any = module.axis_name
     axis: Any = module.axis
     batch_norm = nnx.BatchNorm(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole nnx model with its norms folded into the layers before them."""
+"""Folds the norms of a whole nnx model into the layers before them."""
 
 from collections import Counter
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ _KINDS = nnx.BatchNorm, ReplacedBatchNorm, Norm
 
 
 class FoldedNorm(nnx.Module):
-    """What is left of a norm: its layer, if it owns one, a multiplication, an addition."""
+    """The rest of a norm: its layer, if it owns one, a multiplication, an addition."""
 
     def __init__(self, norm: Any, left: dict[str, jax.Array]):
         self.layer = nnx.data(getattr(norm, "layer", None))
@@ -43,7 +43,7 @@ class FoldedNorm(nnx.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """The same in every mode."""
+        """Computes the same in every mode."""
         del use_running_average, mask
         x = inputs if self.layer is None else self.layer(inputs)
         dtype = self.dtype
@@ -63,22 +63,22 @@ def _param(value: jax.Array | None) -> nnx.Param | None:
 def fold(
     model: M, *inputs: Any, without_layer: tuple[str, ...] = (), **arguments: Any
 ) -> M:
-    """A copy of a model with all norms folded into the layers before them, for inference.
+    """Copies a model with all norms folded into the layers before them, for inference.
 
-    It takes a model with ``nnx.BatchNorm``, of ``replace_batch_norm``, or with ``Norm``. A
-    norm behind a layer becomes a part of its parameters, and one addition per value if the
-    layer has no bias. Any other norm becomes one multiplication and one addition.
+    The model has ``nnx.BatchNorm`` or ``Norm``, or comes from ``replace_batch_norm``. A
+    norm after a layer becomes part of the layer's parameters. If the layer has no bias, one
+    addition per value remains. Any other norm becomes one multiplication and one addition.
 
     Args:
       model: a trained module. It is not changed.
-      *inputs: those of a call of the model; ``jax.ShapeDtypeStruct`` does for an array.
-        Both models are run with them, to compare.
-      without_layer: paths of norms behind layers whose output the model uses without the
-        norm, too.
-      **arguments: of that call, by name.
+      *inputs: inputs of a call of the model. Arrays may be ``jax.ShapeDtypeStruct``. The
+        function runs both models with them, to compare.
+      without_layer: paths of norms after layers whose output the model also uses without
+        the norm.
+      **arguments: keyword arguments of that call.
 
     Returns:
-      A model that is called in the same way.
+      A model with the same call.
 
     Raises:
       ValueError: a method whose inference looks at the example; no norm in the model;
@@ -125,7 +125,7 @@ def _predict(model: nnx.Module) -> Any:
 
 
 def _fold_one(norm: Any, layer: Any, *, alone: bool) -> FoldedNorm:
-    """What is left of a norm; the layer gets new parameters."""
+    """The rest of a norm; the layer gets new parameters."""
     layer, alone = (
         (layer, alone) if getattr(norm, "layer", None) is None else (norm.layer, True)
     )

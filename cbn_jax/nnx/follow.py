@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer a norm of an nnx model follows, from an abstract call of the model."""
+"""Finds the layer before each norm of an nnx model, in an abstract call of the model."""
 
 import functools
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class Seen(NamedTuple):
 
     Attributes:
       layer: the path of the layer whose output it receives.
-      reason: why that layer is of no use, or why there is none.
-      position: how many others were called before.
+      reason: the reason why that layer cannot be used, or why there is none.
+      position: number of batch norms called before.
     """
 
     layer: str | None
@@ -45,7 +45,8 @@ class Call(NamedTuple):
 OUTPUTS = Outputs()
 
 
-# The abstract call. Its modules are instances of subclasses, which note what they see.
+# The abstract call. Its modules are instances of subclasses, which record their inputs or
+# outputs.
 
 
 def nodes_of(model: nnx.Module) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def become(module: Any, cls: type, path: str) -> None:
 
 @functools.cache
 def recording(cls: type) -> type:
-    """A subclass of a layer's class that notes the outputs, made once."""
+    """A subclass of a layer's class that records the outputs, made once."""
     if hasattr(cls, "recorded_from"):
         return cls
 
@@ -83,7 +84,7 @@ def _new(make: Callable[[type], type], cls: type) -> Any:
 
 @functools.cache
 def _noting(cls: type) -> type:
-    """A subclass of a batch norm's class that notes which layer it follows."""
+    """A subclass of a batch norm's class that records the layer it follows."""
 
     def call(self, x, use_running_average=None, *, mask=None):
         self.notes.note(self, x)
@@ -101,7 +102,7 @@ def follow(
     without_layer: tuple[str, ...],
     one_layer: bool = True,
 ) -> dict[str, Seen]:
-    """By path, what each batch norm sees in an abstract call of the model."""
+    """The findings for each batch norm in an abstract call of the model, by path."""
     probe, notes = nnx.clone(model), _Notes(kernel, without_layer, one_layer)
     for path, node in nodes_of(probe).items():
         if type(node) in classes:
@@ -114,7 +115,7 @@ def follow(
 
 
 class _Notes:
-    """What the batch norms of an abstract call see."""
+    """The findings of the batch norms of an abstract call."""
 
     def __init__(
         self, kernel: Kernel | None, without_layer: tuple[str, ...], one_layer: bool
@@ -134,7 +135,7 @@ class _Notes:
             check_one_layer(place, first.layer, layer)
 
     def _reason(self, norm: Any, x: jax.Array, call: Call | None) -> str:
-        """Why a batch norm has no layer; empty if it has one."""
+        """The reason why a batch norm has no layer; empty if it has one."""
         if norm.module_path in self.without_layer:
             return NAMED
         if call is None:
@@ -161,7 +162,7 @@ def _abstractly(model: Any, inputs: Any, arguments: Any) -> None:
 
 
 def exchange(nodes: dict[str, Any], new: dict[int, Any]) -> None:
-    """Puts new modules where the old ones were, also in lists, tuples and dicts."""
+    """Replaces old modules by new ones, also in lists, tuples and dicts."""
 
     def is_module(value):
         return isinstance(value, nnx.Module)

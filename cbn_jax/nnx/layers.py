@@ -25,19 +25,19 @@ LINEAR = *KNOWN, nnx.LinearGeneral, nnx.Einsum, nnx.Embed
 def as_layer(
     layer: nnx.Module, inputs: Any, kernel: Kernel | None = None
 ) -> tuple[Layer, Any]:
-    """The module as a pure function of its parameters, and these as it uses them.
+    """The module as a pure function of its parameters, and the parameters it uses.
 
     Args:
       layer: the module.
-      inputs: what it was called with; None before the first call, when nobody knows
-        whether a layer of another kind is linear.
+      inputs: the inputs of its call. None before the first call; whether a layer of another
+        kind is linear is then unknown.
       kernel: a change of its kernel.
 
     Raises:
       ValueError: the module is not linear in its parameters.
     """
     graph, variables, others = nnx.split(layer, nnx.Param, ...)
-    others = jax.tree.map(lambda leaf: leaf, others)  # variables of its own
+    others = jax.tree.map(lambda leaf: leaf, others)  # own copies of the variables
     structure = jax.tree.structure(variables)
     known = is_known(layer)
     mask = getattr(layer, "mask", None) if known else None
@@ -69,7 +69,7 @@ def _groups(layer: nnx.Module, params: Any) -> int:
 
 
 def _check_draws(layer: nnx.Module, before: Any, module: nnx.Module) -> None:
-    """Random numbers are drawn at each run anew, and a layer runs several times."""
+    """Refuses random draws: a layer runs several times, and each run draws new numbers."""
     counts = jax.tree.leaves(nnx.filter_state(before, nnx.RngCount))
     after = jax.tree.leaves(nnx.state(module, nnx.RngCount))
     if any(one is not other for one, other in zip(counts, after, strict=True)):
@@ -77,7 +77,7 @@ def _check_draws(layer: nnx.Module, before: Any, module: nnx.Module) -> None:
 
 
 def is_known(layer: nnx.Module) -> bool:
-    """Whether it is a layer of Flax with its own arithmetic."""
+    """Whether the module is a layer of Flax with its own arithmetic."""
     cls = getattr(type(layer), "recorded_from", type(layer))
     if cls not in KNOWN:
         return False
@@ -94,5 +94,5 @@ def run_changed(layer: nnx.Module, kernel: Kernel, inputs: Any) -> jax.Array:
     changed = changed_params(layer, nnx.to_pure_dict(params), kernel)
     structure = jax.tree.structure(params)
     changed = jax.tree.unflatten(structure, jax.tree.leaves(changed))
-    # The other variables are those of the layer itself, which may write them.
+    # The other variables belong to the layer itself, which may write them.
     return nnx.merge(graph, changed, others)(inputs)

@@ -24,27 +24,28 @@ from .state import load, metadata_of, store, write
 class Norm(nnx.Module):
     """Normalizes activations with any estimator of this library.
 
-    ``Norm(estimator, num_features=64, rngs=rngs)`` stands where
-    ``nnx.BatchNorm(64, rngs=rngs)`` stood. ``Norm(estimator, layer=nnx.Conv(...),
-    rngs=rngs)`` runs the layer first and lets the estimator see its parameters; every
-    method accepts that form, cross-iteration methods need it.
+    ``Norm(estimator, num_features=64, rngs=rngs)`` replaces
+    ``nnx.BatchNorm(64, rngs=rngs)``. ``Norm(estimator, layer=nnx.Conv(...), rngs=rngs)``
+    runs the layer first and gives the estimator access to its parameters. Every method
+    accepts this form, and cross-iteration methods need it.
 
     ``scale`` and ``bias`` are ``nnx.Param``. Each array of the estimator's state is an
-    ``nnx.BatchStat``; ``norm.mean`` and ``norm.var`` are the running averages of methods
-    that have them, and ``norm.state`` is the whole state. ``model.train()`` and
-    ``model.eval()`` switch the mode. Methods with backward statistics have an ``nnx.Param``
-    more, ``backward``, which the optimizer writes: wrap it in
+    ``nnx.BatchStat``. ``norm.state`` is the whole state. If the method has running
+    averages, they are ``norm.mean`` and ``norm.var``. ``model.train()`` and
+    ``model.eval()`` switch the mode. Methods with backward statistics have an additional
+    ``nnx.Param``, ``backward``, which the optimizer writes. Wrap the optimizer in
     ``cbn_jax.optax.with_backward_statistics``.
 
     Args:
-      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``; decay and ε are
+      estimator: the method, such as ``cbn_jax.batch_norm(momentum=0.9)``. Decay and ε are
         its arguments. With ``cbn_jax.learned(cbn_jax.group_batch_norm, ...)`` the module
         learns the weight of the method, as the sigmoid of a parameter ``mix``.
       layer: a module that is linear in its parameters (``nnx.Conv``, ``nnx.Linear``, …),
         run before normalizing.
-      kernel: a change of the layer's kernel before its use, ``cbn_jax.standardize``,
-        ``cbn_jax.center`` or a function of your own, kernel ↦ kernel of that shape.
-      num_features: size of the feature axis; not needed where the layer tells it.
+      kernel: a function that changes the layer's kernel before its use:
+        ``cbn_jax.standardize``, ``cbn_jax.center`` or your own. It returns a kernel of the
+        same shape.
+      num_features: size of the feature axis; not needed if the layer determines it.
       use_running_average: True for inference, False for training; a call may override it.
       axis: the feature axis, or several; ``layer`` needs features last.
       dtype: dtype of the result; None for the dtype of the activations.
@@ -131,11 +132,11 @@ class Norm(nnx.Module):
         Args:
           inputs: activations, or the layer's input if the module has one.
           use_running_average: overrides the module's own.
-          mask: True where a value counts, one axis for each of the activations, of size 1
-            or theirs. Statistics ignore the others, in training and inference; the output
-            is computed everywhere.
-          update_stats: False trains with the method's statistics and leaves its state as
-            it is.
+          mask: True where a value counts. It has the axes of the activations, each of size
+            1 or of their size. Statistics ignore the other values, in training and
+            inference. The output is computed everywhere.
+          update_stats: False trains with the method's statistics and does not change its
+            state.
 
         Returns:
           Normalized activations.
@@ -161,7 +162,7 @@ class Norm(nnx.Module):
 
     @property
     def state(self) -> Any:
-        """The estimator's state, from the variables that hold it."""
+        """The estimator's state, from the variables that store it."""
         return load(self, self.structure)
 
     @state.setter
@@ -183,7 +184,7 @@ class Norm(nnx.Module):
         return estimator_of(self.estimator, lambda: _value(self.mix))
 
     def _bound(self, estimator):
-        """A method with backward statistics, at those of the module."""
+        """A method with its backward statistics taken from the module."""
         if not isinstance(estimator, Bidirectional):
             return estimator
         return estimator.at(_value(self.backward))
@@ -196,13 +197,13 @@ class Norm(nnx.Module):
         return run_changed(self.layer, self.kernel, inputs)
 
     def _seen_layer(self, inputs):
-        """The layer, its parameters and inputs before it runs, for methods that look."""
+        """The layer, its parameters and inputs before it runs, if the method uses them."""
         if self.layer is None or "layered" not in self._estimator().traits:
             return None
         return *as_layer(self.layer, inputs, self.kernel), inputs
 
     def _output(self, x, statistics, mask):
-        """What follows the statistics; EvoNorm activates here."""
+        """The steps after the statistics; EvoNorm also activates here."""
         del mask
         return normalize(x, statistics, *self._affine(), dtype=self.dtype)
 
@@ -211,7 +212,7 @@ class Norm(nnx.Module):
 
 
 def _signature(cls: type) -> inspect.Signature:
-    """That of ``__init__``; the metaclass of nnx hides it from editors."""
+    """The signature of ``__init__``, which the metaclass of nnx hides from editors."""
     signature = inspect.signature(cls.__init__)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -220,7 +221,7 @@ Norm.__signature__ = _signature(Norm)  # pyright: ignore[reportAttributeAccessIs
 
 
 def _features(num_features: int | None, params: Any) -> int:
-    """The number of features, given or read off the layer's parameters."""
+    """The number of features, given or taken from the layer's parameters."""
     if num_features is not None:
         return num_features
     widths = {leaf.shape[-1] for leaf in jax.tree.leaves(params)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any nnx model with the methods of this library in place of its batch norms."""
+"""Replaces the batch norms of any nnx model by methods of this library."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,37 +40,36 @@ def replace_batch_norm(
     without_layer: tuple[str, ...] = (),
     **arguments: Any,
 ) -> M:
-    """A copy of a model in which an estimator takes the place of every ``nnx.BatchNorm``.
+    """Copies a model with an estimator in place of every ``nnx.BatchNorm``.
 
-    The copy is used as the model is: ``nnx.jit``, ``split`` and ``merge``, ``train()`` and
-    ``eval()``, checkpoints. Its parameters are those of the model, at the same paths, and
-    the trained averages go on as ``mean`` and ``var`` of the new method. Each batch norm
+    Use the copy like the model: with ``nnx.jit``, ``split`` and ``merge``, ``train()`` and
+    ``eval()``, and checkpoints. Its parameters are those of the model, at the same paths.
+    The trained averages continue as ``mean`` and ``var`` of the new method. Each batch norm
     keeps its settings (scale, bias, axis, dtype, mode). The arrays are shared, not copied.
 
-    Methods that look at the layer before them find it by themselves: it is the
-    ``nnx.Conv``, ``nnx.Linear`` or other linear layer whose output the batch norm receives.
-    The function finds out by following an abstract call of the model. A batch norm behind
-    anything else (an activation, a sum, a concatenation, pooling) gets the fallback.
-    ``report`` lists what replaced each.
+    The function finds the layer for methods that look at the layer before them. It is the
+    ``nnx.Conv``, ``nnx.Linear`` or other linear layer whose output the batch norm receives
+    in an abstract call of the model. A batch norm after anything else (an activation, a
+    sum, a concatenation, pooling) gets the fallback. ``report`` lists all replacements.
 
-    A layer and its batch norm that are called several times in a step, as a head is that
-    several levels share, count each call as a batch. ``small_batch_norm(batch_size,
-    micro_batches=calls)`` pools those of a step exactly.
+    A step may call a layer and its batch norm several times, for example a head shared by
+    several levels. Each call then counts as a batch.
+    ``small_batch_norm(batch_size, micro_batches=calls)`` pools the calls of a step exactly.
 
     Args:
       model: any nnx module. It is not changed.
       estimator: the method, such as ``cbn_jax.small_batch_norm(2)``, with the ε of the
         batch norms.
-      *inputs: those of a call of the model; ``jax.ShapeDtypeStruct`` does for an array.
-      fallback: the method for batch norms without a layer, if ``estimator`` needs one.
-        None for ``batch_renorm(warmup_steps=100)``, the best of those that add no
-        parameters; ``bidirectional_batch_norm()`` is better and adds the parameter
+      *inputs: inputs of a call of the model. Arrays may be ``jax.ShapeDtypeStruct``.
+      fallback: the method for batch norms without a layer, if ``estimator`` needs one. None
+        means ``batch_renorm(warmup_steps=100)``, the best method without additional
+        parameters. ``bidirectional_batch_norm()`` is better but adds the parameter
         ``backward``, for ``cbn_jax.optax.with_backward_statistics``.
-      kernel: a change of the kernel of each layer before a batch norm, such as
+      kernel: a function that changes the kernel of each layer before a batch norm, such as
         ``cbn_jax.standardize``.
-      also: classes of your own with the attributes and the call of ``nnx.BatchNorm``.
+      also: your own classes with the attributes and the call of ``nnx.BatchNorm``.
       without_layer: paths of batch norms that get the fallback although they have a layer.
-      **arguments: of that call, by name.
+      **arguments: keyword arguments of that call.
 
     Returns:
       A model of the same class.
@@ -119,13 +118,13 @@ def replace_batch_norm(
 
 
 def report(model: nnx.Module) -> Report:
-    """Lists what replaced each batch norm of a model.
+    """Lists the replacement of each batch norm of a model.
 
     Args:
       model: from ``replace_batch_norm``.
 
     Returns:
-      A ``Report``: print it, or read its rows.
+      A ``Report``. Print it, or read its rows.
 
     Example:
       >>> import jax.numpy as jnp
@@ -161,15 +160,15 @@ class _Plan(NamedTuple):
 
     @property
     def looks(self) -> bool:
-        """Whether something looks at the layer before a batch norm."""
+        """Whether the method or a kernel function uses the layer before a batch norm."""
         return "layered" in self.estimator.traits or self.kernel is not None
 
 
 class ReplacedBatchNorm(Norm):
     """A ``Norm`` in the place of a batch norm, with its parameters and settings.
 
-    Its layer runs where the model calls it, and this module finds the layer's input by the
-    identity of the output.
+    The model calls its layer. This module finds the layer's input by the identity of the
+    output.
     """
 
     def __init__(self, norm: Any, found: Seen, layer: nnx.Module | None, plan: _Plan):
@@ -225,12 +224,12 @@ def _state(
 ) -> Any:
     """A fresh state that continues from the averages of a batch norm."""
     mean, var = norm.mean.get_value(), norm.var.get_value()
-    stack = mean.shape[:-1]  # of layers, under nnx.vmap and nnx.scan
+    stack = mean.shape[:-1]  # axes of layers, under nnx.vmap and nnx.scan
     spec, params = (None, None) if layer is None else as_layer(layer, None, kernel)
     params = jax.tree.map(lambda leaf: leaf[(0,) * len(stack)], params)
     state = estimator.init(norm.num_features, spec, params)
     state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), state)
-    # A batch norm that has seen nothing has averages of 0 and 1.
+    # A batch norm without any batch has averages of 0 and 1.
     fresh = (mean == 0).all() & (var == 1).all()
     moments = from_batch_stats(mean, var)
     moments = moments._replace(steps=jnp.where(fresh, 0.0, moments.steps))
@@ -243,7 +242,7 @@ def _size(norm: ReplacedBatchNorm) -> int:
 
 
 def _chosen(path: str, seen: dict[str, Seen], plan: _Plan) -> Seen:
-    """What is known about a batch norm; a method that needs no layer has no reason."""
+    """The findings for a batch norm; without a reason if the method needs no layer."""
     found = seen.get(path, Seen(None, "not called with these inputs", len(seen)))
     return found if plan.looks else found._replace(reason="")
 
@@ -251,7 +250,7 @@ def _chosen(path: str, seen: dict[str, Seen], plan: _Plan) -> Seen:
 def _check_norms(
     nodes: dict[str, Any], norms: dict[str, Any], estimator: Estimator
 ) -> None:
-    """There are batch norms, and all of them can be replaced."""
+    """Checks that there are batch norms, and that all of them can be replaced."""
     for path, node in nodes.items():
         if isinstance(node, nnx.BatchNorm) and path not in norms:
             refuse_subclass(type(node).__name__, path, "nnx")

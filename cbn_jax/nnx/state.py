@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state as variables of an nnx module, one ``BatchStat`` for each array."""
+"""Stores a state as variables of an nnx module, one ``BatchStat`` for each array."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,11 @@ def store(module: nnx.Module, state: Any, metadata: Mapping[Name, Any]) -> None:
     """Gives the module the variables of a fresh state.
 
     Args:
-      module: it gets an attribute for each field, nested ones as an ``nnx.Dict``.
+      module: the module. It gets an attribute for each field, nested ones as an
+        ``nnx.Dict``.
       state: the state.
-      metadata: of the parameters by name, their shape and sharding. Arrays like a
-        parameter, with or without slots, are sharded like it.
+      metadata: shape and sharding of the parameters, by name. Arrays like a parameter, with
+        or without slots, are sharded like it.
     """
 
     def variables(node, name):
@@ -35,7 +36,7 @@ def store(module: nnx.Module, state: Any, metadata: Mapping[Name, Any]) -> None:
 
 
 def load(module: nnx.Module, structure: Any) -> Any:
-    """The state that the variables hold, a tree of the given structure."""
+    """The state stored in the variables, a tree of the given structure."""
     form = jax.tree.unflatten(structure, range(structure.num_leaves))
     stored = {name: _values(getattr(module, name)) for name in to_dict(form)}
     return from_dict(stored, form)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything around training: population statistics, diagnostics, conversion, folding."""
+"""Tools around training: population statistics, diagnostics, conversion, folding."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which training batches need normalization: assessed before training.
+"""Finds out before training which training batches need normalization.
 
 ::
 
@@ -8,7 +8,7 @@
     figures.draw_assessment(assessment, "batches.png")      # a histogram
     batch_stats = cbn_jax.set_gate(batch_stats, assessment.gate(images))   # in a step
 
-``cbn_jax.adaptive_batch_norm`` is the estimator that heeds the gate.
+``cbn_jax.adaptive_batch_norm`` is the estimator that uses the gate.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ class Assessment:
     """The heterogeneity of every training batch, and the threshold.
 
     Attributes:
-      values: ``[batches]``, the heterogeneity of each.
-      threshold: batches above it are normalized.
-      measure: how heterogeneity was measured.
+      values: ``[batches]``, the heterogeneity of each batch.
+      threshold: batches with a larger heterogeneity are normalized.
+      measure: the measure of heterogeneity.
     """
 
     values: np.ndarray
@@ -47,11 +47,11 @@ class Assessment:
     def gate(self, x: jax.Array, *, axis_name: Any = None) -> jax.Array:
         """Whether a batch needs normalization, measured now; works under ``jit``.
 
-        For batches that are composed afresh in every epoch. ``selected`` has the answer for
-        batches that stay as they were assessed.
+        Use it if every epoch composes new batches. ``selected`` has the answer for batches
+        that stay as they were assessed.
 
         Args:
-          x: the batch, as it was given to ``assess``.
+          x: the batch, in the form given to ``assess``.
           axis_name: as for ``heterogeneity``.
 
         Returns:
@@ -77,8 +77,8 @@ def assess(
 ) -> Assessment:
     """Measures every training batch and divides the batches into two sets by a threshold.
 
-    Takes batches one by one from any iterable and keeps none. To see a progress bar, write
-    ``assess(tqdm.tqdm(batches))``.
+    The function takes batches one by one from any iterable and keeps none. To see a
+    progress bar, write ``assess(tqdm.tqdm(batches))``.
 
     Args:
       batches: each ``[N, ..., C]``, as it enters the network, floating point.

@@ -24,12 +24,13 @@ def with_backward_statistics(
     """An optimizer that also writes the backward statistics of a model.
 
     Methods such as ``moving_average_batch_norm`` and ``online_norm`` average statistics
-    that only the backward pass knows. They are nodes among the parameters, and their
-    "gradient" is their next value. This wrapper gives them the update "next value − value".
-    The optimizer inside never sees them: no clipping, no weight decay, no moments.
+    that only the backward pass computes. The averages are nodes among the parameters, and
+    their "gradient" is their next value. This wrapper gives them the update "next
+    value − value". The inner optimizer never sees the averages: it does not clip or decay
+    them, and keeps no moments of them.
 
-    Make it the outermost one, around ``optax.chain`` and ``optax.MultiSteps`` too. On
-    parameters without backward statistics it changes nothing.
+    Make it the outermost wrapper, also around ``optax.chain`` and ``optax.MultiSteps``. It
+    changes nothing for parameters without backward statistics.
 
     Args:
       optimizer: any ``optax.GradientTransformation``, or ``optax.MultiSteps``.
@@ -79,7 +80,7 @@ def with_backward_statistics(
 
 
 def _without(tree: Any) -> Any:
-    """The tree with nothing in place of backward statistics."""
+    """The tree without its backward statistics."""
     return jax.tree.map(
         lambda node: MaskedNode() if is_backward(node) else node, tree, is_leaf=is_backward
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient centralization for optax: gradients of kernels lose their mean."""
+"""Gradient centralization for optax: subtracts the mean from gradients of kernels."""
 
 from typing import Literal
 
@@ -13,11 +13,11 @@ with require("optax", "cbn_jax.optax"):
 
 
 def centralize(kernels: Literal["all", "conv"] = "all") -> GradientTransformation:
-    """Gradient centralization: every filter's gradient loses its mean.
+    """Gradient centralization: subtracts from every filter's gradient its mean.
 
-    A kernel's gradient becomes ``g − mean(g)``, the mean over all axes but the last, which
-    in Flax are what one output feature is computed from. Where it stands in the chain says
-    what it does::
+    A kernel's gradient becomes ``g − mean(g)``, the mean over all axes but the last. In
+    Flax these are the axes from which one output feature is computed. The position in the
+    chain determines what is centralized::
 
         optax.chain(centralize(), optax.adam(1e-3))                        # the gradient
         optax.chain(optax.add_decayed_weights(1e-4), centralize(), optax.sgd(0.1, 0.9))
@@ -25,16 +25,17 @@ def centralize(kernels: Literal["all", "conv"] = "all") -> GradientTransformatio
             optax.scale_by_adam(), centralize(), optax.scale_by_learning_rate(1e-3)
         )
 
-    The second is the published order for SGD, after weight decay; the third is advised for
-    methods of Adam's kind: only an update without mean leaves the mean of every filter at
-    its initial value. It costs one pass over the gradients.
+    The second is the published order for SGD, after weight decay. The third is recommended
+    for methods like Adam: only an update without mean keeps the mean of every filter at its
+    initial value. The transformation costs one pass over the gradients.
 
     Args:
-      kernels: "all" takes every array of two axes or more, "conv" of three or more, which
-        leaves dense kernels alone. Only the number of axes is looked at; exclude by
-        ``optax.masked`` what is no kernel with its outputs last: embeddings, attention's
-        and other ``DenseGeneral`` layers with several output axes, and layers stacked by
-        ``nn.scan`` or ``vmap``, whose first axis counts layers.
+      kernels: "all" takes every array with at least two axes. "conv" takes those with at
+        least three, and so leaves dense kernels unchanged. Only the number of axes decides.
+        Use ``optax.masked`` to exclude arrays that are not kernels with their outputs last.
+        These are embeddings, attention's and other ``DenseGeneral`` layers with several
+        output axes, and layers stacked by ``nn.scan`` or ``vmap``, whose first axis counts
+        layers.
 
     Returns:
       An ``optax.GradientTransformation`` without state.
@@ -56,8 +57,8 @@ def centralize(kernels: Literal["all", "conv"] = "all") -> GradientTransformatio
     arXiv:2004.01461.
 
     Differs from ``optax.centralize``, which takes the mean over all axes but the first, as
-    suits kernels of PyTorch's layout. Differs from the authors' code in that "conv"
-    includes kernels of 1-D convolutions.
+    suits kernels of PyTorch's layout. Differs from the authors' code: "conv" includes
+    kernels of 1-D convolutions.
     """
     check_choice("kernels", kernels, ("all", "conv"))
     least = 2 if kernels == "all" else 3

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm's weights and averages, from and to Flax, PyTorch, Keras and Haiku.
+"""Weights and averages of a batch norm, from and to Flax, PyTorch, Keras and Haiku.
 
-Each function takes or gives the entries of one layer, without their prefix. What comes in
-may be anything ``np.asarray`` takes; what is converted is float32.
+Each function takes or returns the entries of one layer, without their prefix. Inputs may be
+anything that ``np.asarray`` takes. Outputs are float32.
 """
 
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ _HAIKU = ("scale", "offset", "mean_ema", "var_ema")
 
 
 class BatchNormWeights(NamedTuple):
-    """What a batch norm has learned, and what it has averaged.
+    """The learned parameters and the averages of a batch norm.
 
     Attributes:
-      scale: ``[C]``, or None for a layer without.
-      bias: ``[C]``, or None for a layer without.
+      scale: ``[C]``, or None for a layer without a scale.
+      bias: ``[C]``, or None for a layer without a bias.
       running: the averages, a state of ``batch_norm``.
     """
 
@@ -41,15 +41,15 @@ def from_flax(
 ) -> BatchNormWeights:
     """Weights of a Flax batch norm.
 
-    Whole models are converted by ``cbn_jax.linen.from_batch_norm``.
+    ``cbn_jax.linen.from_batch_norm`` converts whole models.
 
     Args:
-      params: ``scale`` and ``bias`` of one layer, either may be missing.
+      params: ``scale`` and ``bias`` of one layer; either may be missing.
       batch_stats: ``mean`` and ``var`` of that layer.
 
     Returns:
-      The weights. Flax counts no batches, so the averages have the weight of very many, as
-      in ``from_batch_stats``.
+      The weights. Flax counts no batches, so the averages get the weight of very many
+      batches, as in ``from_batch_stats``.
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]``.
@@ -70,7 +70,7 @@ def to_flax(
     """Weights for a Flax batch norm, linen's or nnx's.
 
     Args:
-      weights: those of one layer.
+      weights: the weights of one layer.
 
     Returns:
       ``params`` and ``batch_stats`` of one layer.
@@ -98,21 +98,24 @@ def from_pytorch(
 ) -> BatchNormWeights:
     """Weights of a PyTorch batch norm.
 
-    PyTorch trains by the biased variance of a batch, but averages the unbiased one and
-    predicts by that. Given n, the average becomes that of the biased ones, by which our
-    estimators train and predict alike; predictions move by as much, a factor of
-    √(n / (n − 1)) before the offset. Without n the average stays, and predictions with it.
+    PyTorch trains with the biased variance of a batch, but averages the unbiased one and
+    predicts with that average. Our estimators train and predict with the biased variance.
+    Given n, this function converts the average to the biased variance. Predictions then
+    change by a factor of √(n / (n − 1)) before the offset. Without n the average and the
+    predictions stay unchanged.
 
     Args:
-      tensors: the layer's ``state_dict()``: ``running_mean``, ``running_var``, with
-        ``weight`` and ``bias`` if it is affine, and ``num_batches_tracked`` if known.
-      values_per_feature: n ≥ 2, values of one feature in a training batch: examples times
-        positions, on one device, or on all for ``SyncBatchNorm``; None keeps the variance.
+      tensors: the layer's ``state_dict()``: ``running_mean`` and ``running_var``,
+        ``weight`` and ``bias`` if the layer is affine, and ``num_batches_tracked`` if
+        known.
+      values_per_feature: n ≥ 2, the number of values of one feature in a training batch:
+        examples times positions. Count them on one device, or on all for ``SyncBatchNorm``.
+        None keeps the variance.
 
     Returns:
-      The weights. Without a number of batches, or with a number of 0 for averages that are
-      not those of a fresh layer (0 and 1), the averages have the weight of very many, as
-      in ``from_batch_stats``.
+      The weights. In two cases the averages get the weight of very many batches, as in
+      ``from_batch_stats``: the number of batches is missing, or it is 0 although the
+      averages are not those of a fresh layer (0 and 1).
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]``;
@@ -140,9 +143,9 @@ def to_pytorch(
     """Weights for a PyTorch batch norm.
 
     Args:
-      weights: those of one layer.
-      values_per_feature: n ≥ 2, as for ``from_pytorch``; None keeps the variance, and
-        PyTorch predicts what our estimators did.
+      weights: the weights of one layer.
+      values_per_feature: n ≥ 2, as for ``from_pytorch``. None keeps the variance, and
+        PyTorch predicts what our estimators predicted.
 
     Returns:
       Arrays for ``load_state_dict``, which takes
@@ -164,7 +167,7 @@ def to_pytorch(
     """
     share = _biased_share(values_per_feature)
     vectors = _written("to_pytorch", weights, _PYTORCH)
-    # The start of an average is no variance of a batch.
+    # The initial value of an average is not the variance of a batch.
     seen = np.asarray(weights.running.steps) > 0
     vectors["running_var"] /= np.where(seen, share, 1.0)
     arrays = {name: value.astype(np.float32) for name, value in vectors.items()}
@@ -172,7 +175,7 @@ def to_pytorch(
 
 
 def decay_of_pytorch(momentum: float | None) -> float | ScheduleFn:
-    """PyTorch's ``momentum`` as that of our estimators.
+    """Converts PyTorch's ``momentum`` to that of our estimators.
 
     Args:
       momentum: weight of the current batch, in (0, 1]; None for the mean of all batches.
@@ -202,12 +205,12 @@ def from_keras(weights: Mapping[str, Any]) -> BatchNormWeights:
     """Weights of a Keras batch normalization.
 
     Args:
-      weights: ``{w.name: w for w in layer.weights}``: ``moving_mean``,
-        ``moving_variance``, and ``gamma`` and ``beta``, either may be missing.
+      weights: ``{w.name: w for w in layer.weights}``: ``moving_mean``, ``moving_variance``,
+        ``gamma`` and ``beta``. ``gamma`` and ``beta`` may be missing.
 
     Returns:
-      The weights. Keras counts no batches, so the averages have the weight of very many,
-      as in ``from_batch_stats``.
+      The weights. Keras counts no batches, so the averages get the weight of very many
+      batches, as in ``from_batch_stats``.
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]``.
@@ -226,7 +229,7 @@ def to_keras(weights: BatchNormWeights) -> dict[str, np.ndarray[Any, Any]]:
     """Weights for a Keras batch normalization.
 
     Args:
-      weights: those of one layer.
+      weights: the weights of one layer.
 
     Returns:
       Arrays in the order of ``layer.weights``, so that ``layer.set_weights`` takes the list
@@ -254,14 +257,14 @@ def from_haiku(
     """Weights of a Haiku batch norm.
 
     Args:
-      params: ``scale`` and ``offset`` of one module, either may be missing.
-      state: that module's ``mean_ema`` and ``var_ema``; what stands before the last slash
-        of a name is not looked at.
+      params: ``scale`` and ``offset`` of one module; either may be missing.
+      state: that module's ``mean_ema`` and ``var_ema``. The function ignores the part of a
+        name before the last slash.
 
     Returns:
       The weights. Haiku debiases as we do and counts batches, so ``batch_norm`` with
-      momentum ``decay_rate`` continues with the same averages. With a counter of 0 for
-      averages that are not 0, they have the weight of very many batches.
+      momentum ``decay_rate`` continues with the same averages. If the counter is 0 and the
+      averages are not, they get the weight of very many batches.
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]`` with axes of size 1.
@@ -300,13 +303,13 @@ def to_haiku(
     """Weights for a Haiku batch norm with features last.
 
     Args:
-      weights: those of one layer.
+      weights: the weights of one layer.
       ndim: axes of the activations, 4 for images.
-      decay_rate: that of the module. Haiku keeps its average before debiasing too, which
-        depends on it.
+      decay_rate: the decay rate of the module. Haiku also keeps the average before
+        debiasing, which depends on the decay rate.
 
     Returns:
-      ``params`` and ``state`` of one module, the latter with names ``mean_ema`` and
+      ``params`` and ``state`` of one module. The names in ``state`` are ``mean_ema`` and
       ``var_ema``; in a model they are ``f"{module_name}/~/mean_ema"``.
 
     Raises:
@@ -333,7 +336,7 @@ def to_haiku(
         return jnp.asarray(value.reshape((1,) * (ndim - 1) + (-1,)), jnp.float32)
 
     def average(value):
-        value = value * (counter > 0)  # Haiku starts at 0, the variance too
+        value = value * (counter > 0)  # Haiku's averages start at 0
         return {
             "counter": jnp.asarray(counter, jnp.int32),
             "hidden": leaf(value * (1.0 - decay_rate**counter)),
@@ -345,7 +348,7 @@ def to_haiku(
 
 
 def _biased_share(values_per_feature: int | None) -> float:
-    """The biased variance over the unbiased one; 1 where neither is asked for."""
+    """The biased variance over the unbiased one; 1 if no conversion is wanted."""
     if values_per_feature is None:
         return 1.0
     check_count("values_per_feature", values_per_feature, 2)
@@ -358,7 +361,7 @@ def _is_fresh(mean: Any, found_var: Any, var: float) -> bool:
 
 
 def _steps(counter: Any, fresh: bool) -> float:
-    """The number of batches; a counter of 0 beside trained averages was never counted."""
+    """The number of batches; a counter of 0 with trained averages counts as unknown."""
     steps = LONG if counter is None else float(np.asarray(counter))
     return LONG if steps == 0 and not fresh else steps
 
@@ -366,7 +369,7 @@ def _steps(counter: Any, fresh: bool) -> float:
 def _read(
     method: str, tensors: Mapping[str, Any], names: tuple[str, str, str, str]
 ) -> dict[str, Any]:
-    """Scale, bias, mean and variance under their names, all four, None for none."""
+    """All of scale, bias, mean and variance by name; None for a missing one."""
     scale, bias, mean, var = names
     given = {name for name, value in tensors.items() if value is not None}
     if not {mean, var} <= given or not given <= set(names):
@@ -381,7 +384,7 @@ def _read(
 def _written(
     method: str, weights: BatchNormWeights, names: tuple[str, str, str, str]
 ) -> dict[str, Any]:
-    """Scale, bias, mean and variance under their names, those that there are."""
+    """Scale, bias, mean and variance by name, without the missing ones."""
     scale, bias, running = weights
     check_state_type(method, running, RunningMoments)
     values = zip(names, (scale, bias, running.mean, running.var), strict=True)
@@ -389,7 +392,7 @@ def _written(
 
 
 def _vectors(method: str, named: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Arrays of one axis and one size."""
+    """Arrays with one axis, all of one size."""
     arrays = {name: np.asarray(value) for name, value in named.items()}
     shapes = {name: array.shape for name, array in arrays.items()}
     if any(array.ndim == 0 or array.size != max(array.shape) for array in arrays.values()):
@@ -403,7 +406,7 @@ def _vectors(method: str, named: dict[str, Any]) -> dict[str, np.ndarray[Any, An
 
 
 def _weights(vectors: dict[str, Any], steps: float) -> BatchNormWeights:
-    """From scale, bias, mean and variance, in this order."""
+    """The weights from scale, bias, mean and variance, in this order."""
 
     def leaf(value: Any) -> Any:
         return None if value is None else jnp.asarray(value, jnp.float32)

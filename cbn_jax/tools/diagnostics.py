@@ -2,9 +2,9 @@
 """Errors of a method's training statistics, measured in your model, layer by layer.
 
 The true statistics of a layer are those of a large batch under the current weights.
-``watch`` trains several methods on the same activations, ``reference`` measures the truth
-in one pass over the large batch, ``errors`` compares them layer by layer, and
-``cbn_jax.figures.draw_errors`` draws them::
+``watch`` trains several methods on the same activations. ``reference`` measures the true
+statistics in one pass over the large batch. ``errors`` compares the two, layer by layer,
+and ``cbn_jax.figures.draw_errors`` draws the errors::
 
     methods = {"batch": cbn_jax.batch_norm(), "streaming": cbn_jax.streaming_batch_norm()}
     model = Net(norm=functools.partial(Norm, watch(methods, use="streaming")))
@@ -17,7 +17,7 @@ in one pass over the large batch, ``errors`` compares them layer by layer, and
 
     draw_errors(records, "errors.png")
 
-In nnx the measurement is ``nnx.update(probe, nnx.state(model))``, ``probe(many_images)``,
+In nnx, measure with ``nnx.update(probe, nnx.state(model))``, ``probe(many_images)``,
 ``errors(probe)``.
 """
 
@@ -42,11 +42,12 @@ class WatchState(NamedTuple):
     """State of ``watch`` and ``reference``.
 
     Attributes:
-      states: by method, the state of each.
-      estimated: by method, the statistics of its last training call, each field ``[C]``;
-        mean 0 and scale 1 before the first.
-      truth: statistics of the last reference batch, each field ``[C]``; scale 0 before the
-        first, and for a feature that was not finite in it or did not vary.
+      states: the state of each method, by name.
+      estimated: the statistics of the last training call of each method, by name, each
+        field ``[C]``. Before the first call the mean is 0 and the scale 1.
+      truth: statistics of the last reference batch, each field ``[C]``. The scale is 0
+        before the first reference batch, and for a feature that was not finite in it or did
+        not vary.
     """
 
     states: dict[str, State]
@@ -55,7 +56,7 @@ class WatchState(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Errors of a method's statistics, root mean square over the features of a layer.
+    """Errors of a method's statistics: root mean squares over the features of a layer.
 
     Attributes:
       mean: of ``(estimated mean − true mean) / true std``, in standard deviations.
@@ -71,12 +72,12 @@ def watch(estimators: Mapping[str, Estimator], use: str) -> Estimator:
     """Trains several methods side by side and normalizes by one of them.
 
     All methods see the same activations and sources, those of a network normalized by
-    ``use``. Training therefore runs as with ``use`` alone, and all methods are compared on
-    that one run.
+    ``use``. Training therefore runs as with ``use`` alone, and one run compares all
+    methods.
 
     Args:
-      estimators: by name, methods with one mean and one scale per feature.
-      use: the name of the one whose statistics are returned, in training and inference.
+      estimators: methods with one mean and one scale per feature, by name.
+      use: the name of the method whose statistics are returned, in training and inference.
 
     Returns:
       An Estimator whose state is a ``WatchState``, with the ε of ``use``. Arguments must
@@ -101,7 +102,7 @@ def watch(estimators: Mapping[str, Estimator], use: str) -> Estimator:
       >>> statistics.mean, state.estimated["batch"].mean
       (Array([3.], dtype=float32), Array([4.], dtype=float32))
 
-    Every method treats NaN or inf in its own way; neither enters ``estimated``.
+    Every method treats NaN or inf in its own way. Neither enters ``estimated``.
     """
     check_choice("use", use, estimators)
 
@@ -142,13 +143,13 @@ _LAYERED: frozenset[Trait] = frozenset({"layered"})
 
 @factory
 def reference(estimators: Mapping[str, Estimator], use: str) -> Estimator:
-    """Measures the truth instead of training.
+    """Measures the true statistics instead of training.
 
-    ``train`` normalizes by the statistics of ``use`` from its last training call, and keeps
-    the statistics of ``x`` as the truth; nothing else in the state changes. One pass of the
-    network in training mode, over a large batch and with the parameters of the last
-    training call, therefore measures every layer behind the same layers as in that call.
-    With the parameters after their update, every error contains that update.
+    ``train`` normalizes by the statistics of ``use`` from its last training call, and
+    stores the statistics of ``x`` as the truth. Nothing else in the state changes. Run the
+    network once in training mode, with a large batch and the parameters of the last
+    training call. Every layer then sees the same layers before it as in that call. With the
+    parameters after their update, every error would include that update.
 
     Args:
       estimators: as for ``watch``.
@@ -172,7 +173,7 @@ def reference(estimators: Mapping[str, Estimator], use: str) -> Estimator:
       >>> state.truth.mean
       Array([3.], dtype=float32)
 
-    NaN or inf in a feature stays out of the state; that feature then has no truth.
+    The state ignores NaN or inf in a feature. That feature then has no truth.
     """
     watched = watch(estimators, use)
 
@@ -196,17 +197,19 @@ def reference(estimators: Mapping[str, Estimator], use: str) -> Estimator:
 def errors(tree: Any) -> dict[str, dict[str, Errors]]:
     """The errors of every method in every watched layer.
 
-    The true standard deviation is √(variance + ε) with the ε of the method in use: a
-    feature that hardly varies is normalized by √ε, and what is small beside √ε is a small
-    error. A feature that does not vary at all is left out, and so is one without a truth.
+    The true standard deviation is √(variance + ε) with the ε of the method in use. √ε
+    normalizes a feature with a much smaller variance, so a difference that is small
+    compared to √ε is a small error. The function leaves out features that do not vary at
+    all, and features without a truth.
 
     Args:
       tree: a pytree with a ``WatchState`` per layer, such as linen's ``batch_stats``, an
         nnx module or its state, or one such state.
 
     Returns:
-      Layer path ↦ method ↦ ``Errors``, the layers in the order of their names, numbers as
-      numbers; NaN where no feature is left, as before the first pass with ``reference``.
+      A dict from layer path to method to ``Errors``, sorted by the names of the layers,
+      with numbers in names sorted as numbers. An error is NaN if no feature is left, as
+      before the first pass with ``reference``.
 
     Raises:
       ValueError: no watched layer.
@@ -255,7 +258,7 @@ def _where(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _watched(leaves: dict[Name, jax.Array]) -> dict[str, WatchState]:
-    """By layer, what a ``WatchState`` knows, from the leaves of a tree."""
+    """The contents of each layer's ``WatchState``, from the leaves of a tree."""
 
     def statistics(place):
         return Statistics(leaves[*place, "mean"], leaves[*place, "inv_std"])
@@ -276,7 +279,7 @@ def _watched(leaves: dict[Name, jax.Array]) -> dict[str, WatchState]:
 
 
 def _order(name: str) -> list[tuple[str, int, str]]:
-    """Norm_2 before Norm_10."""
+    """A sort key that puts Norm_2 before Norm_10."""
     return [(p.rstrip("0123456789"), len(p), p) for p in name.split("/")]
 
 

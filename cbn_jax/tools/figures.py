@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of the tools. They need matplotlib, which nothing else in the package uses."""
+"""Figures of the tools. They need matplotlib, which no other module needs."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#99
 def styled(name: str) -> Iterator[Any]:
     """Gives matplotlib, in the library's style, to the function ``name``.
 
-    Without matplotlib it says what to install.
+    Without matplotlib an error message names the package to install.
     """
     try:
         import matplotlib.figure
@@ -39,7 +39,7 @@ def draw_errors(
     *,
     layers: Sequence[str] | None = None,
 ) -> Any:
-    """Draws errors over a training run: a column per layer, a line per method.
+    """Draws errors over a training run: one column per layer, one line per method.
 
     Args:
       records: ``(step, errors(...))``, in the order of the steps, at least one.
@@ -117,7 +117,7 @@ def draw_assessment(assessment: Assessment, path: str | Path | None = None) -> A
 
 
 def _chosen(names: list[str], layers: Sequence[str] | None) -> list[str]:
-    """The layers to draw."""
+    """The names of the layers to draw."""
     if layers is None:
         return list(dict.fromkeys((names[0], names[(len(names) - 1) // 2], names[-1])))
     for layer in layers:
@@ -142,7 +142,8 @@ def _plot(axis: Any, records: Any, layer: str, kind: str) -> None:
     steps = [step for step, _ in records]
     for i, method in enumerate(records[0][1][layer]):
         values = [getattr(measured[layer][method], kind) for _, measured in records]
-        # Narrower and sparser one by one, so that lines which coincide all stay visible.
+        # Each line is narrower and sparser than the one before, so that coinciding lines
+        # all stay visible.
         look = {"lw": max(2.8 - 0.35 * i, 0.7), "ls": (0, (4, i)) if i else "-"}
         axis.plot(steps, values, color=COLORS[i % len(COLORS)], label=method, **look)
     axis.set_yscale("log")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A normalizer in inference, folded into the layer before it."""
+"""Folds a normalizer in inference into the layer before it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,24 +28,24 @@ def fold(
 ) -> dict[str, jax.Array]:
     """Folds a normalizer in inference into the layer before it.
 
-    Inference by running statistics is an affine map of each feature, and so is a part of
-    the layer: with f = inv_std · scale, ``kernel · f`` and ``(bias − mean) · f + beta`` are
-    the parameters of a layer that needs no normalizer. The arithmetic is done in float32
-    (float64 for a float64 kernel).
+    Inference by running statistics is an affine map of each feature. The layer can contain
+    this map: with f = inv_std · scale, the parameters ``kernel · f`` and
+    ``(bias − mean) · f + beta`` make a layer that needs no normalizer. The arithmetic is in
+    float32 (float64 for a float64 kernel).
 
     Args:
-      estimator: any method whose inference does not look at the example.
-      state: its state after training; a variable of nnx, as ``norm.state``, is read.
-      layer: the layer before it, what ``run_layer`` takes or a dense layer or convolution
-        of Flax, linen or nnx: of any rank, also grouped and transposed.
-      params: those of the layer, a kernel or a mapping with ``kernel`` and, if you like,
-        ``bias``, as ``nnx.state(layer)`` is one.
-      scale: the normalizer's ``[C]``; None for 1.
-      bias: the normalizer's ``[C]``; None for 0.
+      estimator: any method whose inference does not use the example.
+      state: its state after training, or a variable of nnx with it, such as ``norm.state``.
+      layer: the layer before it. Pass an argument of ``run_layer``, or a dense layer or
+        convolution of Flax (linen or nnx) of any rank, also grouped or transposed.
+      params: the parameters of the layer: a kernel, or a mapping with ``kernel`` and
+        optionally ``bias``, such as ``nnx.state(layer)``.
+      scale: the normalizer's scale ``[C]``; None for 1.
+      bias: the normalizer's bias ``[C]``; None for 0.
 
     Returns:
-      ``kernel`` and ``bias`` in the dtype of the kernel; give the layer a bias if it had
-      none. A gated method is folded with its gate as it is.
+      ``kernel`` and ``bias`` in the dtype of the kernel. Give the layer a bias if it had
+      none. A gated method is folded with the current gate.
 
     Raises:
       ValueError: a method with statistics per example, or corrected ones; parameters with
@@ -69,7 +69,7 @@ def fold(
             f"fold got params with {sorted(params)}, expected kernel and perhaps bias; "
             "pass those of the layer alone."
         )
-    # Flax has such kernels with their inputs last.
+    # Flax stores such kernels with their inputs last.
     transposed = getattr(layer, "transpose_kernel", False)
     kernel = jnp.asarray(params["kernel"])
     kernel = jnp.swapaxes(kernel, -1, -2) if transposed else kernel
@@ -99,7 +99,7 @@ def fold(
 
 
 def _values(tree: Any) -> Any:
-    """The tree with the variables of nnx as what they hold."""
+    """The tree with each nnx variable replaced by its value."""
 
     def is_variable(node: Any) -> bool:
         return hasattr(node, "get_value")
@@ -114,7 +114,7 @@ def _values(tree: Any) -> Any:
 def scale_and_shift(
     x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, dtype: Any = None
 ) -> jax.Array:
-    """What is left of a folded norm; None keeps the dtype of ``x``."""
+    """The rest of a folded norm; None keeps the dtype of ``x``."""
     y = x.astype(wide(x.dtype))
     if scale is not None:
         y = y * align(scale, y).astype(y.dtype)

@@ -11,8 +11,9 @@ from cbn_jax.core.moments import batch_moments
 def center(kernel: jax.Array) -> jax.Array:
     """Subtracts from each filter its mean over all inputs.
 
-    The output of a layer then does not change with the mean of its input patch, and its
-    mean is near zero. ``moving_average_batch_norm`` needs that, because it subtracts none::
+    The output of a layer then does not change with the mean of its input patch, and the
+    mean of the output is near zero. ``moving_average_batch_norm`` needs that, because it
+    subtracts no mean::
 
         Norm(cbn_jax.moving_average_batch_norm(), layer=nn.Conv(...), kernel=cbn_jax.center)
 
@@ -42,7 +43,7 @@ def center(kernel: jax.Array) -> jax.Array:
 def standardize(kernel: jax.Array, *, epsilon: float = 1e-10) -> jax.Array:
     """Weight standardization: each filter gets mean 0 and variance 1 over its inputs.
 
-    With group norm it is the usual choice for convolutions at small batches::
+    Together with group norm it is the usual choice for convolutions at small batches::
 
         Norm(cbn_jax.group_norm(32), layer=nn.Conv(...), kernel=cbn_jax.standardize)
 
@@ -68,7 +69,7 @@ def standardize(kernel: jax.Array, *, epsilon: float = 1e-10) -> jax.Array:
     arXiv:1903.10520.
 
     Differs from the authors' PyTorch code, which divides by the unbiased deviation plus
-    1e-5; this is the form of Big Transfer's JAX code.
+    1e-5. This function follows Big Transfer's JAX code.
     """
     moments = batch_moments(kernel)
     scale = _as_row(lax.rsqrt(moments.var + epsilon), kernel)

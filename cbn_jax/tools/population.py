@@ -22,27 +22,29 @@ def recompute(
     *,
     size: Callable[[Any], Any] | None = None,
 ) -> States:
-    """Running moments that are those of all the data, exactly, under final weights.
+    """Exact running moments of all the data, under the final weights.
 
-    A running average contains batches under weights that training has left behind, and none
-    under weights that an optimizer averages (``optax.ema``, schedule-free). This function
-    takes one pass over the data in training mode, from fresh states, and pools the moments
-    of all batches by the law of total variance: means and variances are those of all
-    values of the pass together. Each layer sees the outputs of the layers before it for
-    batches, as in training.
+    A running average contains batches under old weights. It contains none under weights
+    that an optimizer averages (``optax.ema``, schedule-free). This function makes one pass
+    over the data in training mode, starting from fresh states. It pools the moments of all
+    batches by the law of total variance. The resulting means and variances are those of all
+    values of the pass together. As in training, each layer sees the outputs of the layers
+    before it for one batch at a time.
 
-    If a window holds more than a batch (streaming, replay, ``running="window"``), it fills
-    during the pass, and windows take the place of batches; the first and last few batches
-    then have a little less weight.
+    The window of a method may hold more than one batch (streaming, replay,
+    ``running="window"``). The window then fills during the pass, and the function pools
+    windows instead of batches. The first and last few batches then have a slightly smaller
+    weight.
 
     Args:
       update: ``(states, batch) -> states``: one forward pass in training mode with the
-        weights that will predict; jit it.
-      states: those of the model, as ``update`` takes them, such as linen's ``batch_stats``
-        or ``nnx.state(model, nnx.BatchStat)``. Only their form and their gates are used.
+        weights used for prediction. Jit it.
+      states: the states of the model, in the form that ``update`` takes, such as linen's
+        ``batch_stats`` or ``nnx.state(model, nnx.BatchStat)``. Only their form and their
+        gates are used.
       batches: the data, any iterable. ``tqdm.tqdm(batches)`` shows a progress bar.
-      size: ``batch -> weight``; None for the number of examples, the length of all arrays
-        in the batch. With a mask it is the sum of the mask.
+      size: ``batch -> weight``. None means the number of examples, the length of all arrays
+        in the batch. With a mask, return the sum of the mask.
 
     Returns:
       The states with new running moments, and windows computed under these weights.
@@ -52,8 +54,8 @@ def recompute(
         states without running moments (those of group norm plus, and of
         ``diminishing_batch_norm``, whose averages are the method).
 
-    Features that are not finite in a batch, or have fewer than two values that count in it,
-    are left out of that batch.
+    A batch does not count for a feature that is not finite in it, or that has fewer than
+    two values that count in it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,8 +67,8 @@ def recompute(
       >>> recompute(update, estimator.init(features=1), batches).mean  # of all five
       Array([5.], dtype=float32)
 
-    Differs from "precise BN" elsewhere, which averages the variances of batches: with two
-    examples a batch they are half of the population's.
+    Differs from "precise BN" elsewhere, which averages the variances of batches. With two
+    examples per batch these are half of the population's variance.
     """
     states = _fresh(states)
     if not find_running(states):
@@ -90,17 +92,18 @@ def recompute(
 
 
 def pool_replicas(states: States) -> States:
-    """One model's states from those of replicas that saw different data.
+    """The states of one model, from those of replicas that saw different data.
 
-    For replicas that train without an ``axis_name``, so that their normalizers differ. The
-    mean of their variances would omit the differences between their means.
+    Use it for replicas that train without an ``axis_name``, so that their normalizers
+    differ. The mean of their variances would omit the differences between their means.
 
     Args:
       states: every leaf ``[replicas, ...]``, as ``pmap`` keeps them.
 
     Returns:
       The states without that axis. Running moments are pooled by the law of total variance,
-      each replica with the weight of its batches. Everything else is the first replica's.
+      with the number of batches of each replica as its weight. All other values are those
+      of the first replica.
 
     Raises:
       ValueError: states without running moments.
@@ -138,7 +141,7 @@ class _Total(NamedTuple):
 
 
 def _examples(batch: Any) -> int:
-    """The length that all arrays of the batch have."""
+    """The common length of all arrays in the batch."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     first = {shape[:1] for shape in shapes}
     if len(first) == 1 and () not in first:
@@ -153,7 +156,7 @@ def _examples(batch: Any) -> int:
 def _added(
     total: dict[Name, _Total], batch: dict[Name, RunningMoments], size: jax.Array
 ) -> dict[Name, _Total]:
-    """One more batch. A feature that was not usable in it has no step, and no weight."""
+    """Adds one batch. A feature that is not usable in it has no step and no weight."""
 
     def add(total, running):
         moments = Moments(running.mean, running.var, size * running.steps)
@@ -169,10 +172,10 @@ def _running(moments: Moments, steps: jax.Array) -> RunningMoments:
 
 
 def _fresh(states: States) -> States:
-    """As from ``init``: zeros, running variances of 1, and gates unchanged."""
+    """Fresh states as from ``init``: zeros, running variances of 1, and gates unchanged."""
     running = {
         place: RunningMoments(
-            # Each a buffer of its own, else the state cannot be donated.
+            # Each array needs its own buffer, otherwise the state cannot be donated.
             jnp.zeros_like(old.mean),
             jnp.ones_like(old.var),
             jnp.zeros_like(old.steps),

@@ -29,9 +29,8 @@ class GateState(NamedTuple):
     """State of ``adaptive_batch_norm``.
 
     Attributes:
-      state: that of the estimator inside.
-      gate: scalar, 1 where the next batch is to be normalized, else 0; ``set_gate``
-        writes it, and it stays as it is until then.
+      state: state of the wrapped estimator.
+      gate: scalar, 1 if the next batch is normalized, else 0. Only ``set_gate`` changes it.
     """
 
     state: State
@@ -45,21 +44,21 @@ def heterogeneity(
     axis_name: AxisName = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """How much a batch varies: one number, by which it is normalized or not.
+    """The heterogeneity of a batch: one number, by which the gate decides.
 
     Args:
       x: a batch as it enters the network, ``[N, ..., C]``, floating point.
-      measure: "entries", the standard deviation over all entries; "channels", that of
-        each channel, averaged over the channels; "examples", that between examples at the
-        same place, averaged over places and channels.
+      measure: "entries" is the standard deviation over all entries. "channels" is that of
+        each channel, averaged over the channels. "examples" is that between examples at the
+        same position, averaged over positions and channels.
       axis_name: axis or axes of ``shard_map``, ``pmap`` or ``vmap`` over which the batch
         is spread; None under ``jit``.
-      mask: True where an entry counts, one axis for each of ``x``, of size 1 or that of
-        ``x``.
+      mask: True where an entry counts. It has the axes of ``x``, each of size 1 or of the
+        size in ``x``.
 
     Returns:
-      A float32 scalar, not negative; NaN for a batch with NaN or inf in it. Channels, or
-      places, with fewer than two entries are left out.
+      A float32 scalar, not negative; NaN for a batch that contains NaN or inf. Channels or
+      positions with fewer than two entries are left out.
 
     Raises:
       ValueError: another measure; ``x`` is empty or has fewer than two axes; a mask that
@@ -98,7 +97,7 @@ def set_gate(tree: Any, open: jax.typing.ArrayLike) -> Any:
         traced and must be the same on all devices.
 
     Returns:
-      The tree with the gates set, everything else as it was.
+      The tree with the gates set, everything else unchanged.
 
     Raises:
       ValueError: no ``GateState`` in the tree; more than one truth value.
@@ -143,33 +142,34 @@ _GATED: frozenset[Trait] = frozenset({"gated"})
 def adaptive_batch_norm(
     estimator: Estimator, *, inference: Literal["running", "gated"] = "running"
 ) -> Estimator:
-    """Adaptive batch normalization: normalizes heterogeneous batches and leaves the others.
+    """Adaptive batch normalization: normalizes heterogeneous batches only.
 
     Before training, ``cbn_jax.assessment.assess`` measures every batch and finds a
-    threshold. A training step sets the gate of all layers at once, from the assessment of
-    this batch or from a measurement now::
+    threshold. A training step sets the gate of all layers at once. It takes the decision
+    from the assessment, or measures the current batch::
 
         assessment = assess(images for images, _ in batches)
         ...
         batch_stats = set_gate(batch_stats, assessment.gate(images))    # under jit
 
-    With the gate open the estimator normalizes the batch. With the gate closed the batch
-    passes unchanged, except for the learned ``scale`` and ``bias``, and the estimator's
-    state ignores it. The gate is an array in the state, so a change of it traces nothing
-    again. NaN in a batch that passes is passed on, and reaches its feature's gradients.
+    If the gate is open, the estimator normalizes the batch. If the gate is closed, the
+    batch passes unchanged, except for the learned ``scale`` and ``bias``, and the
+    estimator's state ignores it. The gate is an array in the state, so changing it causes
+    no new trace. NaN in a batch that passes unchanged stays NaN and reaches the gradients
+    of its feature.
 
-    The learned scale serves two regimes, normalized and not, and inference by running
-    statistics never uses the second. In our measurements it is rarely better than
-    normalizing every batch; ``python -m benchmarks.studies.adaptive`` repeats them. Prefer
-    other methods unless homogeneous batches are your problem.
+    The learned scale applies to normalized and to unchanged batches. Inference by running
+    statistics uses it only for normalized ones. In our measurements the method is rarely
+    better than normalizing every batch; ``python -m benchmarks.studies.adaptive`` repeats
+    them. Use other methods unless homogeneous batches cause your problem.
 
     Args:
       estimator: any method, wrapped or not.
-      inference: "running" normalizes always, by the estimator's inference, so that
-        predictions do not depend on the batch; "gated" heeds the gate there too.
+      inference: "running" always normalizes, by the estimator's inference, so that
+        predictions do not depend on the batch. "gated" uses the gate in inference too.
 
     Returns:
-      An Estimator whose state is a ``GateState``, its gate open.
+      An Estimator whose state is a ``GateState``. Its gate is open at first.
 
     Raises:
       ValueError: another ``inference``; an estimator that is gated already; and what the
@@ -190,10 +190,10 @@ def adaptive_batch_norm(
     Reference: Wael Alsobhi, Tarik Alafif, Alaa Abdel-Hakim, Weiwei Zong, "Adaptive Batch
     Normalization for Training Data with Heterogeneous Features", 2022, arXiv:2211.02050.
 
-    Differs from the paper: only its abstract could be obtained. It says that batches are
-    tested before training, and that a threshold on the heterogeneity of their features
-    parts those to normalize from the others. Measures, threshold, inference and what
-    happens to an estimator's state are defined here.
+    Differs from the paper: only its abstract could be obtained. According to the abstract,
+    batches are tested before training. A threshold on the heterogeneity of their features
+    separates the batches to normalize from the others. This library defines the measures,
+    the threshold, inference and the treatment of the estimator's state.
     """
     name = "adaptive_batch_norm"
     check_traits(

@@ -29,28 +29,30 @@ def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
     """Corrected inference: statistics conditioned on the example, as in training.
 
     In training each example contributes 1/m of the statistics that normalize it, which are
-    therefore biased towards it. With μ_I, σ²_I the moments of the example over its
-    positions and μ, σ² the running ones, the expected training statistics are exactly::
+    therefore biased towards it. Let μ_I, σ²_I be the moments of the example over its
+    positions, and μ, σ² the running ones. If the other examples are independent draws, the
+    expected training statistics are exactly::
 
         μ̂ = μ + (μ_I − μ) / m        σ̂² = (1 − 1/m) σ² + σ²_I / m + (1/m)(1 − 1/m)(μ_I − μ)²
 
-    if the other examples are independent draws. Ordinary inference omits the terms in 1/m;
-    the smaller m, the more it differs from training. m → ∞ is ordinary inference, m = 1 is
-    instance norm, as training with single examples is. Training and state are those of
-    ``estimator``, so that a trained one can be wrapped.
+    Ordinary inference omits the terms in 1/m. The smaller m, the more it differs from
+    training. m → ∞ is ordinary inference. m = 1 is instance norm, as training with single
+    examples is. Training and state are those of ``estimator``, so that you can wrap a
+    trained one.
 
-    The correction matters at one or two examples, and little from there on. A prediction
-    still depends on its own example only. An example without a value that counts (``mask``)
-    has ordinary inference. The layer cannot be folded into the one before it.
+    The correction is large with one or two examples, and small with more. A prediction
+    depends on its own example only. An example without a value that counts (``mask``) gets
+    ordinary inference. The layer cannot be folded into the one before it.
 
     Args:
       estimator: any method with one mean and one variance per feature.
-      examples: m, examples behind a training statistic, at least 1: those of one batch on
-        all devices that share it; times the window for cross-iteration methods (with
-        ``running="window"``), over α for ``diminishing_batch_norm`` (exact for the mean).
+      examples: m, the number of examples in a training statistic, at least 1. Count the
+        examples of one batch on all devices that share it. For cross-iteration methods with
+        ``running="window"`` multiply by the window. For ``diminishing_batch_norm`` divide
+        by α (exact for the mean).
 
     Returns:
-      An Estimator that differs in ``infer``; its statistics are ``[N, 1, …, 1, C]``.
+      An Estimator with another ``infer``, whose statistics are ``[N, 1, …, 1, C]``.
 
     Raises:
       ValueError: an argument out of range; an estimator with statistics per example,
@@ -74,9 +76,9 @@ def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
     Batch Normalization", ICLR 2020, arXiv:1906.03548, mix the same two statistics. The
     former fits the weights online, the latter chooses them on held-out data.
 
-    Differs from the papers, whose formulas could not be obtained (the first is an abstract,
-    the second describes a linear regression of batch on instance statistics): the formula
-    above is derived here from its assumption. ``fitted_inference`` is the regression.
+    Differs from the papers, whose formulas could not be obtained: the formula above is
+    derived here from its assumption. The first paper is an abstract. The second describes a
+    linear regression of batch on instance statistics, which ``fitted_inference`` is.
     """
     check_traits("corrected_inference", estimator.traits, REFUSED)
     if not examples >= 1:

@@ -18,10 +18,10 @@ from .corrected import REFUSED
 
 
 class Fit(NamedTuple):
-    """Averages over examples from which the regression is solved, in running deviations.
+    """Averages over examples for the regression, in running standard deviations.
 
-    With d = (μ_I − μ)/σ, t = (μ_B − μ)/σ and φ = (1, σ²_I/σ², d²). B marks the training
-    statistics, I those of the example; μ and σ are the running statistics.
+    d is (μ_I − μ)/σ, t is (μ_B − μ)/σ, and φ is (1, σ²_I/σ², d²). B marks the training
+    statistics and I those of the example. μ and σ are the running statistics.
 
     Attributes:
       slope: ``[2, C]``, of d² and d·t.
@@ -38,7 +38,7 @@ class FittedState(NamedTuple):
     """State of ``fitted_inference``.
 
     Attributes:
-      state: that of the estimator inside.
+      state: state of the wrapped estimator.
       fit: averages for the regression, 0 before the first batch.
       batches: ``[C]``, the number of batches in them.
     """
@@ -58,23 +58,23 @@ _CORRECTED: frozenset[Trait] = frozenset({"corrected"})
 def fitted_inference(
     estimator: Estimator, *, momentum: float | ScheduleFn = _CUMULATIVE
 ) -> Estimator:
-    """Corrected inference with fitted coefficients, for batches that are no random draws.
+    """Corrected inference with fitted coefficients, for batches that are not random draws.
 
-    The share of an example in its training statistics is not 1/m if the examples of a
-    batch resemble each other (crops of one image, frames of one video), or if the
-    statistics come from more than a batch. ``train`` regresses, feature by feature, the
-    training statistics of the estimator on the moments of each example, and ``infer``
-    predicts with the coefficients::
+    The share of an example in its training statistics is not 1/m in two cases: the examples
+    of a batch resemble each other (crops of one image, frames of one video), or the
+    statistics come from several batches. For each feature, ``train`` regresses the training
+    statistics of the estimator on the moments of each example. ``infer`` predicts with the
+    coefficients::
 
         μ̂ = μ + a (μ_I − μ)        σ̂² = c₀ σ² + c₁ σ²_I + c₂ (μ_I − μ)²
 
-    by least squares, clipped to 0 ≤ a ≤ 1 and c ≥ 0. Independent draws give the
-    coefficients of ``corrected_inference``, up to noise. Before the first batch it is
-    ordinary inference.
+    The fit is by least squares, clipped to 0 ≤ a ≤ 1 and c ≥ 0. Independent draws give the
+    coefficients of ``corrected_inference``, up to noise. Before the first batch, inference
+    is ordinary inference.
 
-    Fit with final weights, in one pass over training data in training mode that keeps the
-    new states and nothing else. Put a trained state in with ``_replace(state=trained)``.
-    For a whole model of fresh states write::
+    Fit with the final weights: make one pass over training data in training mode, and keep
+    only the new states. Put a trained state in with ``_replace(state=trained)``. For the
+    states of a whole model write::
 
         jax.tree.map(
             lambda new, old: new._replace(state=old), fresh, trained,
@@ -95,9 +95,9 @@ def fitted_inference(
         corrected already, or gated; and what the estimator raises.
       TypeError: the state is another method's.
 
-    Features of which the estimator's averages do not take a batch in (not finite, fewer
-    than two values) leave the fit as it is. An example without a value that counts
-    (``mask``) has ordinary inference.
+    If the estimator's averages skip a batch for a feature (not finite, fewer than two
+    values), the fit of that feature skips it too. An example without a value that counts
+    (``mask``) gets ordinary inference.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,7 +113,7 @@ def fitted_inference(
     learning", PolyU 2022, chapter 3 (batch statistics regression).
 
     Differs from the thesis, whose formulas could not be obtained: the variance is regressed
-    on two quantities of the example instead of one, as its exact expectation asks.
+    on two quantities of the example instead of one, because its exact expectation has both.
     """
     name = "fitted_inference"
     check_traits(name, estimator.traits, REFUSED)
@@ -135,8 +135,9 @@ def fitted_inference(
         statistics, inside = estimator.train(
             state.state, x, source, axis_name=axis_name, mask=mask
         )
-        # Of the batches before: an average that holds this one already leans towards it.
-        # Only the first batch, before which there may be none, is compared with its own.
+        # The running statistics are those before this batch. An average that includes the
+        # batch is biased towards it. Only the first batch is compared with its own, because
+        # there may be no earlier batch.
         before, after = (estimator.infer(s, x, mask=mask) for s in (state.state, inside))
         running = jax.tree.map(
             lambda old, new: jnp.where(state.batches > 0, old, new), before, after
@@ -170,7 +171,7 @@ def fitted_inference(
 def _fit(
     training: Statistics, running: Statistics, instance: Moments, axis_name: AxisName
 ) -> Fit:
-    """The averages over one batch; NaN where there was no value."""
+    """The averages over one batch; NaN if there was no value."""
     instance = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), instance)
     running = Statistics(*(value.astype(instance.mean.dtype) for value in running))
     mean, scale = (align(value, instance.mean) for value in running)
@@ -190,13 +191,13 @@ def _fit(
 
 
 def _taken(before: State, after: State) -> jax.Array | bool:
-    """Features whose averages took the batch in; others have no statistics of it."""
+    """Features whose averages include the batch; others have no statistics of it."""
     before, after = _inside(before), _inside(after)
     return after.steps > before.steps if hasattr(after, "steps") else True
 
 
 def _inside(state: State) -> State:
-    """What counts the batches, inside of wrappers."""
+    """The innermost state, inside of wrappers, which counts the batches."""
     while hasattr(state, "state"):
         state = state.state
     return getattr(state, "running", state)
@@ -205,7 +206,7 @@ def _inside(state: State) -> State:
 def _averaged(
     state: FittedState, seen: Fit, taken: jax.Array | bool, average: ScheduleFn
 ) -> FittedState:
-    """The averages with one batch more; features that are not finite keep theirs."""
+    """The averages with one more batch; features that are not finite keep theirs."""
     seen = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), seen)
     usable = taken & jnp.isfinite(seen.gram).all((0, 1)) & jnp.isfinite(seen.target).all(0)
     usable &= jnp.isfinite(seen.slope).all(0)
@@ -221,15 +222,16 @@ def _averaged(
 def _solve(fit: Fit) -> tuple[jax.Array, jax.Array]:
     """Slope a ``[C]`` and coefficients c ``[3, C]``.
 
-    A little ridge towards ordinary inference, c = (1, 0, 0), decides what the data leave
-    open: a dense layer has no variance within an example.
+    A small ridge towards ordinary inference, c = (1, 0, 0), determines coefficients that
+    the data leave open. For example, a dense layer has no variance within an example.
     """
     square, product = fit.slope
     a = jnp.clip(product / jnp.where(square > 0, square, 1.0), 0.0, 1.0)
     ridge = 1e-4 * jnp.eye(3, dtype=fit.gram.dtype)
     gram = jnp.moveaxis(fit.gram, -1, 0) + ridge[None]
     target = fit.target.T + ridge[:1]
-    # Solved for unit diagonals: squares of squares of large deviations are in the matrix.
+    # The system is solved with unit diagonals, because the matrix holds fourth powers of
+    # large deviations.
     unit = lax.rsqrt(jnp.diagonal(gram, axis1=1, axis2=2))
     gram = (
         gram * unit[:, :, None] * unit[:, None, :]

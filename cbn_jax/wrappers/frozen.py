@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method whose statistics no longer change from a given step on."""
+"""A method whose statistics stay fixed from a given step on."""
 
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ class FrozenState(NamedTuple):
     """State of ``frozen``.
 
     Attributes:
-      state: that of the estimator inside.
-      trained: ``[C]``, batches trained on so far, up to the last that counts.
+      state: state of the wrapped estimator.
+      trained: ``[C]``, the number of batches trained on so far, at most ``after``.
     """
 
     state: State
@@ -28,16 +28,17 @@ class FrozenState(NamedTuple):
 
 @factory
 def frozen(estimator: Estimator, after: int) -> Estimator:
-    """Freezes a method: from a given step on, training uses the statistics of inference.
+    """Freezes a method: after a given step, training uses the statistics of inference.
 
-    The state no longer changes, and no gradient flows through the statistics. With
-    ``after=0`` they are frozen from the first step, the usual way to fine-tune a trained
-    network at a batch size of one or two. Late in training, freezing removes the difference
-    between training and inference.
+    From that step on the state does not change, and no gradient flows through the
+    statistics. With ``after=0`` they are frozen from the first step. This is the usual way
+    to fine-tune a trained network at a batch size of one or two. Late in training, freezing
+    removes the difference between training and inference.
 
     Args:
       estimator: any method, wrapped or not.
-      after: the number of training steps before, counted by this wrapper; 0 or more.
+      after: the number of training steps before freezing, counted by this wrapper; 0 or
+        more.
 
     Returns:
       An Estimator whose state is a ``FrozenState``.
@@ -90,7 +91,7 @@ def frozen(estimator: Estimator, after: int) -> Estimator:
 
 
 def _chosen(still: jax.Array, fixed: Statistics, current: Statistics) -> Statistics:
-    """Training may have statistics per example where inference has one for all."""
+    """Selects statistics; training may have them per example, inference for all."""
 
     def choose(f, c):
         f = align(f, c) if f.ndim < c.ndim else f

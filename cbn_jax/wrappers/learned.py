@@ -30,7 +30,7 @@ def learned(method: Callable[..., Estimator], /, **options: Any) -> Learned:
     """A method whose argument ``mix`` a Flax module learns.
 
     Give it to ``cbn_jax.linen.Norm`` or ``cbn_jax.nnx.Norm`` in place of an estimator. The
-    module has one parameter more, ``mix``, whose sigmoid is the weight.
+    module then has an additional parameter ``mix``, whose sigmoid is the weight.
 
     Args:
       method: ``group_batch_norm``, ``group_norm_plus``, or a function of your own with an
@@ -38,7 +38,7 @@ def learned(method: Callable[..., Estimator], /, **options: Any) -> Learned:
       **options: the other arguments of ``method``.
 
     Returns:
-      A ``Learned``, which is no estimator: it makes one for each weight.
+      A ``Learned``. It is not an estimator, but makes one for each weight.
 
     Raises:
       TypeError: ``method`` has no argument ``mix``, or not these options.

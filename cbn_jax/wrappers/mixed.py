@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference by training statistics and those of the batch to predict."""
+"""Inference that mixes training statistics with those of the batch to predict."""
 
 import dataclasses
 
@@ -19,25 +19,26 @@ _CORRECTED: frozenset[Trait] = frozenset({"corrected"})
 
 @factory
 def mixed_inference(estimator: Estimator, examples: float = 16.0) -> Estimator:
-    """Adapts inference to data of another kind, by the statistics of the batch to predict.
+    """Adapts inference to shifted data, by the statistics of the batch to predict.
 
-    With n examples in that batch, and (μ, σ²) from training::
+    n is the number of examples in that batch, and (μ, σ²) are the statistics from
+    training::
 
         w = n / (n + examples)
         mean = (1 − w) μ + w E[x],   var = (1 − w) σ² + w Var[x]
 
-    ``examples=0`` uses the batch alone. Predictions for an example then depend on the
-    others in its batch. Training is the estimator's.
+    ``examples=0`` uses the batch alone. The prediction for an example then depends on the
+    other examples in its batch. Training is that of the estimator.
 
-    Prefer it where the data to predict have drifted: other weather, cameras, sites. On data
-    of the training kind it is worse than plain inference.
+    Use it if the data to predict have drifted: other weather, cameras or sites. On data
+    like the training data it is worse than plain inference.
 
     Args:
       estimator: a method with statistics per feature.
-      examples: how many examples the training statistics count for, 0 or more.
+      examples: weight of the training statistics as a number of examples, 0 or more.
 
     Returns:
-      An Estimator with the estimator's state.
+      An Estimator with the state of ``estimator``.
 
     Raises:
       ValueError: ``examples`` below 0; an estimator whose inference is corrected already
