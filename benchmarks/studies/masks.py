@@ -39,7 +39,12 @@ class Config:
     """A task with a label for every position of a picture."""
     norm_batch: int = 1
     """Tiles per step."""
-    methods: tuple[str, ...] = ("batch_norm", "group_norm", "small_batch_norm")
+    methods: tuple[str, ...] = (
+        "batch_norm",
+        "group_norm-standardize",
+        "small_batch_norm",
+        "small_batch_norm-standardize",
+    )
     """Methods of the study of norm batches."""
     learning_rate: float | None = None
     """Rate for 32 tiles per step; if not given, the rate that norm_batch chose for each
@@ -164,7 +169,10 @@ def figure(results: dict) -> Any:
     for axis in axes.flat:
         axis.axis("off")
     titles = ["tile", "truth"]
-    titles += [f"{c['method']}\n{100 * c['score']:.0f} % IoU" for c in results["cells"]]
+    titles += [
+        cell["method"].replace("-", "-\n") + f"\n{100 * cell['score']:.0f} % IoU"
+        for cell in results["cells"]
+    ]
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=8)
     return made

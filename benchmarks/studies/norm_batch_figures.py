@@ -21,11 +21,11 @@ Cells = dict[Cell, dict[str, Tested]]
 def over_norm_batch(results: dict) -> Any:
     """Test error over the norm batch; one row per task, one column per pairing."""
     cells = _own_steps(tested(results))
-    names = [
-        name
-        for name in dict.fromkeys(cell.task for cell in cells)
-        if len({cell.norm_batch for cell in cells if cell.task == name} - {32}) > 1
-    ]
+    sizes: dict[str, set[int]] = {}
+    for cell in cells:
+        sizes.setdefault(cell.task, set()).add(cell.norm_batch)
+    several = [name for name, found in sizes.items() if len(found - {32}) > 1]
+    names = several or list(sizes)
     made = matplotlib.figure.Figure((9.6, 0.4 + 3.0 * max(1, len(names))))
     axes = made.subplots(max(1, len(names)), 2, sharey="row", squeeze=False)
     for row, name in zip(axes, names, strict=False):
@@ -95,6 +95,7 @@ def alike(results: dict) -> Any:
     names = [
         name for name in dict.fromkeys(cell.task for cell in cells) if _pairs(cells, name)
     ]
+    names.sort(key=lambda name: bool(tasks.TASKS[name].before))  # fine-tuning last
     rows = max((len(_pairs(cells, name)) for name in names), default=1)
     made = matplotlib.figure.Figure((0.5 + 4.6 * max(1, len(names)), 1.2 + 0.24 * rows))
     axes = made.subplots(1, max(1, len(names)), squeeze=False)[0]
@@ -110,7 +111,7 @@ def alike(results: dict) -> Any:
 
 def _task_title(name: str) -> str:
     before = " (fine-tuning)" if tasks.TASKS[name].before else ""
-    return f"{name}{before}, norm batch 2"
+    return f"{name}{before}\nnorm batch 2"
 
 
 def _pairs(cells: Cells, task: str) -> dict[str, tuple[Tested, Tested]]:
@@ -143,7 +144,7 @@ def _dumbbells(axis: Any, pairs: dict[str, tuple[Tested, Tested]]) -> None:
             )
     axis.set_yticks(range(len(pairs)), list(pairs))
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
 
