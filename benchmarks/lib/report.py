@@ -162,6 +162,7 @@ _PLACES = {
     "streaming_batch_norm": 2,
     "carried_batch_norm": 5,
     "nn.GroupNorm": 3,
+    "group_norm": 3,
     "cross_iteration_batch_norm-burn_in": 4,
     "group_norm-standardize": 4,
     "batch_norm+sgd_centralized": 4,
