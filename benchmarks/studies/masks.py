@@ -50,7 +50,7 @@ class Config:
     """Rate for 32 tiles per step; if not given, the rate that norm_batch chose for each
     method."""
     tiles: int = 5
-    """Number of tiles to draw: those of the test region with the most even classes."""
+    """Tiles to draw: those of the test region with most of the rarest class, lakes."""
     seed: int = 0
     """Seed of weights and order."""
     epochs: float = 1.0
@@ -73,7 +73,7 @@ def main(config: Config, console: Console) -> dict:
     cell = Cell(config.task, config.norm_batch, config.norm_batch, "independent", "sgd")
     rates = {name: _rate(config, cell, name) for name in config.methods}
     images, labels = tasks.load(tasks.TASKS[config.task], config.examples).test
-    shown = _mixed(labels, config.tiles)
+    shown = _telling(labels, config.tiles)
     with runs.Bar(console, len(rates)) as bar:
         found = []
         for name, rate in rates.items():
@@ -104,12 +104,11 @@ def _rate(config: Config, cell: Cell, method: str) -> float:
     return found[method].rate
 
 
-def _mixed(labels: np.ndarray, count: int) -> list[int]:
-    """Tiles whose two most frequent classes have the most even shares, spread out."""
+def _telling(labels: np.ndarray, count: int) -> list[int]:
+    """The tiles with most of the rarest class, in the order of the data."""
     shares = np.stack([(labels == k).mean((1, 2)) for k in range(labels.max() + 1)], 1)
-    even = np.sort(shares, 1)[:, -2]
-    best = np.sort(np.argsort(-even)[: 4 * count])
-    return best[np.linspace(0, len(best) - 1, count).astype(int)].tolist()
+    rarest = shares[:, shares.mean(0).argmin()]
+    return np.sort(np.argsort(-rarest, kind="stable")[:count]).tolist()
 
 
 def _predicted(config: Config, run: Run, images, labels, shown: list[int]) -> dict:
