@@ -287,7 +287,8 @@ def test_tables():
     assert "| batch_norm | 0 of 1 | digits, 2 of 2, alike | 31.0 |" in text
     assert norm_batch_report.summary(results) == (
         "Training from scratch, cells within two standard errors of the best of all "
-        "methods: batch_norm in 0 of 1 (at worst 31.0 points behind)."
+        "methods, of those in which each method was run: batch_norm in 0 of 1 (at worst "
+        "31.0 points behind)."
     )
     assert "**91.0 ± 0.8 (0.4)**" in text
     assert "| 60.0 ± 8.2 (0.4) |" in text

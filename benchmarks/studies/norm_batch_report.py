@@ -225,7 +225,8 @@ def summary(results: dict) -> str:
         ]
         if counts:
             lines.append(
-                f"{setting}, cells within two standard errors of the best of all methods: "
+                f"{setting}, cells within two standard errors of the best of all methods, "
+                "of those in which each method was run: "
                 f"{', '.join(counts)}."
             )
     return "\n".join(lines)

@@ -16,8 +16,8 @@ def centralize(kernels: Literal["all", "conv"] = "all") -> GradientTransformatio
     """Gradient centralization: subtracts from every filter's gradient its mean.
 
     A kernel's gradient becomes ``g − mean(g)``, the mean over all axes but the last. In
-    Flax these are the axes from which one output feature is computed. The position in the
-    chain determines what is centralized::
+    Flax these are the axes from which one output feature is computed. Put ``centralize``
+    before the scaling to center gradients, or after it to center updates::
 
         optax.chain(centralize(), optax.adam(1e-3))                        # the gradient
         optax.chain(optax.add_decayed_weights(1e-4), centralize(), optax.sgd(0.1, 0.9))
