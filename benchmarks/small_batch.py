@@ -66,7 +66,7 @@ class Config:
     timing_rounds: int = 20
     """Rounds of ten steps for the step-time ratios."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/small_batch")
-    """Folder for results.json, table.md, curves.png and finished runs."""
+    """Folder for results.json, table.md, curves.svg and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for prepared data; tensorflow-datasets' default if not given."""
     checkpoint_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
@@ -108,9 +108,9 @@ def main(config: Config, console: Console) -> dict:
     }
     results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(report.markdown(results))
-    report.figure(results, config.output / "curves.png")
+    report.figure(results, config.output / "curves.svg")
     console.print(report.table(results))
-    console.print(f"written to {config.output}/: results.json, table.md, curves.png")
+    console.print(f"written to {config.output}/: results.json, table.md, curves.svg")
     return results
 
 

@@ -119,7 +119,7 @@ def redrawn(root: Path) -> list[str]:
     for name, module in STUDIES.items():
         figures = FIGURES.get(name) or getattr(module, "FIGURES", {})
         for figure, draw in figures.items():
-            path = root / "benchmarks/results" / name / f"{figure}.png"
+            path = root / "benchmarks/results" / name / f"{figure}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(json.loads(results(name)), path)
             made.append(str(path.relative_to(root)))

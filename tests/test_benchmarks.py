@@ -125,7 +125,7 @@ def test_main_job_writes_results_and_takes_them_up_again(small):
     for cell in results["cells"]:
         assert np.isfinite(cell["curves"][0][-1]["loss"])
         assert cell["step_time"]["ratio"] > 0
-    assert (small.output / "curves.png").stat().st_size > 3_000
+    assert (small.output / "curves.svg").stat().st_size > 3_000
     assert json.loads((small.output / "results.json").read_text()) == json.loads(
         json.dumps(results)
     )
@@ -247,7 +247,7 @@ def test_robustness_writes_results_and_takes_them_up_again(tmp_path, data_dir):
     table = (tmp_path / "table.md").read_text()
     assert "| mlp | 2 | *minus batch_norm@32* |" in table
     assert "0 of 12 runs ended with a loss that is not finite" in table
-    assert (tmp_path / "robustness.png").stat().st_size > 3_000
+    assert (tmp_path / "robustness.svg").stat().st_size > 3_000
     again = robustness.main(config, console)
     assert again["cells"] == results["cells"]
     assert {path: path.stat().st_mtime_ns for path in files} == files
@@ -276,7 +276,7 @@ def test_predictions_of_the_theory_hold(tmp_path):
         cell["measured"]["cross_iteration_batch_norm"]["bias"] for cell in results["cells"]
     ]
     assert taylor[1] < taylor[0] - 0.02 < 0
-    assert (tmp_path / "theory.png").stat().st_size > 3_000
+    assert (tmp_path / "theory.svg").stat().st_size > 3_000
 
 
 def test_the_study_of_samples(tmp_path, data_dir):
@@ -295,7 +295,7 @@ def test_the_study_of_samples(tmp_path, data_dir):
         assert cell["flops"] > 1.0
         assert 0.0 < cell["scale"][0] < 1.0
         assert 0.0 <= cell["accuracy"][0] <= 1.0
-    assert (tmp_path / "samples.png").stat().st_size > 3_000
+    assert (tmp_path / "samples.svg").stat().st_size > 3_000
     assert "| replay_batch_norm-4 |" in (tmp_path / "table.md").read_text()
 
 
@@ -338,7 +338,7 @@ def test_the_study_of_a_paper(name, tmp_path, data_dir):
     assert len(results["cells"]) == ROWS[name]
     table = (tmp_path / "table.md").read_text()
     assert table == module.markdown(json.loads((tmp_path / "results.json").read_text()))
-    figures = list(tmp_path.glob("*.png"))
+    figures = list(tmp_path.glob("*.svg"))
     assert figures
     assert all(path.stat().st_size > 3_000 for path in figures)
     if (tmp_path / "runs").exists():
@@ -653,7 +653,7 @@ def test_accuracy_against_batch_size(quick):
     assert table == batch_size_report.markdown(written)
     assert "| mlp | batch_norm | refused |" in table
     assert "mlp, digits: from the greatest" in batch_size_report.verdict(results)
-    for name in ("batch_size.png", "learning_rate.png"):
+    for name in ("batch_size.svg", "learning_rate.svg"):
         assert (quick.output / name).stat().st_size > 3_000
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     again = batch_size.main(quick, console)
@@ -716,7 +716,7 @@ def test_slopes(tmp_path):
     subprocess.run([*command, "--output", str(tmp_path)], check=True, capture_output=True)
     written = json.loads((tmp_path / "results.json").read_text())
     assert (tmp_path / "table.md").read_text() == scaling.markdown(written)
-    assert (tmp_path / "scaling.png").stat().st_size > 3_000
+    assert (tmp_path / "scaling.svg").stat().st_size > 3_000
     for cell in written["cells"]:
         if cell["what"] == "all-reduces":
             assert cell["values"] == [1, 1]
@@ -786,10 +786,12 @@ def test_all_figures_are_drawn_anew(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     made = tables.main(config, Console())["changed"]
-    committed = tables.ROOT.glob("benchmarks/results/*/*.png")
+    committed = tables.ROOT.glob("benchmarks/results/*/*.svg")
     assert set(made) == {str(path.relative_to(tables.ROOT)) for path in committed}
     for path in made:
-        assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+        text = (tmp_path / path).read_text()
+        assert text.startswith("<?xml")
+        assert "prefers-color-scheme: dark" in text
 
 
 def refuse(*arguments, module=small_batch):

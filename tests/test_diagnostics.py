@@ -318,4 +318,4 @@ def test_the_study_writes_its_files(tmp_path):
     table = (config.output / "table.md").read_text()
     assert table == statistics_error.markdown(results)
     assert table.count("| mlp |") == 5
-    assert (config.output / "statistics_error.png").stat().st_size > 3_000
+    assert (config.output / "statistics_error.svg").stat().st_size > 3_000

@@ -290,7 +290,7 @@ def bands(rates=3, steps=7, seed=0):
 
 
 def test_a_figure_is_written(tmp_path):
-    path = tmp_path / "landscape.png"
+    path = tmp_path / "landscape.svg"
     figure = draw({"one": bands(), "another": bands(seed=1)}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [axes.get_title() for axes in figure.axes] == ["one", "another", "", ""]

@@ -313,8 +313,8 @@ def test_figures(tmp_path):
     pairs = norm_batch_figures._pairs(cells, "digits")
     assert list(pairs) == ["batch_norm", "small_batch_norm"]  # the best on top
     for name, draw in norm_batch_figures.FIGURES.items():
-        draw(results, tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").stat().st_size > 3_000
+        draw(results, tmp_path / f"{name}.svg")
+        assert (tmp_path / f"{name}.svg").stat().st_size > 3_000
 
 
 def test_masks(tmp_path, monkeypatch):
@@ -336,7 +336,7 @@ def test_masks(tmp_path, monkeypatch):
     counts = np.sort((labels == rare).sum((1, 2)))[-config.tiles :]
     drawn = [truth.count(str(rare)) for truth in results["truth"]]
     np.testing.assert_array_equal(np.sort(drawn), counts)
-    assert (tmp_path / "masks.png").stat().st_size > 3_000
+    assert (tmp_path / "masks.svg").stat().st_size > 3_000
     assert masks.markdown(results) == (tmp_path / "table.md").read_text()
     without = dataclasses.replace(config, learning_rate=None, rates=tmp_path / "none")
     with pytest.raises(ValueError, match=r"has no rate for batch_norm on earth at norm"):

@@ -10,7 +10,7 @@ the greatest change of the gradient. Narrow and low bands are good. ::
         name: fan(step, lambda: train_state(estimator), batches, (1e-4, 2e-4, 5e-4))
         for name, estimator in methods.items()
     }
-    draw(bands, "landscape.png")
+    draw(bands, "landscape.svg")
 
 ``perturb`` adds noise after the normalizers of any of these trainings.
 """

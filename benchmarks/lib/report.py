@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import cbn_jax
+from benchmarks.lib import svg
 from benchmarks.lib.optional import needed_for
 from cbn_jax.tools.figures import COLORS as COLORS
 from cbn_jax.tools.figures import styled
@@ -24,7 +25,6 @@ from cbn_jax.tools.figures import styled
 with needed_for("benchmarks"):
     import matplotlib.figure
     import rich.box
-    from PIL import Image
     from rich.table import Table
 
 
@@ -96,19 +96,9 @@ def drawn(draw: Callable[[dict], Any]) -> Callable[[dict, Path], None]:
     @functools.wraps(draw)
     def write(results: dict, path: Path) -> None:
         with styled("benchmarks"):
-            made = draw(results)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made.savefig(path)
-        _reduce(path)
+            svg.save(draw(results), path)
 
     return write
-
-
-def _reduce(path: Path) -> None:
-    """Reduces a picture to 256 colors, which suffice for a plot and halve its size."""
-    with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
 
 
 def plain(config: Any) -> dict:
@@ -330,18 +320,19 @@ def name_ends(axis: Any, ends: dict[str, tuple[float, float, str]]) -> None:
     if not ends:
         return
     axis.autoscale_view()
-    height = axis.get_ylim()[1] - axis.get_ylim()[0]
-    points = axis.get_position().height * axis.figure.get_figheight() * 72
-    gap = 9.5 * height / points  # of two lines of text
+    scale = axis.yaxis.get_transform().transform  # of a logarithmic axis, too
+    low, high = scale(np.array(axis.get_ylim()))
+    point = (high - low) / (axis.get_position().height * axis.figure.get_figheight() * 72)
     names = sorted(ends, key=lambda name: ends[name][1])
-    places = spread_apart([ends[name][1] for name in names], gap)
+    heights = scale(np.array([ends[name][1] for name in names])) / point
+    places = spread_apart(heights, gap=9.5)  # points between two lines of text
     right = max(x for x, _, _ in ends.values())
-    for name, place in zip(names, places, strict=True):
+    for name, height, place in zip(names, heights, places, strict=True):
         _, y, color = ends[name]
         axis.annotate(
             name,
             (right, y),
-            (6, (place - y) * points / height),
+            (6, place - height),
             textcoords="offset points",
             color=color,
             fontsize=8,

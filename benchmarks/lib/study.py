@@ -61,9 +61,9 @@ def publish(
     results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
     for name, draw in figures.items():
-        draw(results, config.output / f"{name}.png")
+        draw(results, config.output / f"{name}.svg")
     console.print(Markdown(markdown(results)))
-    names = ["results.json", "table.md", *(f"{name}.png" for name in figures)]
+    names = ["results.json", "table.md", *(f"{name}.svg" for name in figures)]
     console.print(f"written to {config.output}/: {', '.join(names)}")
     return results
 

@@ -52,7 +52,7 @@ class Config(study.Options):
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per seed. A seed fixes the initial weights, the batches and their order."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/adaptive")
-    """Folder for results.json, table.md, assessments.png and finished runs."""
+    """Folder for results.json, table.md, assessments.svg and finished runs."""
 
 
 def main(config: Config, console: Console) -> dict:

@@ -24,6 +24,7 @@ with needed_for("benchmarks"):
     from rich.console import Console
 
 from benchmarks.lib import report, study
+from benchmarks.studies import norm_batch_report
 
 COMMITTED = Path("benchmarks/results")  # in a checkout
 
@@ -33,8 +34,8 @@ class Config:
     """Options of the table."""
 
     studies: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = COMMITTED
-    """Folder with the results of batch_size, batch_size_fashion_mnist, diminishing,
-    corrected_inference, centralize and adaptive."""
+    """Folder with the results of batch_size, batch_size_fashion_mnist, norm_batch,
+    diminishing, corrected_inference, centralize and adaptive."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/claims")
     """Folder for results.json and table.md."""
 
@@ -139,6 +140,36 @@ def across(one: str, small: Iterable[int], other: str, large: int) -> Evidence:
                 yield compare(f"{dataset}, {network}, {size} and {large}", accuracy, rival)
 
     return compared
+
+
+def norm_batches(one: str, other: str, strictly: bool = False) -> Evidence:
+    """Two methods in every cell of norm_batch that has both, each at its own rate."""
+
+    def compared(folder):
+        cells = norm_batch_report.tested(_read(folder, "norm_batch"))
+        for cell, found in cells.items():
+            if {one, other} <= set(found):
+                yield _tested(cell, found[one], found[other], strictly)
+
+    return compared
+
+
+def as_at_32(one: str, other: str) -> Evidence:
+    """A method in the cells of norm_batch, and another at norm batch 32."""
+
+    def compared(folder):
+        cells = norm_batch_report.tested(_read(folder, "norm_batch"))
+        for cell, found in cells.items():
+            large = cell._replace(norm_batch=32, gradient_batch=32, pairing="independent")
+            rival = cells.get(large, {}).get(other)
+            if one in found and rival is not None and cell != large:
+                yield _tested(cell, found[one], rival)
+
+    return compared
+
+
+def _tested(cell, one, other, strictly=False) -> Comparison:
+    return compare(norm_batch_report.where(cell), one.scores, other.scores, strictly)
 
 
 def _alphas(folder: Path, place: str) -> Iterator[Comparison]:
@@ -272,6 +303,42 @@ CLAIMS = (
         "`small_batch_norm` at 1 and 2 is at least as good as batch norm at 32",
         "batch_size",
         across(SMALL, (1, 2), "batch_norm", 32),
+    ),
+    Claim(
+        "this library",
+        "`small_batch_norm` is ahead of batch norm, each at its own rate",
+        "norm_batch",
+        norm_batches(SMALL, "batch_norm", strictly=True),
+    ),
+    Claim(
+        "this library",
+        "the same window is worse without its compensation (`momentum_batch_norm`)",
+        "norm_batch",
+        norm_batches(SMALL, "momentum_batch_norm", strictly=True),
+    ),
+    Claim(
+        "this library",
+        "`small_batch_norm` is at least as good as group norm",
+        "norm_batch",
+        norm_batches(SMALL, "group_norm"),
+    ),
+    Claim(
+        "this library",
+        "`small_batch_norm` is at least as good as group norm on standardized kernels",
+        "norm_batch",
+        norm_batches(SMALL, "group_norm-standardize"),
+    ),
+    Claim(
+        "this library",
+        "on standardized kernels, `small_batch_norm` is at least as good as group norm",
+        "norm_batch",
+        norm_batches(f"{SMALL}-standardize", "group_norm-standardize"),
+    ),
+    Claim(
+        "this library",
+        "`small_batch_norm` is at least as good as batch norm at 32",
+        "norm_batch",
+        as_at_32(SMALL, "batch_norm"),
     ),
 )
 

@@ -61,7 +61,7 @@ class Config(study.Options):
     epochs: int = 6
     """Passes over the training images."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/diminishing")
-    """Folder for results.json, table.md, diminishing.png and finished runs."""
+    """Folder for results.json, table.md, diminishing.svg and finished runs."""
 
 
 def main(config: Config, console: Console) -> dict:

@@ -62,7 +62,7 @@ class Config(study.Options):
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per seed for the accuracies. The bands are drawn for the first seed."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/landscape")
-    """Folder for results.json, table.md and landscape.png."""
+    """Folder for results.json, table.md and landscape.svg."""
 
 
 def main(config: Config, console: Console) -> dict:

@@ -60,7 +60,7 @@ class Config:
     rates: Annotated[Path, tyro.conf.arg(metavar="FILE")] = trainings.COMMITTED
     """Results of norm_batch."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/masks")
-    """Folder for results.json, table.md and masks.png."""
+    """Folder for results.json, table.md and masks.svg."""
 
 
 QUICK = Config(

@@ -19,28 +19,50 @@ Cells = dict[Cell, dict[str, Tested]]
 
 @report.drawn
 def over_norm_batch(results: dict) -> Any:
-    """Test error over the norm batch; one row per task, one column per pairing."""
+    """Test error over the norm batch, in a panel for each task.
+
+    Lines are for independent examples, open marks for examples that are alike.
+    """
     cells = _own_steps(tested(results))
+    names = _several(cells)
+    made = matplotlib.figure.Figure((max(7.5, 4.9 * len(names)), 3.5))
+    axes = made.subplots(1, max(1, len(names)), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=False):
+        here = [cell for cell in cells if cell.task == name and cell.norm_batch < 32]
+        _scaled(axis, here)
+        _open_marks(axis, {cell: cells[cell] for cell in here if cell.pairing == "alike"})
+        lines = {cell: cells[cell] for cell in here if cell.pairing == "independent"}
+        _lines(axis, lines, _reference(cells, name))
+        axis.set_title(name)
+        axis.set_xlabel("norm batch, examples")
+    axes[0].set_ylabel("test error, %")
+    made.suptitle(_message(cells, names))
+    return made
+
+
+def _several(cells: Cells) -> list[str]:
+    """Tasks with several norm batches; all tasks if there is none."""
     sizes: dict[str, set[int]] = {}
     for cell in cells:
         sizes.setdefault(cell.task, set()).add(cell.norm_batch)
-    several = [name for name, found in sizes.items() if len(found - {32}) > 1]
-    names = several or list(sizes)
-    made = matplotlib.figure.Figure((9.6, 0.4 + 3.0 * max(1, len(names))))
-    axes = made.subplots(max(1, len(names)), 2, sharey="row", squeeze=False)
-    for row, name in zip(axes, names, strict=False):
-        for axis, pairing in zip(row, PAIRINGS, strict=True):
-            here = {
-                cell: found
-                for cell, found in cells.items()
-                if cell.task == name and cell.pairing == pairing and cell.norm_batch < 32
-            }
-            _lines(axis, here, _reference(cells, name))
-            axis.set_title(f"{name}: norm batches of {PAIRINGS[pairing]}")
-        row[0].set_ylabel("test error, %")
-    for axis in axes[-1]:
-        axis.set_xlabel("norm batch = step of the optimizer, examples")
-    return made
+    return [name for name, found in sizes.items() if len(found - {32}) > 1] or list(sizes)
+
+
+def _message(cells: Cells, names: list[str]) -> str:
+    """The largest difference of batch norm and the recommended method, in a sentence."""
+    both = {
+        cell: (100 - found["batch_norm"].mean, 100 - found["small_batch_norm"].mean)
+        for cell, found in cells.items()
+        if cell.task in names and {"batch_norm", "small_batch_norm"} <= set(found)
+    }
+    if not both:
+        return "Test error over the norm batch"
+    cell = max(both, key=lambda cell: both[cell][0] - both[cell][1])
+    batch, ours = both[cell]
+    return (
+        f"{cell.task}, {cell.norm_batch} {PAIRINGS[cell.pairing]}: "
+        f"error of batch_norm {batch:.0f} %, of small_batch_norm {ours:.0f} %"
+    )
 
 
 def _own_steps(cells: Cells) -> Cells:
@@ -72,14 +94,37 @@ def _lines(axis: Any, cells: Cells, reference: Tested | None) -> None:
             color = report.look_of(name, 0)["color"]
             axis.errorbar(x, y, error, color=color, marker="o")
             ends[name] = (x[-1], y[-1], color)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.xaxis.set_minor_locator(NullLocator())
     if reference is not None and sizes:
         error = 100 - reference.mean
         axis.axhline(error, color="#999999", linestyle="--")
         ends["batch_norm@32"] = (sizes[-1], error, "#999999")
     report.name_ends(axis, ends)
+
+
+def _open_marks(axis: Any, cells: Cells) -> None:
+    """Test errors with examples that are alike."""
+    for cell, found in cells.items():
+        for name in set(SHOWN) & set(found):
+            color = report.look_of(name, 0)["color"]
+            place = cell.norm_batch, 100 - found[name].mean
+            axis.plot(*place, "o", color=color, markersize=7, markerfacecolor="none")
+
+
+def _scaled(axis: Any, cells: list[Cell]) -> None:
+    """Logarithmic axes, so that small differences are visible beside large ones."""
+    sizes = sorted({cell.norm_batch for cell in cells})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
+    _percent(axis.yaxis)
+
+
+def _percent(axis: Any) -> None:
+    """A logarithmic axis of errors, labeled in plain numbers."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 @report.drawn
@@ -131,7 +176,7 @@ def _dumbbells(axis: Any, pairs: dict[str, tuple[Tested, Tested]]) -> None:
         axis.plot(errors, [place, place], color=color)
         for error, filled, label in (
             (errors[0], color, "independent pairs"),
-            (errors[1], "white", "pairs that are alike"),
+            (errors[1], "none", "pairs that are alike"),
         ):
             axis.plot(
                 [error],
@@ -143,10 +188,7 @@ def _dumbbells(axis: Any, pairs: dict[str, tuple[Tested, Tested]]) -> None:
                 label=label if first else None,
             )
     axis.set_yticks(range(len(pairs)), list(pairs))
-    axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_locator(NullLocator())
+    _percent(axis.xaxis)
 
 
 FIGURES = {"norm_batch": over_norm_batch, "alike": alike}

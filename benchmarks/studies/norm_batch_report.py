@@ -187,7 +187,7 @@ def verdict(results: dict, tuned: bool) -> str:
     if not found:
         return ""
     rows = [
-        (name, f"{each.good} of {each.cells}", _where(each.worst), f"{each.gap:.1f}")
+        (name, f"{each.good} of {each.cells}", where(each.worst), f"{each.gap:.1f}")
         for name, each in found.items()
     ]
     table = report.markdown_table(("method", "cells", "worst cell", "points behind"), rows)
@@ -197,7 +197,8 @@ def verdict(results: dict, tuned: bool) -> str:
     )
 
 
-def _where(cell: Cell) -> str:
+def where(cell: Cell) -> str:
+    """A cell in words."""
     return f"{cell.task}, {cell.norm_batch} of {cell.gradient_batch}, {cell.pairing}"
 
 

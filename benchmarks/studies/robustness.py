@@ -53,7 +53,7 @@ class Config:
     examples: int | None = None
     """Largest number of images for training, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/robustness")
-    """Folder for results.json, table.md, robustness.png and finished runs."""
+    """Folder for results.json, table.md, robustness.svg and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for prepared data; tensorflow-datasets' default if not given."""
 
@@ -83,9 +83,9 @@ def main(config: Config, console: Console) -> dict:
     }
     results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
-    figure(results, config.output / "robustness.png")
+    figure(results, config.output / "robustness.svg")
     console.print(Markdown(markdown(results)))
-    console.print(f"written to {config.output}/: results.json, table.md, robustness.png")
+    console.print(f"written to {config.output}/: results.json, table.md, robustness.svg")
     return results
 
 

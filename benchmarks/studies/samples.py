@@ -65,7 +65,7 @@ class Config:
     examples: int | None = None
     """Largest number of images for training, and for testing."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/samples")
-    """Folder for results.json, table.md, samples.png and finished runs."""
+    """Folder for results.json, table.md, samples.svg and finished runs."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for prepared data; tensorflow-datasets' default if not given."""
 
@@ -94,9 +94,9 @@ def main(config: Config, console: Console) -> dict:
     }
     results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
-    figure(results, config.output / "samples.png")
+    figure(results, config.output / "samples.svg")
     console.print(Markdown(markdown(results)))
-    console.print(f"written to {config.output}/: results.json, table.md, samples.png")
+    console.print(f"written to {config.output}/: results.json, table.md, samples.svg")
     return results
 
 

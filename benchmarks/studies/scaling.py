@@ -51,7 +51,7 @@ class Config:
     rounds: int = 20
     """Number of steps that are timed one by one; the median counts."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/scaling")
-    """Folder for results.json, table.md and scaling.png."""
+    """Folder for results.json, table.md and scaling.svg."""
 
 
 QUICK = Config(windows=(2, 4), features=(8, 16), devices=(1, 2), side=4, rounds=2)

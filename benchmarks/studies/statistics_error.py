@@ -66,7 +66,7 @@ class Config:
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path(
         "results/statistics_error"
     )
-    """Folder for results.json, table.md and statistics_error.png."""
+    """Folder for results.json, table.md and statistics_error.svg."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder for prepared data; tensorflow-datasets' default if not given."""
 
@@ -102,10 +102,10 @@ def main(config: Config, console: Console) -> dict:
         }
     results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
-    figure(results, config.output / "statistics_error.png")
+    figure(results, config.output / "statistics_error.svg")
     console.print(Markdown(markdown(results)))
     console.print(
-        f"written to {config.output}/: results.json, table.md, statistics_error.png"
+        f"written to {config.output}/: results.json, table.md, statistics_error.svg"
     )
     return results
 
@@ -226,7 +226,11 @@ def mean_error(run: dict, method: str, kind: str) -> float:
     return float(np.nanmean([layer[method][kind] for layer in run["errors"].values()]))
 
 
-def figure(results: dict, path: Path) -> None:
+COLORED = ("batch_norm", "cross_iteration_batch_norm", "streaming_batch_norm")
+
+
+@report.drawn
+def figure(results: dict) -> Any:
     """First and last layer of every network at the highest rate, means over the seeds."""
     highest = max(results["config"]["learning_rates"])
     panels = {
@@ -241,7 +245,7 @@ def figure(results: dict, path: Path) -> None:
             method: Errors(
                 *(np.nanmean([s[method][k][i] for s in seeds]) for k in Errors._fields)
             )
-            for method in seeds[0]
+            for method in sorted(seeds[0], key=_place)
         }
 
     steps = results["runs"][0]["steps"]
@@ -249,7 +253,12 @@ def figure(results: dict, path: Path) -> None:
         (step, {panel: at(i, seeds) for panel, seeds in panels.items()})
         for i, step in enumerate(steps)
     ]
-    draw_errors(measured, path, layers=list(panels))
+    return draw_errors(measured, layers=list(panels))
+
+
+def _place(method: str) -> int:
+    """The place of a method in the order of colors, which is that of all figures."""
+    return COLORED.index(method) if method in COLORED else len(COLORED)
 
 
 # Name of the file -> the function that draws it from the results.

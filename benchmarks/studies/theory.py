@@ -50,7 +50,7 @@ class Config:
     runs: int = 4000
     """Number of independent runs of each cell."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/theory")
-    """Folder for results.json, table.md and theory.png."""
+    """Folder for results.json, table.md and theory.svg."""
 
 
 def main(config: Config, console: Console) -> dict:
@@ -66,9 +66,9 @@ def main(config: Config, console: Console) -> dict:
     }
     results = report.write_results(config.output / "results.json", results)
     (config.output / "table.md").write_text(markdown(results))
-    figure(results, config.output / "theory.png")
+    figure(results, config.output / "theory.svg")
     console.print(Markdown(markdown(results)))
-    console.print(f"written to {config.output}/: results.json, table.md, theory.png")
+    console.print(f"written to {config.output}/: results.json, table.md, theory.svg")
     return results
 
 
