@@ -10,13 +10,12 @@ the greatest change of the gradient. Narrow and low bands are good. ::
         name: fan(step, lambda: train_state(estimator), batches, (1e-4, 2e-4, 5e-4))
         for name, estimator in methods.items()
     }
-    draw(bands, "landscape.svg")
+    draw(bands).savefig("landscape.svg")
 
 ``perturb`` adds noise after the normalizers of any of these trainings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks.lib import report
 from cbn_jax.core.checks import activations, check_count, check_state_type
 from cbn_jax.core.estimator import Estimator, State, Trait
 from cbn_jax.core.moments import align, wide
 from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory
-from cbn_jax.tools.figures import COLORS, styled
+from cbn_jax.tools.figures import styled
 
 
 class PerturbState(NamedTuple):
@@ -212,7 +212,6 @@ def fan(
 
 def draw(
     bands: Mapping[str, Bands],
-    path: str | Path | None = None,
     *,
     smooth: int = 1,
 ) -> Any:
@@ -220,7 +219,6 @@ def draw(
 
     Args:
       bands: results of ``fan`` by the name of the method; at least one.
-      path: file to write; None writes none.
       smooth: number of steps over which every curve is averaged before the band is taken.
         Small batches have noisy losses.
 
@@ -234,9 +232,9 @@ def draw(
     Example:
       >>> import numpy as np
       >>> from benchmarks.lib.perturbation import Bands, draw
-      >>> figure = draw({"batch norm": Bands(np.ones((2, 5)), np.ones((2, 4)))})
+      >>> figure = draw({"batch_norm": Bands(np.ones((2, 5)), np.ones((2, 4)))})
       >>> [axes.get_title() for axes in figure.axes]
-      ['batch norm', '']
+      ['batch_norm', '']
     """
     check_count("smooth", smooth, 1)
     if not bands:
@@ -251,15 +249,13 @@ def draw(
         figure = new_figure((1.2 + 2.4 * len(bands), 4.8))
         grid = figure.subplots(2, len(bands), sharex=True, sharey="row", squeeze=False)
         for column, (name, band) in enumerate(bands.items()):
-            color = COLORS[column % len(COLORS)]
+            color = report.look_of(name, column)["color"]
             for row, curves in enumerate(band):  # the first change is that to step 2
                 _band(grid[row][column], curves, smooth + row, smooth, color)
             grid[0][column].set_title(name)
             grid[1][column].set_xlabel("training step")
         grid[0][0].set_ylabel("loss")
         grid[1][0].set_ylabel("change of the gradient")
-        if path is not None:
-            figure.savefig(path)
     return figure
 
 

@@ -36,9 +36,11 @@ def _group_batch(mix: jax.Array) -> cbn_jax.Estimator:
 
 # Estimators, or functions of a learned weight.
 METHODS: dict[str, Any] = {
-    "batch norm": BATCH_NORM,
-    "group norm": _group_batch(jnp.ones(())),
-    "group and batch": cbn_jax.learned(cbn_jax.group_batch_norm, num_groups=methods.GROUPS),
+    "batch_norm": BATCH_NORM,
+    "group_norm": _group_batch(jnp.ones(())),
+    "group_batch_norm": cbn_jax.learned(
+        cbn_jax.group_batch_norm, num_groups=methods.GROUPS
+    ),
     "streaming_batch_norm": cbn_jax.streaming_batch_norm(4, momentum=methods.MOMENTUM),
 }
 
@@ -222,14 +224,15 @@ def markdown(results: dict) -> str:
     )
 
 
-def figure(results: dict, path: Path) -> None:
+@report.drawn
+def figure(results: dict) -> Any:
     """The bands, averaged over a fiftieth of the training."""
     bands = {
         cell["method"]: Bands(np.array(cell["loss"]), np.array(cell["gradient_change"]))
         for cell in results["cells"]
     }
     steps = next(iter(bands.values())).loss.shape[1]
-    draw(bands, path, smooth=max(1, steps // 50))
+    return draw(bands, smooth=max(1, steps // 50))
 
 
 # Name of the file -> the function that draws it from the results.
