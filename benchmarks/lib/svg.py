@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 # Colors of the style cbn_jax.figures that are hard to see on a dark page, and others.
-ON_DARK = {"#262626": "#d4d4d4", "#0072b2": "#3d94d1"}
+ON_DARK = {"#000000": "#ffffff", "#262626": "#d4d4d4", "#0072b2": "#3d94d1"}
 # Inside a rule for dark pages; the style attributes of matplotlib would win without
 # "important".
 _RULES = "\n".join(

@@ -50,6 +50,12 @@ FOLLOWED: dict[str, tuple[cbn_jax.Estimator, int]] = {
     "diminishing 0.05": (cbn_jax.diminishing_batch_norm(0.05), 2),
     "diminishing 1/m": (cbn_jax.diminishing_batch_norm(cbn_jax.diminishing(1.0)), 2),
 }
+# Methods whose normalized values are drawn -> the titles.
+NORMALIZED = {
+    "batch of 2": "batch_norm, batch size 2",
+    "small_batch_norm 2": "small_batch_norm, batch size 2",
+    "batch of 32": "batch_norm, batch size 32",
+}
 COMPANIONS = 3  # other examples in a batch, in the picture of corrected inference
 
 
@@ -74,6 +80,7 @@ def main(config: Config, console: Console) -> dict:
     with console.status("running every method"):
         found = {
             **_followed(config),
+            "normalized": _normalized(config),
             "response": _response(config),
             "gradient": _gradient(config),
             "assessment": _assessment(config),
@@ -84,32 +91,63 @@ def main(config: Config, console: Console) -> dict:
 
 def _followed(config: Config) -> dict:
     """The true standard deviation at every step, and the estimate of each method."""
-    spectrum = jnp.geomspace(9.0, 0.1, config.inputs)
-    turn = 0.9 * jnp.pi * jnp.sin(jnp.pi * jnp.arange(config.steps) / 60) ** 2 / 2
-    weights = jnp.zeros((config.steps, config.inputs, 1))
-    weights = weights.at[:, 0, 0].set(jnp.cos(turn)).at[:, -1, 0].set(jnp.sin(turn))
-    truth = jnp.sqrt((spectrum[:, None] * weights**2).sum((1, 2)))
-    keys = jax.random.split(jax.random.key(config.seed), config.runs)
-
-    def estimated(estimator, size):
-        def step(state, at):
-            theta, key = at
-            z = jax.random.normal(key, (size, config.inputs)) * jnp.sqrt(spectrum)
-            x, source = cbn_jax.run_layer(cbn_jax.dense, theta, z)
-            statistics, state = estimator.train(state, x, source)
-            return state, 1 / statistics.inv_std[0]
-
-        def run(key):
-            state = estimator.init(1, cbn_jax.dense, weights[0])
-            return jax.lax.scan(step, state, (weights, jax.random.split(key, config.steps)))
-
-        return jax.jit(jax.vmap(run))(keys)[1]
-
+    _, truth = _turning(config)
+    levels = jnp.array([0.1, 0.5, 0.9])
     quantiles = {
-        name: _rounded(jnp.quantile(estimated(*method), jnp.array([0.1, 0.5, 0.9]), axis=0))
+        name: _rounded(jnp.quantile(_runs(config, *method, _deviation), levels, axis=0))
         for name, method in FOLLOWED.items()
     }
     return {"truth": _rounded(truth), "estimated": quantiles}
+
+
+def _normalized(config: Config) -> dict:
+    """Histograms of the normalized values, from the step at which the window is full."""
+    edges = np.linspace(-3, 3, 61)
+    counts = {
+        name: np.histogram(_runs(config, *FOLLOWED[name], _values)[:, WINDOW:], edges)[0]
+        for name in NORMALIZED
+    }
+    return {"edges": _rounded(edges), **{name: c.tolist() for name, c in counts.items()}}
+
+
+def _turning(config: Config) -> tuple[jax.Array, jax.Array]:
+    """Weights at every step, and the true standard deviation of the layer's output."""
+    turn = 0.9 * jnp.pi * jnp.sin(jnp.pi * jnp.arange(config.steps) / 60) ** 2 / 2
+    weights = jnp.zeros((config.steps, config.inputs, 1))
+    weights = weights.at[:, 0, 0].set(jnp.cos(turn)).at[:, -1, 0].set(jnp.sin(turn))
+    return weights, jnp.sqrt((_spectrum(config)[:, None] * weights**2).sum((1, 2)))
+
+
+def _spectrum(config: Config) -> jax.Array:
+    """Variances of the inputs."""
+    return jnp.geomspace(9.0, 0.1, config.inputs)
+
+
+def _runs(config: Config, estimator: cbn_jax.Estimator, size: int, read: Any) -> jax.Array:
+    """A quantity of every step, in many independent runs."""
+    weights, _ = _turning(config)
+    keys = jax.random.split(jax.random.key(config.seed), config.runs)
+
+    def step(state, at):
+        theta, key = at
+        z = jax.random.normal(key, (size, config.inputs)) * jnp.sqrt(_spectrum(config))
+        x, source = cbn_jax.run_layer(cbn_jax.dense, theta, z)
+        statistics, state = estimator.train(state, x, source)
+        return state, read(x, statistics)
+
+    def run(key):
+        state = estimator.init(1, cbn_jax.dense, weights[0])
+        return jax.lax.scan(step, state, (weights, jax.random.split(key, config.steps)))
+
+    return jax.jit(jax.vmap(run))(keys)[1]
+
+
+def _deviation(x: jax.Array, statistics: cbn_jax.Statistics) -> jax.Array:
+    return 1 / statistics.inv_std[0]
+
+
+def _values(x: jax.Array, statistics: cbn_jax.Statistics) -> jax.Array:
+    return cbn_jax.normalize(x, statistics)[:, 0]
 
 
 def _response(config: Config) -> dict:
@@ -205,9 +243,9 @@ def markdown(results: dict) -> str:
     config = results["config"]
     return (
         report.markdown_table(("method", "error", "range"), rows)
-        + "\nOf the estimated deviation, as the log of its ratio to the true one, means "
-        f"over the steps from {WINDOW} on: how far the median of {config['runs']} runs is "
-        "from 0, and how far the ninetieth of a hundred from the tenth. "
+        + f"\nBoth are logs of the ratio of the estimated to the true deviation, means over "
+        f"the steps from {WINDOW} on. Error: distance of the median of {config['runs']} "
+        "runs from 0. Range: from the 10th to the 90th percentile of the runs. "
         f"{study.measured_on(results)}\n"
     )
 
@@ -246,6 +284,21 @@ def _following(*names: str, titles: tuple[str, ...] = ()) -> Callable[[dict, Pat
         return made
 
     return figure
+
+
+@report.drawn
+def _draw_normalized(results: dict) -> Any:
+    found = results["normalized"]
+    made = matplotlib.figure.Figure((9.3, 2.6))
+    axes = made.subplots(1, len(NORMALIZED), sharey=True)
+    edges = np.array(found["edges"])
+    for axis, (name, title) in zip(axes, NORMALIZED.items(), strict=True):
+        color = report.COLORS[_COLORS[name.split()[0]]]
+        share = 100 * np.array(found[name]) / sum(found[name])
+        axis.bar(edges[:-1], share, np.diff(edges), align="edge", color=color)
+        axis.set(title=title, xlabel="normalized value")
+    axes[0].set_ylabel("share of values, %")
+    return made
 
 
 @report.drawn
@@ -297,8 +350,8 @@ def _draw_assessment(results: dict) -> Any:
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image, "gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-        title = row[0].set_title(f"the {name} heterogeneous batch", loc="left")
-        title.set_in_layout(False)  # it is wider than its image
+        row[0].set_ylabel(name)
+    left.suptitle("the least and the most heterogeneous batch")
     edges = np.array(found["edges"])
     above = edges[:-1] > found["threshold"]
     axis = right.subplots()
@@ -336,6 +389,7 @@ def _draw_means(results: dict) -> Any:
 
 # Name of the file -> the function that draws it from the results.
 FIGURES = {
+    "normalized": _draw_normalized,
     "batch_norm": _following("batch of 2", "batch of 8", "batch of 32"),
     "small_batch": _following(
         "small_batch_norm 1",

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
@@ -130,65 +132,75 @@ def _percent(axis: Any) -> None:
 @report.drawn
 def alike(results: dict) -> Any:
     """Test error at norm batch 2: a filled mark for independent pairs, an open one for
-    pairs that are alike; a panel for each task.
+    pairs that are alike; a row for each method, a panel for each task.
     """
     cells = {
         cell: found
         for cell, found in _own_steps(tested(results)).items()
         if cell.norm_batch == 2
     }
-    names = [
-        name for name in dict.fromkeys(cell.task for cell in cells) if _pairs(cells, name)
-    ]
-    names.sort(key=lambda name: bool(tasks.TASKS[name].before))  # fine-tuning last
-    rows = max((len(_pairs(cells, name)) for name in names), default=1)
-    made = matplotlib.figure.Figure((0.5 + 4.6 * max(1, len(names)), 1.2 + 0.24 * rows))
-    axes = made.subplots(1, max(1, len(names)), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=False):
-        _dumbbells(axis, _pairs(cells, name))
-        axis.set_title(_task_title(name))
+    panels = {name: _pairs(cells, name) for name in sorted({cell.task for cell in cells})}
+    panels = {name: panels[name] for name in sorted(panels, key=_tuned) if panels[name]}
+    names, count = _ordered(list(panels.values())), max(1, len(panels))
+    made = matplotlib.figure.Figure((2.2 + 2.5 * count, 1.4 + 0.24 * len(names)))
+    axes = made.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axis, (name, pairs) in zip(axes, panels.items(), strict=False):
+        _dumbbells(axis, [pairs.get(method) for method in names], names)
+        axis.set_title(f"{name}\n{'fine-tuning' if _tuned(name) else 'from scratch'}")
         axis.set_xlabel("test error, %")
-    if names:
-        handles, labels = axes[0].get_legend_handles_labels()
-        made.legend(handles, labels, loc="outside lower center", ncols=2)
+    axes[0].set_yticks(range(len(names)), names)
+    handles = [_mark(axes[0], [], [], "#999999", filled, label) for filled, label in KINDS]
+    made.legend(handles=handles, loc="outside lower center", ncols=2)
     return made
 
 
-def _task_title(name: str) -> str:
-    before = " (fine-tuning)" if tasks.TASKS[name].before else ""
-    return f"{name}{before}\nnorm batch 2"
+KINDS = ((True, "independent pairs"), (False, "pairs that are alike"))
 
 
-def _pairs(cells: Cells, task: str) -> dict[str, tuple[Tested, Tested]]:
+def _tuned(name: str) -> bool:
+    return bool(tasks.TASKS[name].before)
+
+
+Pairs = dict[str, tuple[Tested, Tested]]
+
+
+def _pairs(cells: Cells, task: str) -> Pairs:
     """The tested runs of independent pairs and of pairs that are alike, by method."""
     both = [cells.get(Cell(task, 2, 2, pairing, "sgd"), {}) for pairing in PAIRINGS]
-    names = [name for name in both[0] if name in both[1]]
-    names.sort(key=lambda name: both[1][name].mean)
-    return {name: (both[0][name], both[1][name]) for name in names}
+    return {name: (both[0][name], both[1][name]) for name in both[0] if name in both[1]}
 
 
-def _dumbbells(axis: Any, pairs: dict[str, tuple[Tested, Tested]]) -> None:
-    """A line per method from one mark to the other, with the best method on top."""
-    for place, (name, both) in enumerate(pairs.items()):
+def _ordered(panels: list[Pairs]) -> list[str]:
+    """Methods by their accuracy with pairs that are alike; the best is last, on top."""
+    places: dict[str, list[float]] = {}
+    for pairs in panels:
+        for place, name in enumerate(sorted(pairs, key=lambda name: pairs[name][1].mean)):
+            places.setdefault(name, []).append(place / len(pairs))
+    return sorted(places, key=lambda name: float(np.mean(places[name])))
+
+
+def _dumbbells(
+    axis: Any, pairs: list[tuple[Tested, Tested] | None], names: list[str]
+) -> None:
+    """A line per method from one mark to the other."""
+    for place, (name, both) in enumerate(zip(names, pairs, strict=True)):
+        if both is None:
+            continue
         color = report.look_of(name, 6)["color"]
         errors = [100 - each.mean for each in both]
-        first = place == 0
         axis.plot(errors, [place, place], color=color)
-        for error, filled, label in (
-            (errors[0], color, "independent pairs"),
-            (errors[1], "none", "pairs that are alike"),
-        ):
-            axis.plot(
-                [error],
-                [place],
-                "o",
-                markersize=6,
-                color=color,
-                markerfacecolor=filled,
-                label=label if first else None,
-            )
-    axis.set_yticks(range(len(pairs)), list(pairs))
+        for error, (filled, _) in zip(errors, KINDS, strict=True):
+            _mark(axis, [error], [place], color, filled)
     _percent(axis.xaxis)
+
+
+def _mark(
+    axis: Any, x: list[float], y: list[float], color: str, filled: bool, label: str = ""
+) -> Any:
+    face = color if filled else "none"
+    (line,) = axis.plot(x, y, "o", color=color, markerfacecolor=face, markersize=6)
+    line.set_label(label)
+    return line
 
 
 FIGURES = {"norm_batch": over_norm_batch, "alike": alike}

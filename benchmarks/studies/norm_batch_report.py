@@ -214,23 +214,26 @@ IN_SHORT = (
 
 
 def summary(results: dict) -> str:
-    """One sentence per setting."""
-    lines = []
-    for tuned, setting in ((False, "Training from scratch"), (True, "Fine-tuning")):
-        found = standings(results, tuned)
-        counts = [
-            f"{name} in {found[name].good} of {found[name].cells} (at worst "
-            f"{found[name].gap:.1f} points behind)"
-            for name in IN_SHORT
-            if name in found
-        ]
-        if counts:
-            lines.append(
-                f"{setting}, cells within two standard errors of the best of all methods, "
-                "of those in which each method was run: "
-                f"{', '.join(counts)}."
-            )
-    return "\n".join(lines)
+    """One row per method, with the cells of training from scratch and of fine-tuning."""
+    scratch, tuned = (standings(results, tuned) for tuned in (False, True))
+    rows = [
+        (name, *_in_short(scratch, name), *_in_short(tuned, name))
+        for name in IN_SHORT
+        if name in scratch or name in tuned
+    ]
+    headings = ("method", "from scratch", "at worst", "fine-tuning", "at worst")
+    return (
+        f"{report.markdown_table(headings, rows)}\n"
+        "Cells within two standard errors of the best of all methods, of those in which "
+        "the method was run; and its distance from the best in its worst cell, in points."
+    )
+
+
+def _in_short(found: dict[str, Standing], name: str) -> tuple[str, str]:
+    if name not in found:
+        return "", ""
+    each = found[name]
+    return f"{each.good} of {each.cells}", f"{-each.gap:.1f}".replace("-", "−")
 
 
 def at(results: dict, size: str, *names: str) -> str:
