@@ -310,6 +310,17 @@ def _panel(axis: Any, cells: list[dict]) -> None:
     name_ends(axis, ends)
 
 
+def legend_below(made: Any, columns: int = 4) -> None:
+    """One legend for all panels, below them, where it covers no data."""
+    shown = {
+        name: line
+        for axis in made.axes
+        for line, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    where = {"loc": "outside lower center", "ncols": min(columns, len(shown))}
+    made.legend(list(shown.values()), list(shown), **where)
+
+
 def name_ends(axis: Any, ends: dict[str, tuple[float, float, str]]) -> None:
     """Writes names beside the ends of lines, moved apart if they would overlap.
 

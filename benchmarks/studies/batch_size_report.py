@@ -199,7 +199,7 @@ def rates_figure(results: dict) -> Any:
 
 def _panels(results: dict, points, label: str, ticks) -> Any:
     networks = results["config"]["networks"]
-    made = matplotlib.figure.Figure((4.6 * len(networks), 3.8))
+    made = matplotlib.figure.Figure((4.6 * len(networks), 4.2))
     axes = made.subplots(1, len(networks), squeeze=False)[0]
     for axis, chosen in zip(axes, networks, strict=True):
         for network, name, by_size in _grid(results):
@@ -211,7 +211,7 @@ def _panels(results: dict, points, label: str, ticks) -> Any:
         axis.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
         axis.minorticks_off()
     axes[0].set_ylabel("test error, %")
-    axes[-1].legend(loc="upper left")
+    report.legend_below(made)
     return made
 
 

@@ -13,6 +13,7 @@ Run it with ``python -m benchmarks.studies.corrected_inference``.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -320,9 +321,12 @@ def verdict(results: dict) -> str:
 def figure(results: dict) -> Any:
     """Test error of every way, one panel per network and draw."""
     panels = list(dict.fromkeys((c["network"], c["draw"]) for c in results["cells"]))
-    made = matplotlib.figure.Figure((1 + 2.6 * len(panels), 3.4))
-    axes = made.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
+    rows = math.ceil(len(panels) / 3)
+    made = matplotlib.figure.Figure((9.0, 0.6 + 2.7 * rows))
+    axes = made.subplots(rows, 3, sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         cells = [c for c in results["cells"] if (c["network"], c["draw"]) == panel]
         for i, way in enumerate(INFERENCES):
             errors = [[100 - 100 * a[way] for a in cell["accuracy"]] for cell in cells]
@@ -339,9 +343,9 @@ def figure(results: dict) -> Any:
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.set_xlabel("batch size in training")
-    axes[0].set_ylabel("test error, %")
-    lines = axes[0].get_legend_handles_labels()
-    made.legend(*lines, loc="outside lower center", ncols=len(INFERENCES))
+    for axis in axes[:, 0]:
+        axis.set_ylabel("test error, %")
+    report.legend_below(made, len(INFERENCES))
     return made
 
 

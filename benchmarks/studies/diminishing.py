@@ -14,6 +14,7 @@ needs no download.
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,14 +177,21 @@ def figure(results: dict) -> Any:
                 np.arange(error.shape[1]) + 1,
                 error.mean(axis=0),
                 error.std(axis=0),
-                linestyle="--" if i >= len(report.COLORS) else "-",
-                **report.look(i),
+                **_look(cell["alpha"], i / len(cells)),
                 label=cell["alpha"],
             )
         axis.set(xlabel="epoch", title=f"normalized {place} the activation")
     axes[0].set_ylabel("test error, %")
     axes[-1].legend(title="α", loc="center left", bbox_to_anchor=(1, 0.5))
     return made
+
+
+def _look(alpha: str, place: float) -> dict[str, Any]:
+    """A constant α has a color by its size; a schedule is dotted, batch norm dashed."""
+    if alpha == "batch_norm":
+        return {"color": report.COLORS[0], "linestyle": "--"}
+    style = "-" if re.fullmatch(r"[\d.]+", alpha) else ":"
+    return {"color": matplotlib.colormaps["viridis"](place), "linestyle": style}
 
 
 # Name of the file -> the function that draws it from the results.

@@ -243,7 +243,7 @@ def markdown(results: dict) -> str:
     config = results["config"]
     return (
         report.markdown_table(("method", "error", "range"), rows)
-        + f"\nBoth are logs of the ratio of the estimated to the true deviation, means over "
+        + "\nBoth are logs of the ratio of the estimated to the true deviation, means over "
         f"the steps from {WINDOW} on. Error: distance of the median of {config['runs']} "
         "runs from 0. Range: from the 10th to the 90th percentile of the runs. "
         f"{study.measured_on(results)}\n"

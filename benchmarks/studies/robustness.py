@@ -219,7 +219,7 @@ def figure(results: dict) -> Any:
         axis.minorticks_off()
     made.supxlabel("peak learning rate, per 32 examples")
     made.supylabel("test error, %")
-    axes[-1, 0].legend(loc="upper left")
+    report.legend_below(made)
     return made
 
 

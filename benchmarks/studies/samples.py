@@ -192,15 +192,16 @@ def figure(results: dict) -> Any:
                 **report.look_of(kind, index),
                 label=kind,
             )
-            for cell, x, y in zip(cells, flops, values.mean(1), strict=True):
-                text = cell["label"].partition("-")[2]
-                axis.annotate(text, (x, y), (3, 4), textcoords="offset points", fontsize=7)
+            for place, (x, y) in enumerate(zip(flops, values.mean(1), strict=True)):
+                text = cells[place]["label"].partition("-")[2]
+                offset = (3, 4 if place % 2 else -10)  # neighbors may be close
+                axis.annotate(text, (x, y), offset, textcoords="offset points", fontsize=7)
     left.set_ylabel("error of the scale (log of the ratio)")
     right.set_ylabel("test accuracy, %")
     for axis in (left, right):
         axis.set_xlabel("FLOPs of a step / batch norm's")
         axis.set_xscale("log")
-    left.legend()
+    report.legend_below(made)
     made.suptitle("numbers: positions looked at in each step")
     return made
 

@@ -9,6 +9,7 @@ Run it with ``python -m benchmarks.studies.scaling``.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,8 +234,12 @@ def _value(what: str, value: float) -> str:
 def figure(results: dict) -> Any:
     """One panel per law, one line per method."""
     laws = list(dict.fromkeys((c["what"], c["against"]) for c in results["cells"]))
-    made = matplotlib.figure.Figure((3.0 * len(laws), 3.2))
-    for axis, law in zip(made.subplots(1, len(laws)), laws, strict=True):
+    rows = math.ceil(len(laws) / 3)
+    made = matplotlib.figure.Figure((9.0, 0.5 + 2.7 * rows))
+    axes = made.subplots(rows, 3, squeeze=False).flat
+    for axis in axes[len(laws) :]:
+        axis.remove()
+    for axis, law in zip(axes, laws, strict=False):
         cells = [c for c in results["cells"] if (c["what"], c["against"]) == law]
         for i, cell in enumerate(cells):
             values = np.array(cell["values"]) * _UNITS[law[0]][0]
@@ -247,8 +252,7 @@ def figure(results: dict) -> Any:
         axis.set_ylabel(_UNITS[law[0]][1])
         axis.set_xticks(cells[0]["sizes"], [str(size) for size in cells[0]["sizes"]])
         axis.minorticks_off()
-    lines = made.axes[0].get_legend_handles_labels()
-    made.legend(*lines, loc="outside lower center", ncols=len(lines[0]))
+    report.legend_below(made)
     return made
 
 

@@ -233,7 +233,7 @@ def markdown(results: dict) -> str:
 @report.drawn
 def figure(results: dict) -> Any:
     """Bias and deviation over the turn; lines are predictions, dots measurements."""
-    made = matplotlib.figure.Figure((8.4, 3.4))
+    made = matplotlib.figure.Figure((8.4, 3.9))
     left, right = made.subplots(1, 2)
     for index, window in enumerate(results["config"]["windows"]):
         cells = [cell for cell in results["cells"] if cell["window"] == window]
@@ -254,7 +254,7 @@ def figure(results: dict) -> Any:
     left.set_ylim(-105, 10)
     for axis in (left, right):
         axis.set_xlabel("radians in k steps")
-        axis.legend()
+    report.legend_below(made, 3)
     made.suptitle("lines: predicted, dots: measured")
     return made
 
