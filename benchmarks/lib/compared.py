@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods of the study of norm batches, with decays that fit the batch size."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +63,24 @@ class Evolved(Made):
         return EvoNormS0(self.estimator, layer, use_running_average=not train)
 
 
+class _Grouped(nn.Module):
+    """A norm, and group norm of its result."""
+
+    norm: nn.Module
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return nn.GroupNorm(GROUPS)(self.norm(z))
+
+
+class Grouped(Made):
+    """A method with group norm after it."""
+
+    def __call__(self, layer: nn.Module, train: bool) -> nn.Module:
+        """The module that runs the layer and normalizes twice."""
+        return _Grouped(super().__call__(layer, train))
+
+
 def _published(size: int) -> Any:
     """Window 8; a single example has no variance of its own to average."""
     running = "batch" if size > 1 else "window"
@@ -83,6 +102,12 @@ class _FlaxBatchNorm(nn.Module):
 def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
     """The norm of the training before fine-tuning, with 32 examples per step."""
     return _FlaxBatchNorm(layer, train)
+
+
+def _streaming(length: int, size: int, steps: int) -> Made:
+    """``small_batch_norm`` with a window of another length."""
+    window = max(2, length // size)
+    return Made(cbn_jax.streaming_batch_norm(window, momentum=_momentum(size)))
 
 
 # Name -> (norm batch, steps of the run) -> method.
@@ -116,6 +141,14 @@ METHODS: dict[str, Any] = {
     "small_batch_norm-standardize": lambda n, steps: Made(
         cbn_jax.small_batch_norm(n, momentum=_momentum(n)), cbn_jax.standardize
     ),
+    "small_batch_norm-group_norm": lambda n, steps: Grouped(
+        cbn_jax.small_batch_norm(n, momentum=_momentum(n))
+    ),
+    # Windows of another length, in examples.
+    **{
+        f"streaming_batch_norm-{length}": functools.partial(_streaming, length)
+        for length in (8, 128)
+    },
 }
 
 # Methods that take no statistics from a trained batch norm.
