@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import small_batch, tables
 from benchmarks.lib import facts
+from benchmarks.studies import claims, cost, statistics_error, theory
 
 pytestmark = pytest.mark.studies
 
@@ -92,3 +93,68 @@ def test_a_method_may_have_two_calls():
 def test_facts_of_an_unknown_method_are_refused():
     with pytest.raises(ValueError, match="facts got the method layer_norm, expected one"):
         tables.rendered("<!-- facts layer_norm -->\n\n<!-- end -->")
+
+
+def rows_of(text):
+    """The cells of a table's rows, without its headings."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_of_numbers_on_pages_are_short(page):
+    """Of what a study measured; the rest is in benchmarks/README.md."""
+    for block in re.findall(r"<!-- (?!facts|end)\w+ .*?<!-- end -->", PAGES[page], re.DOTALL):
+        assert len(rows_of(block)) <= 8, block[:60]
+
+
+def test_the_brief_cost_has_the_slowest_cell():
+    results = json.loads(tables.results("cost"))
+    labels = ("group_batch_norm", "small_batch_norm")
+    shown = {
+        (row[0], row[1], row[2]): row[3] for row in rows_of(cost.brief(results, *labels))
+    }
+    for label in labels:
+        cells = [cell for cell in results["cells"] if cell["label"] == label]
+        slowest = max(cells, key=lambda cell: cell["time"]["ratio"])
+        place = (label, slowest["network"], str(slowest["batch_size"]))
+        assert shown[place].startswith(f"{slowest['time']['ratio']:.2f} (")
+    assert {place[1:] for place in shown} >= {("resnet18", size) for size in "128"}
+    assert len(shown) == 8
+
+
+def test_the_whole_cost_has_every_method():
+    results = json.loads(tables.results("cost"))
+    methods = {row[0] for row in rows_of(cost.of(results))}
+    assert methods == {cell["label"] for cell in results["cells"]} - {cost.BASELINE}
+
+
+def test_claims_of_one_author():
+    results = json.loads(tables.results("claims"))
+    rows = rows_of(claims.of(results, "Ma"))
+    every = [row for row in rows_of(claims.markdown(results)) if row[0].startswith("Ma")]
+    assert rows == [row[1:] for row in every] != []
+
+
+def test_the_verdict_of_the_theory_names_the_worst_cell():
+    def cell(window, measured, predicted, taylor):
+        sides = {"measured": measured, "predicted": predicted}
+        made = {kind: {"streaming_batch_norm": {"bias": b}} for kind, b in sides.items()}
+        made["measured"]["cross_iteration_batch_norm"] = {"bias": taylor}
+        return {"window": window, "turn": 0.5, **made}
+
+    cells = [cell(4, -0.1, -0.11, -0.3), cell(16, 0.02, 0.05, -0.2)]
+    text = theory.verdict({"cells": cells})
+    assert "streaming is from -10.0 to +2.0 %" in text
+    assert "Taylor term from -30.0 to -20.0 %" in text
+    assert "at most 3.0 points (k = 16, 0.5 radians)" in text
+
+
+def test_brief_tables_repeat_rows_of_the_whole():
+    results = json.loads(tables.results("theory"))
+    every = [row for row in rows_of(theory.markdown(results)) if row[0] == "16"]
+    assert rows_of(theory.brief(results)) == every != []
+    results = json.loads(tables.results("statistics_error"))
+    scale = {tuple(row[:3]): row[4] for row in rows_of(statistics_error.markdown(results))}
+    for method, *errors in rows_of(statistics_error.brief(results)):
+        assert errors == [scale[cell] for cell in scale if cell[2] == method]
