@@ -9,7 +9,13 @@ import pytest
 
 from benchmarks import small_batch, tables
 from benchmarks.lib import facts
-from benchmarks.studies import claims, cost, statistics_error, theory
+from benchmarks.studies import (
+    claims,
+    cost,
+    norm_batch_report,
+    statistics_error,
+    theory,
+)
 
 pytestmark = pytest.mark.studies
 
@@ -104,7 +110,8 @@ def rows_of(text):
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_of_numbers_on_pages_are_short(page):
     """Of what a study measured; the rest is in benchmarks/README.md."""
-    for block in re.findall(r"<!-- (?!facts|end)\w+ .*?<!-- end -->", PAGES[page], re.DOTALL):
+    blocks = re.findall(r"<!-- (?!facts|end)\w+ .*?<!-- end -->", PAGES[page], re.DOTALL)
+    for block in blocks:
         assert len(rows_of(block)) <= 8, block[:60]
 
 
@@ -158,3 +165,19 @@ def test_brief_tables_repeat_rows_of_the_whole():
     scale = {tuple(row[:3]): row[4] for row in rows_of(statistics_error.markdown(results))}
     for method, *errors in rows_of(statistics_error.brief(results)):
         assert errors == [scale[cell] for cell in scale if cell[2] == method]
+
+
+def test_the_standing_of_named_methods():
+    """Of training from scratch and of fine-tuning, for the named methods alone."""
+    results = json.loads(tables.results("norm_batch"))
+    rows = rows_of(norm_batch_report.of(results, "carried_batch_norm", "frozen"))
+    settings = {"from scratch": False, "fine-tuning": True}
+    for name, setting, cells, gap, worst in rows:
+        found = norm_batch_report.standings(results, settings[setting])[name]
+        assert cells == f"{found.good} of {found.cells}"
+        assert (gap, worst) == (f"{found.gap:.1f}", norm_batch_report.where(found.worst))
+    assert {tuple(row[:2]) for row in rows} == {
+        ("carried_batch_norm", "from scratch"),
+        ("carried_batch_norm", "fine-tuning"),
+        ("frozen", "fine-tuning"),
+    }
