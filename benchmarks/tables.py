@@ -3,8 +3,9 @@
 
 A document contains ``<!-- FUNCTION STUDY -->``, the output of that function for the study's
 committed ``results.json``, and ``<!-- end -->``. Further words are arguments, as in
-``<!-- of cost batch_norm small_batch -->``. This command rewrites these outputs in the
-README, in benchmarks/README.md and in docs/, so that nobody types a number.
+``<!-- of cost batch_norm small_batch -->``. A block ``<!-- facts NAME NAME -->`` contains
+the four facts of these methods, which need no results. This command rewrites these outputs
+in the README, in benchmarks/README.md and in docs/, so that nobody types a number.
 
 Run it with ``python -m benchmarks.tables`` in a checkout.
 """
@@ -23,7 +24,7 @@ with needed_for("benchmarks"):
     import tyro
     from rich.console import Console
 
-from benchmarks.lib import report, study
+from benchmarks.lib import facts, report, study
 from benchmarks.studies import (
     adaptive,
     batch_size_report,
@@ -144,16 +145,22 @@ def rendered(text: str) -> str:
 
 def _block(found: re.Match[str]) -> str:
     start, function, name, words, space, _, end = found.groups()
+    made = _made(start, function, name, words.split()).strip()
+    if space.startswith("\n"):
+        return f"{start}\n\n{made}\n\n{end}"
+    return f"{start}{' '.join(made.split())}{end}"  # in one line, as in a table's cell
+
+
+def _made(start: str, function: str, name: str, words: list[str]) -> str:
+    """The contents of a block that begins with ``start``."""
+    if function == "facts":
+        return facts.table(name, *words)
     if name not in STUDIES or not hasattr(STUDIES[name], function):
         raise ValueError(
             f"{start} names no function of a study, expected one such as "
             f"<!-- markdown cost -->; studies are {', '.join(STUDIES)}."
         )
-    make = getattr(STUDIES[name], function)
-    made = make(json.loads(results(name)), *words.split()).strip()
-    if space.startswith("\n"):
-        return f"{start}\n\n{made}\n\n{end}"
-    return f"{start}{' '.join(made.split())}{end}"  # in one line, as in a table's cell
+    return getattr(STUDIES[name], function)(json.loads(results(name)), *words)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,21 @@
 """The documents hold what the studies measured."""
 
 import json
+import re
 from pathlib import Path
 
+import cases
 import pytest
 
 from benchmarks import small_batch, tables
+from benchmarks.lib import facts
+from benchmarks.studies import (
+    claims,
+    cost,
+    norm_batch_report,
+    statistics_error,
+    theory,
+)
 
 pytestmark = pytest.mark.studies
 
@@ -36,3 +46,138 @@ def test_precisions_are_compared_as_measured():
         del config["precision"], config["output"]
     assert other == usual
     assert compared[0]["environment"] == compared[1]["environment"]
+
+
+PAGES = {page.stem: page.read_text() for page in (ROOT / "docs/methods").glob("*.md")}
+
+
+def test_the_facts_of_every_estimator_are_on_a_page():
+    blocks = re.findall(r"<!-- facts (.*?) -->", "".join(PAGES.values()))
+    assert {name for names in blocks for name in names.split()} == set(cases.KINDS)
+
+
+@pytest.mark.parametrize("page", PAGES.keys() - {"centralize", "combining"})
+def test_pages_of_estimators_open_with_their_facts(page):
+    assert re.match(r"# .+\n\n<!-- facts ", PAGES[page])
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (
+            "batch_norm()",
+            ("3 numbers per feature", "no", "behind convolutions only", "yes"),
+        ),
+        (
+            "small_batch_norm(batch_size=2)",
+            ("1 θ, 9 input patches, 16 numbers per feature", "yes", "yes", "yes"),
+        ),
+        ("filter_response_norm()", ("1 number per feature", "no", "yes", "no")),
+        ("ghost_batch_norm(examples=2)", ("3 numbers per feature", "no", "no", "yes")),
+        (
+            "online_norm()",
+            (
+                "3 numbers per feature, 2 per feature among the parameters",
+                "no",
+                "yes",
+                "yes",
+            ),
+        ),
+    ],
+)
+def test_facts_come_from_the_library(call, expected):
+    assert facts.facts_of(facts.made(call)) == expected
+
+
+def test_a_method_may_have_two_calls():
+    """Its one-example fact depends on an argument."""
+    published, window = facts.calls_of("cross_iteration_batch_norm")
+    found = [facts.facts_of(facts.made(call)).one_example for call in (published, window)]
+    assert found == ["behind convolutions only", "yes"]
+
+
+def test_facts_of_an_unknown_method_are_refused():
+    with pytest.raises(ValueError, match="facts got the method layer_norm, expected one"):
+        tables.rendered("<!-- facts layer_norm -->\n\n<!-- end -->")
+
+
+def rows_of(text):
+    """The cells of a table's rows, without its headings."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_of_numbers_on_pages_are_short(page):
+    """Of what a study measured; the rest is in benchmarks/README.md."""
+    blocks = re.findall(r"<!-- (?!facts|end)\w+ .*?<!-- end -->", PAGES[page], re.DOTALL)
+    for block in blocks:
+        assert len(rows_of(block)) <= 8, block[:60]
+
+
+def test_the_brief_cost_has_the_slowest_cell():
+    results = json.loads(tables.results("cost"))
+    labels = ("group_batch_norm", "small_batch_norm")
+    shown = {
+        (row[0], row[1], row[2]): row[3] for row in rows_of(cost.brief(results, *labels))
+    }
+    for label in labels:
+        cells = [cell for cell in results["cells"] if cell["label"] == label]
+        slowest = max(cells, key=lambda cell: cell["time"]["ratio"])
+        place = (label, slowest["network"], str(slowest["batch_size"]))
+        assert shown[place].startswith(f"{slowest['time']['ratio']:.2f} (")
+    assert {place[1:] for place in shown} >= {("resnet18", size) for size in "128"}
+    assert len(shown) == 8
+
+
+def test_the_whole_cost_has_every_method():
+    results = json.loads(tables.results("cost"))
+    methods = {row[0] for row in rows_of(cost.of(results))}
+    assert methods == {cell["label"] for cell in results["cells"]} - {cost.BASELINE}
+
+
+def test_claims_of_one_author():
+    results = json.loads(tables.results("claims"))
+    rows = rows_of(claims.of(results, "Ma"))
+    every = [row for row in rows_of(claims.markdown(results)) if row[0].startswith("Ma")]
+    assert rows == [row[1:] for row in every] != []
+
+
+def test_the_verdict_of_the_theory_names_the_worst_cell():
+    def cell(window, measured, predicted, taylor):
+        sides = {"measured": measured, "predicted": predicted}
+        made = {kind: {"streaming_batch_norm": {"bias": b}} for kind, b in sides.items()}
+        made["measured"]["cross_iteration_batch_norm"] = {"bias": taylor}
+        return {"window": window, "turn": 0.5, **made}
+
+    cells = [cell(4, -0.1, -0.11, -0.3), cell(16, 0.02, 0.05, -0.2)]
+    text = theory.verdict({"cells": cells})
+    assert "streaming is from -10.0 to +2.0 %" in text
+    assert "Taylor term from -30.0 to -20.0 %" in text
+    assert "at most 3.0 points (k = 16, 0.5 radians)" in text
+
+
+def test_brief_tables_repeat_rows_of_the_whole():
+    results = json.loads(tables.results("theory"))
+    every = [row for row in rows_of(theory.markdown(results)) if row[0] == "16"]
+    assert rows_of(theory.brief(results)) == every != []
+    results = json.loads(tables.results("statistics_error"))
+    scale = {tuple(row[:3]): row[4] for row in rows_of(statistics_error.markdown(results))}
+    for method, *errors in rows_of(statistics_error.brief(results)):
+        assert errors == [scale[cell] for cell in scale if cell[2] == method]
+
+
+def test_the_standing_of_named_methods():
+    """Of training from scratch and of fine-tuning, for the named methods alone."""
+    results = json.loads(tables.results("norm_batch"))
+    rows = rows_of(norm_batch_report.of(results, "carried_batch_norm", "frozen"))
+    settings = {"from scratch": False, "fine-tuning": True}
+    for name, setting, cells, gap, worst in rows:
+        found = norm_batch_report.standings(results, settings[setting])[name]
+        assert cells == f"{found.good} of {found.cells}"
+        assert (gap, worst) == (f"{found.gap:.1f}", norm_batch_report.where(found.worst))
+    assert {tuple(row[:2]) for row in rows} == {
+        ("carried_batch_norm", "from scratch"),
+        ("carried_batch_norm", "fine-tuning"),
+        ("frozen", "fine-tuning"),
+    }

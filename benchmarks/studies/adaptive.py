@@ -253,8 +253,9 @@ def verdict(results: dict) -> str:
         for way in ("always", "never")
     }
     return (
-        f"The better of its two ways of predicting is ahead of always normalizing in "
-        f"{ahead['always']} of {len(means)} cells, of never in {ahead['never']}."
+        "With the better of its two kinds of inference, adaptive batch norm has a higher "
+        f"mean accuracy than always normalizing in {ahead['always']} of {len(means)} "
+        f"cells, and than never normalizing in {ahead['never']}."
     )
 
 

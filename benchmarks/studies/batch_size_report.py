@@ -50,9 +50,10 @@ def markdown(results: dict) -> str:
 
 
 def of(results: dict, *labels: str) -> str:
-    """The accuracies of some methods."""
+    """The accuracies of some methods; of all without labels."""
+    table = _accuracies(results, labels or None)
     return (
-        f"{study.setting(results)}:\n\n{_accuracies(results, labels)}\nTest accuracy, %, "
+        f"{study.setting(results)}:\n\n{table}\nTest accuracy, %, "
         "mean ± standard error over seeds, each at its own best rate; bold: within two "
         f"standard errors of the best. {study.measured_on(results)}\n"
     )

@@ -350,8 +350,27 @@ def verdict(comparisons: list[Comparison]) -> str:
     return f"{agreeing} of {len(comparisons)} cells, worst {worst:+.1f}".replace("-", "−")
 
 
+def of(results: dict, author: str) -> str:
+    """The claims of one author alone."""
+    rows = [row[1:] for row in _rows(results) if row[0].startswith(author)]
+    return f"{report.markdown_table(HEADINGS[1:], rows)}\n{LEGEND}\n"
+
+
 def markdown(results: dict) -> str:
     """One row per claim."""
+    return f"{report.markdown_table(HEADINGS, _rows(results))}\n{LEGEND}\n"
+
+
+HEADINGS = ("paper", "claim", "agree", "least", "most", "study")
+LEGEND = (
+    "Differences in points of test accuracy ± their standard error. A cell agrees with "
+    "*is ahead* if the difference is more than two standard errors above zero, with "
+    "*at least as good* and *loses nothing* unless it is more than two below."
+)
+
+
+def _rows(results: dict) -> list[tuple[str, ...]]:
+    """A row per claim, under ``HEADINGS``."""
     rows = []
     for claim in results["claims"]:
         comparisons = [Comparison(**c) for c in claim["comparisons"]]
@@ -366,13 +385,7 @@ def markdown(results: dict) -> str:
                 f"`{claim['study']}`",
             )
         )
-    headings = ("paper", "claim", "agree", "least", "most", "study")
-    return (
-        f"{report.markdown_table(headings, rows)}\n"
-        "Differences in points of test accuracy ± their standard error. A cell agrees with "
-        "*is ahead* if the difference is more than two standard errors above zero, with "
-        "*at least as good* and *loses nothing* unless it is more than two below.\n"
-    )
+    return rows
 
 
 if __name__ == "__main__":

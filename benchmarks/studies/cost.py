@@ -462,19 +462,52 @@ def markdown(results: dict) -> str:
 
 
 def of(results: dict, *labels: str) -> str:
-    """The cost of some methods relative to Flax's batch norm, in short."""
-    headings = (*BESIDE, "state / θ")
-    rows = [
-        (
-            *_beside(base, cell),
-            f"{cell['state'] / cell['params']:.2f}",
-        )
+    """The cost of some methods relative to Flax's batch norm; of all without labels."""
+    return _relative(results, _pairs(results, labels))
+
+
+def brief(results: dict, *labels: str) -> str:
+    """The cost of some methods on resnet18, and the slowest cell of each."""
+    pairs = _pairs(results, labels)
+    slowest = [_slowest([cell for _, cell in pairs if cell["label"] == n]) for n in labels]
+    shown = [
+        (base, cell)
+        for base, cell in pairs
+        if cell["network"] == "resnet18" or cell in slowest
+    ]
+    return _relative(results, shown)
+
+
+def _pairs(results: dict, labels: Sequence[str]) -> list[tuple[dict, dict]]:
+    """(the cell of the baseline, a method's cell), of all methods without labels."""
+    return [
+        (base, cell)
         for base, cells in _groups(results)
         for cell in cells
-        if cell["label"] in labels
+        if cell is not base and cell["label"] in (labels or (cell["label"],))
+    ]
+
+
+def _slowest(cells: list[dict]) -> dict:
+    return max(cells, key=lambda cell: cell["time"]["ratio"])
+
+
+def _relative(results: dict, pairs: list[tuple[dict, dict]]) -> str:
+    """A row for each cell, beginning with the quantities that matter most."""
+    headings = ("method", "net", "batch", "time", "state / θ", "FLOPs", "bytes")
+    rows = [
+        (
+            _label(cell),
+            cell["network"],
+            str(cell["batch_size"]),
+            _time(cell),
+            f"{cell['state'] / cell['params']:.2f}",
+            *(_value(quantity, base, cell) for quantity in headings[5:]),
+        )
+        for base, cell in pairs
     ]
     return (
-        f"{report.markdown_table(headings, rows)}\nA training step's FLOPs, bytes and time "
+        f"{report.markdown_table(headings, rows)}\nA training step's time, FLOPs and bytes "
         "as ratios to Flax's batch norm (time: median and quartiles of side-by-side "
         "ratios); bytes of batch_stats over bytes of the parameters. "
         f"{study.measured_on(results)}\n"
@@ -588,7 +621,7 @@ def verdict(results: dict) -> str:
 def step_time(results: dict, name: str) -> str:
     """The median and the worst time of a method, in a sentence."""
     cells = [c for c in results["cells"] if c["label"] == name and c["time"]]
-    worst = max(cells, key=lambda cell: cell["time"]["ratio"])
+    worst = _slowest(cells)
     median = float(np.median([cell["time"]["ratio"] for cell in cells]))
     return (
         f"Step time of {name} relative to Flax's batch norm: median {median:.2f}, "

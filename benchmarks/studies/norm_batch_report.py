@@ -181,6 +181,30 @@ def standings(results: dict, tuned: bool) -> dict[str, Standing]:
     return {name: made[name] for name in order}
 
 
+def of(results: dict, *names: str) -> str:
+    """How far some methods are from the best, in training from scratch and fine-tuning."""
+    rows = [
+        (
+            name,
+            setting,
+            f"{each.good} of {each.cells}",
+            f"{each.gap:.1f}",
+            where(each.worst),
+        )
+        for setting, tuned in (("from scratch", False), ("fine-tuning", True))
+        for name, each in standings(results, tuned).items()
+        if name in names
+    ]
+    headings = ("method", "training", "cells", "points behind at worst", "worst cell")
+    return (
+        f"{report.markdown_table(headings, rows)}\n"
+        "Cells: those within two standard errors of the best of all methods, of those in "
+        "which the method was run, each at its own best rate. A cell is a task, a norm "
+        "batch of a gradient batch, and what the norm batch holds. "
+        f"{study.measured_on(results)}\n"
+    )
+
+
 def verdict(results: dict, tuned: bool) -> str:
     """The number of cells in which each method equals the best, and its worst cell."""
     found = standings(results, tuned)

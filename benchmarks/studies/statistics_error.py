@@ -205,6 +205,28 @@ def markdown(results: dict) -> str:
     )
 
 
+def brief(results: dict) -> str:
+    """The error of the scale alone, with a column for each network and rate."""
+    cells = _cells(results)
+    methods = next(iter(results["runs"][0]["errors"].values()))
+    rows = [
+        (
+            method,
+            *(
+                report.spread([mean_error(run, method, "scale") for run in same], 3)
+                for same in cells.values()
+            ),
+        )
+        for method in methods
+    ]
+    headings = ("error of the scale", *(f"{net}, rate {rate:g}" for net, rate in cells))
+    return (
+        f"{report.title(results)}:\n\n{report.markdown_table(headings, rows)}\n"
+        "The log of the ratio of the estimated scale to the true one: RMS over features, "
+        "mean over layers and measurements, mean ± standard deviation over seeds.\n"
+    )
+
+
 def _rows(results: dict) -> Iterator[tuple[str, ...]]:
     for (network, rate), same in _cells(results).items():
         for method in next(iter(same[0]["errors"].values())):

@@ -11,7 +11,7 @@ Run it with ``python -m benchmarks.studies.theory``.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,11 +191,66 @@ def taylor_bias(weights: np.ndarray, window: int, batch_size: int) -> float:
     return float(-np.square(far).sum(axis=1).mean() - 1.0 / (batch_size * window))
 
 
+def brief(results: dict) -> str:
+    """The ranges over all cells, and the rows of the middle window."""
+    windows = results["config"]["windows"]
+    rows = _rows(results, [windows[len(windows) // 2]])
+    return f"{verdict(results)}\n\n{report.markdown_table(HEADINGS, rows)}\n{LEGEND}\n"
+
+
+def verdict(results: dict) -> str:
+    """The range of each bias, and how far streaming's is from its prediction."""
+    sides = [
+        [cell[kind]["streaming_batch_norm"]["bias"] for cell in results["cells"]]
+        for kind in ("measured", "predicted")
+    ]
+    taylor = [c["measured"]["cross_iteration_batch_norm"]["bias"] for c in results["cells"]]
+    off = np.abs(np.subtract(*sides))
+    worst = results["cells"][int(off.argmax())]
+    return (
+        f"In the {len(off)} cells of all windows, the bias of streaming is from "
+        f"{_span(sides[0])} %, and the bias of the Taylor term from {_span(taylor)} %. The "
+        f"bias of streaming differs from its prediction by at most {100 * off.max():.1f} "
+        f"points (k = {worst['window']}, {worst['turn']:g} radians)."
+    )
+
+
+def _span(values: list[float]) -> str:
+    return f"{100 * min(values):+.1f} to {100 * max(values):+.1f}"
+
+
 def markdown(results: dict) -> str:
     """Bias and deviation of the estimated variance, relative to the true one."""
     config, versions = results["config"], results["environment"]
+    rows = _rows(results, config["windows"])
+    return (
+        f"Batch size {config['batch_size']}, {config['runs']} runs a cell:\n\n"
+        f"{report.markdown_table(HEADINGS, rows)}\n{LEGEND} "
+        f"JAX {versions['jax']}, Python {versions['python']}, {versions['device']}.\n"
+    )
+
+
+HEADINGS = (
+    "k",
+    "radians in k steps",
+    "streaming bias, %",
+    "predicted",
+    "deviation, %",
+    "predicted",
+    "Taylor bias, %",
+    "predicted",
+    "deviation, %",
+)
+LEGEND = (
+    "Of the estimated variance, relative to the true one. Taylor: the published method, "
+    "its prediction before the guard against negative variances."
+)
+
+
+def _rows(results: dict, windows: Sequence[int]) -> list[tuple[str, ...]]:
+    """A row per cell of these windows, under ``HEADINGS``."""
     rows = []
-    for cell in results["cells"]:
+    for cell in (cell for cell in results["cells"] if cell["window"] in windows):
         streaming, taylor = (
             (cell["measured"][name], cell["predicted"][name])
             for name in ("streaming_batch_norm", "cross_iteration_batch_norm")
@@ -210,24 +265,7 @@ def markdown(results: dict) -> str:
                 f"{100 * taylor[0]['deviation']:.1f}",
             )
         )
-    headings = (
-        "k",
-        "radians in k steps",
-        "streaming bias, %",
-        "predicted",
-        "deviation, %",
-        "predicted",
-        "Taylor bias, %",
-        "predicted",
-        "deviation, %",
-    )
-    return (
-        f"Batch size {config['batch_size']}, {config['runs']} runs a cell:\n\n"
-        f"{report.markdown_table(headings, rows)}\n"
-        "Of the estimated variance, relative to the true one. Taylor: the published "
-        "method, its prediction before the guard against negative variances. "
-        f"JAX {versions['jax']}, Python {versions['python']}, {versions['device']}.\n"
-    )
+    return rows
 
 
 @report.drawn
