@@ -140,7 +140,7 @@ def test_claims_of_one_author():
     results = json.loads(tables.results("claims"))
     rows = rows_of(claims.of(results, "Ma"))
     every = [row for row in rows_of(claims.markdown(results)) if row[0].startswith("Ma")]
-    assert rows == [row[1:] for row in every] != []
+    assert [row[1:] for row in rows] == [row[1:] for row in every] != []
 
 
 def test_the_verdict_of_the_theory_names_the_worst_cell():

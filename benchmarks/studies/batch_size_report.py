@@ -60,24 +60,23 @@ def of(results: dict, *labels: str) -> str:
 
 
 def verdict(results: dict) -> str:
-    """Each method's accuracies at the greatest and the smallest batch size it trains."""
+    """Each method's accuracies at its greatest and its smallest batch size."""
     sentences = []
     for chosen in results["config"]["networks"]:
         ways = [
-            f"{label} from {_mean(by_size, max)} to {_mean(by_size, min)}"
+            f"{label} {_mean(by_size, max)} and {_mean(by_size, min)}"
             for network, label, by_size in _grid(results)
             if network == chosen and label in VERDICT
         ]
         sentences.append(
-            f"{chosen}, {results['config']['dataset']}: from the greatest to the smallest "
-            f"batch size at which each trains, test accuracy goes {', '.join(ways)}."
+            f"{chosen}, {results['config']['dataset']}, test accuracy: {', '.join(ways)}."
         )
     return "\n".join(sentences)
 
 
 def _mean(by_size: dict[int, dict], choose) -> str:
     size = choose(by_size)
-    return f"{_percent(by_size[size]['test']).mean():.1f} % ({size})"
+    return f"{_percent(by_size[size]['test']).mean():.1f} % at {size}"
 
 
 def _accuracies(results: dict, methods: Sequence[str] | None = None) -> str:

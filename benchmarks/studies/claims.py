@@ -55,7 +55,8 @@ class Comparison(NamedTuple):
         return self.difference >= side * self.error
 
     def __str__(self) -> str:
-        return f"{self.difference:+.1f} ± {self.error:.1f} ({self.cell})"
+        text = f"{self.difference:+.1f} ± {self.error:.1f} ({self.cell})"
+        return text.replace("-", "−", 1) if self.difference < 0 else text
 
 
 #: The folder of all results -> comparisons.
@@ -344,10 +345,8 @@ CLAIMS = (
 
 
 def verdict(comparisons: list[Comparison]) -> str:
-    """A count and the worst cell, without a judgment."""
-    agreeing = sum(comparison.agrees for comparison in comparisons)
-    worst = min(comparison.difference for comparison in comparisons)
-    return f"{agreeing} of {len(comparisons)} cells, worst {worst:+.1f}".replace("-", "−")
+    """The cells that agree, without a judgment."""
+    return f"{sum(each.agrees for each in comparisons)} of {len(comparisons)}"
 
 
 def of(results: dict, author: str) -> str:
@@ -357,11 +356,12 @@ def of(results: dict, author: str) -> str:
 
 
 def markdown(results: dict) -> str:
-    """One row per claim."""
-    return f"{report.markdown_table(HEADINGS, _rows(results))}\n{LEGEND}\n"
+    """One row per claim, with its paper."""
+    rows = [(f"{paper}: {claim}", *row) for paper, claim, *row in _rows(results)]
+    return f"{report.markdown_table(HEADINGS[1:], rows)}\n{LEGEND}\n"
 
 
-HEADINGS = ("paper", "claim", "agree", "least", "most", "study")
+HEADINGS = ("paper", "claim", "cells that agree", "worst cell", "best cell", "study")
 LEGEND = (
     "Differences in points of test accuracy ± their standard error. A cell agrees with "
     "*is ahead* if the difference is more than two standard errors above zero, with "
@@ -375,16 +375,9 @@ def _rows(results: dict) -> list[tuple[str, ...]]:
     for claim in results["claims"]:
         comparisons = [Comparison(**c) for c in claim["comparisons"]]
         ordered = sorted(comparisons, key=lambda comparison: comparison.difference)
-        rows.append(
-            (
-                claim["paper"],
-                claim["text"],
-                verdict(comparisons),
-                str(ordered[0]),
-                str(ordered[-1]),
-                f"`{claim['study']}`",
-            )
-        )
+        counted, worst, best = verdict(comparisons), str(ordered[0]), str(ordered[-1])
+        where = f"`{claim['study']}`"
+        rows.append((claim["paper"], claim["text"], counted, worst, best, where))
     return rows
 
 
