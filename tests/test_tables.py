@@ -15,6 +15,7 @@ from benchmarks.studies import (
     norm_batch_report,
     statistics_error,
     theory,
+    without_layer,
 )
 
 pytestmark = pytest.mark.studies
@@ -181,3 +182,12 @@ def test_the_standing_of_named_methods():
         ("carried_batch_norm", "fine-tuning"),
         ("frozen", "fine-tuning"),
     }
+
+
+def test_the_brief_comparison_without_a_layer_says_what_the_verdict_says():
+    results = json.loads(tables.results("without_layer"))
+    sentences = without_layer.verdict(results).splitlines()
+    rows = rows_of(without_layer.brief(results))
+    for (name, settings, behind), sentence in zip(rows, sentences, strict=True):
+        assert sentence.startswith(f"{name}: ")
+        assert f"in {settings} settings, at worst {behind} points" in sentence

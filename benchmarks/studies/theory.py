@@ -200,18 +200,19 @@ def brief(results: dict) -> str:
 
 def verdict(results: dict) -> str:
     """The range of each bias, and how far streaming's is from its prediction."""
-    sides = [
-        [cell[kind]["streaming_batch_norm"]["bias"] for cell in results["cells"]]
+    measured, predicted = (
+        np.array([cell[kind]["streaming_batch_norm"]["bias"] for cell in results["cells"]])
         for kind in ("measured", "predicted")
-    ]
+    )
     taylor = [c["measured"]["cross_iteration_batch_norm"]["bias"] for c in results["cells"]]
-    off = np.abs(np.subtract(*sides))
+    off = np.abs(measured - predicted)
     worst = results["cells"][int(off.argmax())]
     return (
         f"In the {len(off)} cells of all windows, the bias of streaming is from "
-        f"{_span(sides[0])} %, and the bias of the Taylor term from {_span(taylor)} %. The "
-        f"bias of streaming differs from its prediction by at most {100 * off.max():.1f} "
-        f"points (k = {worst['window']}, {worst['turn']:g} radians)."
+        f"{_span(measured.tolist())} %, and the bias of the Taylor term from "
+        f"{_span(taylor)} %. The bias of streaming differs from its prediction by at "
+        f"most {100 * off.max():.1f} points (k = {worst['window']}, "
+        f"{worst['turn']:g} radians)."
     )
 
 

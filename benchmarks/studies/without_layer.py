@@ -186,8 +186,29 @@ def _groups(results: dict) -> Iterator:
         )
 
 
+def brief(results: dict) -> str:
+    """The verdict as a table."""
+    counts, behind, total = _counted(results)
+    rows = [(name, f"{counts[name]} of {total}", f"{behind[name]:.1f}") for name in counts]
+    table = report.markdown_table(("method", "settings", "points behind at worst"), rows)
+    return (
+        f"{table}\nSettings: those within two standard errors of the best method, each "
+        f"method at its best rate. {study.measured_on(results)}\n"
+    )
+
+
 def verdict(results: dict) -> str:
     """How often each method is within two standard errors of the best, at its best rate."""
+    counts, behind, total = _counted(results)
+    return "\n".join(
+        f"{label}: within two standard errors of the best method in {counts[label]} of "
+        f"{total} settings, at worst {behind[label]:.1f} points behind it."
+        for label in counts
+    )
+
+
+def _counted(results: dict) -> tuple[dict[str, int], dict[str, float], int]:
+    """Settings in which a method equals the best, its worst distance, and all settings."""
     groups = [by_label for _, by_label in _groups(results)]
     counts = dict.fromkeys(results["config"]["methods"], 0)
     behind = dict.fromkeys(counts, 0.0)
@@ -197,11 +218,7 @@ def verdict(results: dict) -> str:
         for label, (mean, own) in best.items():
             counts[label] += top - mean <= 2 * np.hypot(error, own)
             behind[label] = max(behind[label], top - mean)
-    return "\n".join(
-        f"{label}: within two standard errors of the best method in {counts[label]} of "
-        f"{len(groups)} settings, at worst {behind[label]:.1f} points behind it."
-        for label in counts
-    )
+    return counts, behind, len(groups)
 
 
 def _best(cells: list[dict]) -> tuple[float, float]:
