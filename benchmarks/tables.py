@@ -109,7 +109,7 @@ def main(config: Config, console: Console) -> dict:
         if after != before:
             path.write_text(after)
             changed.append(str(path.relative_to(config.root)))
-    console.print("made anew: " + (", ".join(changed) or "nothing, all is up to date"))
+    console.print("rewritten: " + (", ".join(changed) or "nothing, all is up to date"))
     return {"changed": changed}
 
 

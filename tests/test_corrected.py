@@ -241,7 +241,7 @@ def fitted_on(batches, mean, var, estimator=FITTED):
 
 
 def coefficients(estimator, inner, state):
-    """a and c = (c₀, c₁, c₂), read off what is predicted for three examples."""
+    """a and c = (c₀, c₁, c₂), computed from the predictions for three examples."""
     ordinary = infer(inner, state.state, jnp.zeros((1, FEATURES)))
     example = jnp.array([[0.0, 0.0], [-1.0, 1.0], [1.0, 1.0]])[..., None]
     predicted = infer(estimator, state, ordinary.mean[None, None] + example)
@@ -366,7 +366,7 @@ PARTS_OF_A_BATCH = {
 
 
 @pytest.mark.parametrize("name", PARTS_OF_A_BATCH)
-def test_the_share_is_one_in_all_that_stands_behind_a_statistic(name, rng):
+def test_the_share_is_one_in_all_examples_of_a_statistic(name, rng):
     """A window of k batches makes it 1/(k m), a weight α makes it α/m."""
     inner, part = PARTS_OF_A_BATCH[name]
     m, params = 2, {"kernel": jnp.eye(FEATURES)}

@@ -453,7 +453,7 @@ def test_inference_averages_batches_or_windows(running, key):
     np.testing.assert_allclose(variance(inferred), expected[1], rtol=1e-4)
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])

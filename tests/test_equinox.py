@@ -257,7 +257,7 @@ def test_trains_without_a_second_trace():
         loss, model, state = step(model, state, z, labels)
         losses.append(loss)
     assert losses[-1] < 0.9 * losses[0]
-    step(*net(seed=1), z, labels)  # an equal model made anew is the same program
+    step(*net(seed=1), z, labels)  # a new, equal model uses the same program
 
 
 def test_inference_mode():

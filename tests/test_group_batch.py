@@ -99,7 +99,7 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-# What is computed.
+# Computed values.
 
 
 @names
@@ -165,7 +165,7 @@ def test_accurate_at_large_means(name, order, shape, key):
 
 @pytest.mark.parametrize("method", ["train", "infer"])
 def test_half_precision_has_the_statistics_of_its_values(method, key):
-    """What is normalized in between is not rounded."""
+    """The intermediate normalized values are not rounded."""
     x, mix = jnp.asarray(data(key, CONV), jnp.bfloat16), np.float32(MIXES["mixed"])
     call = functools.partial(compiled(GNP, "group_first", method), mix, fresh(GNP))
     assert_close(call(x), call(x.astype(jnp.float32)), rtol=1e-6, atol=1e-6)
@@ -267,7 +267,7 @@ def test_mix_one_batch_first_is_group_norm_of_batch_norm(shape, key):
     assert_close(actual, (group_norm(batched), state))
 
 
-# What is not known.
+# Unknown statistics.
 
 
 @orders

@@ -102,7 +102,7 @@ def test_noise_has_the_asked_mean_and_deviation():
 
 @pytest.mark.parametrize("layer", ["dense", "conv"])
 def test_noise_is_a_function_of_state_and_batch(layer, key):
-    """Steps differ, and so do seeds; what is done again is the same."""
+    """Steps and seeds differ; a repeated call gives the same noise."""
     call, state = step("batch_norm", layer)
     noise, second, _ = call(state, key)
     assert_same(call(state, key)[0], noise)

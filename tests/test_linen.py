@@ -63,8 +63,8 @@ def images(n=4, seed=0, shift=0.0):
     return values.astype(np.float32)
 
 
-# Modules are values, so all tests share what is compiled for equal ones. ``flag`` is
-# ``train`` or ``use_running_average``.
+# Equal modules share one compiled program in all tests. ``flag`` is ``train`` or
+# ``use_running_average``.
 
 
 @functools.partial(jax.jit, static_argnames=("model", "flag"))
@@ -683,7 +683,7 @@ def around(estimator):
     ids=["small_batch", "cross_iteration", "adaptive_replay"],
 )
 def test_any_method_goes_on_from_batch_norm(estimator, key):
-    """It predicts as before, begins its window anew, and trains."""
+    """It predicts as before, starts with an empty window, and trains."""
     model, z = Layers(around(estimator)), images()
     fresh = start(model, key, z, False)
     variables = from_batch_norm(trained_layers(), into=fresh)

@@ -859,7 +859,7 @@ def test_an_ensemble_is_exact():
         variables = {**updates, "params": params}
 
 
-# What is refused.
+# Refused models and arguments.
 
 
 def refused(message):

@@ -392,7 +392,7 @@ def test_the_mode_stays():
     assert not net().norm.use_running_average
 
 
-def test_averages_go_on_and_fresh_ones_start_anew():
+def test_trained_averages_continue_and_fresh_ones_start_at_zero_steps():
     model = Net()
     assert not value(replace_batch_norm(model, SMALL, rows()).norm.steps).any()
     for i in range(20):
@@ -651,7 +651,7 @@ def test_inputs_that_stay_are_normalized_exactly(name):
         nnx.update(model, jax.tree.map(lambda w: w + 0.3 * jnp.cos(7 * w), params))
 
 
-# What is refused.
+# Refused models and arguments.
 
 
 def refused(message, kind=ValueError):

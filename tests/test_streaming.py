@@ -36,7 +36,7 @@ def at_step(state, step):
     return state._replace(running=state.running._replace(steps=steps))
 
 
-# What is computed.
+# Computed values.
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_costs_little_more_than_batch_norm():
     assert 1.0 < ratio <= 1.2
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("option", ["window", "samples"])

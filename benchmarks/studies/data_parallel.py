@@ -125,8 +125,8 @@ def shard_map_step(
 ) -> Step:
     """One program for each device, with ``axis_name="data"`` in the model.
 
-    The loss is averaged over the devices inside what is differentiated: the gradient with
-    respect to parameters that are the same everywhere is then the whole batch's.
+    ``pmean`` averages the loss inside the differentiated function. The gradient by
+    replicated parameters is then the gradient of the whole batch.
     """
 
     def step(state, images, labels):
