@@ -92,7 +92,7 @@ class Config:
     """Options of the command."""
 
     root: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = ROOT
-    """The checkout."""
+    """Folder of the checkout."""
     figures: bool = False
     """Also redraw every figure, from the same results."""
 
