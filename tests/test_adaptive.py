@@ -295,7 +295,9 @@ def test_a_tree_without_gates_is_an_error():
 
 
 def test_wrong_use():
-    with pytest.raises(ValueError, match="adaptive_batch_norm got a gated method; one"):
+    with pytest.raises(
+        ValueError, match="adaptive_batch_norm got a gated method, expected one"
+    ):
         cbn.adaptive_batch_norm(GATED["batch_norm"])
     with pytest.raises(ValueError, match="inference is 'batch', expected 'running' or 'ga"):
         cbn.adaptive_batch_norm(cbn.batch_norm(), inference="batch")

@@ -856,7 +856,7 @@ def test_a_missing_dependency_is_one_sentence(package):
 
 
 def test_norms_without_a_layer(tmp_path, data_dir):
-    """The table has every run, and stored runs do not run again."""
+    """The table lists all runs, and stored runs do not run again."""
     config = dataclasses.replace(without_layer.QUICK, output=tmp_path, data_dir=data_dir)
     results = without_layer.main(config, Console())
     assert len(results["cells"]) == 4  # two pairings, two methods

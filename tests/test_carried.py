@@ -235,7 +235,7 @@ def test_state_is_a_patch_and_a_few_numbers():
 @pytest.mark.parametrize("option", ["window", "micro_batches"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_counts_must_be_whole_numbers(option, value):
-    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+    with pytest.raises(ValueError, match=rf"{option} is .*int of at least 1"):
         cbn.carried_batch_norm(**{option: value})
 
 

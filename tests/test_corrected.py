@@ -187,14 +187,20 @@ def test_inference_is_as_precise_as_the_activations(wrapper, dtype, x64):
 
 
 NONSENSE = {
-    "corrected": (WRAPPERS["corrected"](cbn.batch_norm()), "corrected already; correct it"),
-    "fitted": (cbn.fitted_inference(cbn.batch_norm()), "corrected already; correct it"),
+    "corrected": (
+        WRAPPERS["corrected"](cbn.batch_norm()),
+        "with corrected inference, expected one without",
+    ),
+    "fitted": (
+        cbn.fitted_inference(cbn.batch_norm()),
+        "with corrected inference, expected one without",
+    ),
     "group": (cbn.group_batch_norm(0.5), "statistics per example, expected one mean"),
     "group_plus": (cbn.group_norm_plus(0.5), "statistics per example, expected one mean"),
     "gated": (cbn.adaptive_batch_norm(cbn.batch_norm()), r"expected the gate outside; w"),
     "gated_corrected": (
         cbn.adaptive_batch_norm(WRAPPERS["corrected"](cbn.batch_norm())),
-        "is corrected already",
+        "with corrected inference",
     ),
 }
 
@@ -209,7 +215,7 @@ def test_nonsense_is_an_error_at_construction(name, inner):
 
 @pytest.mark.parametrize("batch_size", [0, 0.5, -1, np.nan])
 def test_a_batch_has_one_example_at_least(batch_size):
-    with pytest.raises(ValueError, match=r"examples is .*number of examples .*from 1 on"):
+    with pytest.raises(ValueError, match=r"examples is .*number of examples .*at least 1"):
         cbn.corrected_inference(cbn.batch_norm(), batch_size)
 
 

@@ -260,7 +260,7 @@ def test_what_is_not_finite_is_not_remembered(poison, key):
 @pytest.mark.parametrize("option", ["window", "samples"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_counts_must_be_whole_numbers(option, value):
-    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+    with pytest.raises(ValueError, match=rf"{option} is .*int of at least 1"):
         cbn.replay_batch_norm(**{option: value})
 
 

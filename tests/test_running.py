@@ -106,7 +106,7 @@ def test_power_one_counts_all_batches_alike():
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan")])
 def test_a_power_is_not_negative(bad):
-    with pytest.raises(ValueError, match=r"power is .*expected p from 0 on"):
+    with pytest.raises(ValueError, match=r"power is .*expected a number p of at least 0"):
         cbn.diminishing(bad)
 
 

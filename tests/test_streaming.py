@@ -387,7 +387,7 @@ def test_costs_little_more_than_batch_norm():
 @pytest.mark.parametrize("option", ["window", "samples"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_counts_must_be_whole_numbers(option, value):
-    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+    with pytest.raises(ValueError, match=rf"{option} is .*int of at least 1"):
         cbn.streaming_batch_norm(**{option: value})
 
 
