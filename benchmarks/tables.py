@@ -93,7 +93,7 @@ class Config:
     """Options of the command."""
 
     root: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = ROOT
-    """The checkout."""
+    """Folder of the checkout."""
     figures: bool = False
     """Also redraw every figure, from the same results."""
 
@@ -110,7 +110,7 @@ def main(config: Config, console: Console) -> dict:
         if after != before:
             path.write_text(after)
             changed.append(str(path.relative_to(config.root)))
-    console.print("made anew: " + (", ".join(changed) or "nothing, all is up to date"))
+    console.print("rewritten: " + (", ".join(changed) or "nothing, all is up to date"))
     return {"changed": changed}
 
 

@@ -39,16 +39,16 @@ def check_modules(estimator: Any, layer: Any, module: type) -> None:
             raise TypeError(
                 f"Norm got the function {name}, expected an estimator; write {write}."
             )
-        came = f"estimator={short(estimator)}"
-    elif layer is not None and not isinstance(layer, module):
-        came = f"layer={short(layer)}"
-    else:
-        return
-    raise TypeError(
-        f"Norm got {came}, expected an estimator and an instance of a Flax module; write "
-        "Norm(cbn_jax.small_batch_norm(2), layer=Conv(...)), and num_features=... for a "
-        "number of features, in nnx alone."
-    )
+        raise TypeError(
+            f"Norm got estimator={short(estimator)}, expected an estimator; write "
+            "Norm(cbn_jax.small_batch_norm(2), layer=Conv(...))."
+        )
+    if layer is not None and not isinstance(layer, module):
+        raise TypeError(
+            f"Norm got layer={short(layer)}, expected an instance of a Flax module; write "
+            "Norm(estimator, layer=Conv(...)), or num_features=... in nnx for a norm "
+            "without a layer."
+        )
 
 
 def short(value: Any) -> str:
@@ -73,9 +73,9 @@ def running_in(state: Any) -> RunningMoments:
     found = list(find_running(state).values())
     if len(found) != 1:
         raise ValueError(
-            f"to_batch_norm got a state with {', '.join(to_dict(state))} and "
-            f"{len(found)} running averages, expected one; there is no batch norm with the "
-            "same inference."
+            f"to_batch_norm got a state ({', '.join(to_dict(state))}) with {len(found)} "
+            "pairs of running averages, expected one pair; no batch norm has the same "
+            "inference."
         )
     return found[0]
 
@@ -104,7 +104,7 @@ def check_stats(where: str, estimator: Any, stats: Any, form: Any, write: str) -
         came = f"{name} of shape {jnp.shape(came[wrong[0]])}"
         expected = f"shape {expected[wrong[0]].shape}"
     raise ValueError(
-        f"Norm got the state of another method or layer at {where}, {came}, expected "
+        f"Norm got the state of another method or layer at {where}, with {came}, expected "
         f"{expected} for {estimator!r}; {write}"
     )
 
@@ -116,9 +116,9 @@ def used_params(layer: Any, params: Any, kernel: Kernel | None, mask: Any = None
         return params
     if "kernel" not in params:
         raise ValueError(
-            f"Norm got a change of the kernel and layer={short(layer)}, which has none, "
-            "expected a layer with a parameter kernel; write "
-            "Norm(estimator, layer=Conv(...), kernel=...)."
+            f"Norm got kernel=... with layer={short(layer)}, which has no kernel, expected "
+            "a layer with a parameter kernel; write Norm(estimator, layer=Conv(...), "
+            "kernel=...)."
         )
     used = params["kernel"] if kernel is None else kernel(params["kernel"])
     if mask is not None:
@@ -143,9 +143,9 @@ class LayerError(ValueError):
 
     def __init__(self, name: str, reason: str):
         super().__init__(
-            f"Norm got the layer {name}, which {reason}, expected one that is linear in "
-            "its parameters; declare a change of the kernel, Norm(estimator, Conv(...), "
-            "kernel=...), and put activations after the norm."
+            f"Norm got the layer {name}, which {reason}, expected a layer that is linear "
+            "in its parameters; write Norm(estimator, Conv(...), kernel=...) for a change "
+            "of the kernel, and put activations after the norm."
         )
         self.reason = reason
 
@@ -179,7 +179,7 @@ def check_backward(module: Any) -> None:
     """Refuses parameters of another method, which lack the averages."""
     if not module.has_variable("params", "backward"):
         raise ValueError(
-            f"Norm got params without backward at {'/'.join(module.path) or 'its root'}, "
+            f"Norm at {'/'.join(module.path) or 'the root'} got params without backward, "
             "expected the backward statistics of its method; write params = "
             "cbn_jax.linen.fill_missing(params, model.init(...)['params'])."
         )
@@ -212,8 +212,8 @@ def fill_missing(params: Any, fresh: Any) -> Any:
     unknown = sorted(set(params).difference(fresh))
     if unknown:
         raise ValueError(
-            f"fill_missing got {', '.join(unknown)} in params, expected the names of the "
-            f"model, {', '.join(sorted(fresh))}; give it the same part of both trees."
+            f"fill_missing got {', '.join(unknown)} in params, expected the names in "
+            f"fresh, {', '.join(sorted(fresh))}; pass the same part of both trees."
         )
     return {
         name: fill_missing(params[name], value) if name in params else value
@@ -227,7 +227,7 @@ def flag_of(constructor: bool | None, call: bool | None) -> bool:
         came = "neither" if call is None else "both"
         raise ValueError(
             f"Norm got use_running_average from {came} of constructor and call, expected "
-            "it once; write Norm(..., use_running_average=not train) or "
+            "it from one of them; write Norm(..., use_running_average=not train) or "
             "norm(x, use_running_average=not train)."
         )
     return bool(constructor if call is None else call)

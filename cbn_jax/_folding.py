@@ -54,8 +54,8 @@ def fold_norm(
     estimator, features, read, layer, kernel = norm
     if isinstance(estimator, Learned):
         raise ValueError(
-            f"fold got a method whose inference looks at the example, {estimator!r}, "
-            "expected one mean and one scale per feature."
+            f"fold got {estimator!r}, whose inference depends on the example, expected a "
+            "method with one mean and one scale per feature, such as batch_norm(...)."
         )
     into_layer = params is not None and alone and {"kernel"} <= set(params)
     into_layer = into_layer and set(params or {}) <= {"kernel", "bias"}
@@ -96,9 +96,9 @@ def check_same(
         off = float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max())
         if not off <= tolerance * scale + 1e-6:
             raise ValueError(
-                f"fold got a model whose outputs of size {scale:.3g} would change by "
-                f"{off:.3g}, expected the same; the model uses the output of a layer also "
-                "without its norm: write fold(..., without_layer=(path of the norm,))."
+                f"fold got a model whose outputs (size {scale:.3g}) would change by "
+                f"{off:.3g}, expected no change; if the model also uses the output of a "
+                "layer before its norm, write fold(..., without_layer=(path of the norm,))."
             )
 
 

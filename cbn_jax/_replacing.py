@@ -64,8 +64,8 @@ def check_replacement(
             )
     if fallback is not None and "layered" in fallback.traits:
         raise ValueError(
-            f"replace_batch_norm got fallback={fallback!r}, which looks at a layer, "
-            "expected a method for batch norms without one; write "
+            f"replace_batch_norm got fallback={fallback!r}, which needs a layer, "
+            "expected a method that needs none; write "
             "fallback=cbn_jax.batch_renorm(warmup_steps=100)."
         )
 
@@ -113,8 +113,8 @@ def check_one_layer(place: str, first: str | None, layer: str | None) -> None:
     """Checks that all calls follow the same layer, because a state belongs to one layer."""
     if first != layer:
         raise ValueError(
-            f"replace_batch_norm got the batch norm {place}, which is called behind "
-            f"{first or 'no layer'} and behind {layer or 'no layer'}, expected one layer; "
+            f"replace_batch_norm got the batch norm {place}, which is called after "
+            f"{first or 'no layer'} and after {layer or 'no layer'}, expected one layer; "
             f"write replace_batch_norm(..., without_layer=({place!r},))."
         )
 
@@ -123,7 +123,7 @@ def refuse_subclass(name: str, place: str, flax: str) -> None:
     """Refuses a subclass, which may compute something else than a batch norm."""
     raise ValueError(
         f"replace_batch_norm got {name} at {place}, a subclass of {flax}.BatchNorm, "
-        "expected to be told whether it may be replaced; write "
+        f"expected {flax}.BatchNorm itself; to replace the subclass too, write "
         f"replace_batch_norm(..., also=({name},))."
     )
 
@@ -132,6 +132,7 @@ def check_index_groups(place: str, norm: Any) -> None:
     """Refuses index groups; here groups of devices are axes of a mesh."""
     if getattr(norm, "axis_index_groups", None) is not None:
         raise ValueError(
-            f"replace_batch_norm got axis_index_groups at {place}, expected None; use a "
-            "mesh with an axis for each group and give axis_name."
+            f"replace_batch_norm got axis_index_groups at {place}, expected None; write "
+            "jax.make_mesh((groups, devices), ('group', 'device'), ...) and "
+            "axis_name='device'."
         )

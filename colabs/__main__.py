@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the notebooks and writes them with their figures.
 
-The text of a notebook is its ``.py`` file, which any editor and Jupyter (with jupytext)
-open; its ``.ipynb`` is the same with outputs, and is made by this command. The address of
-the repository stands in pyproject.toml alone, and is put into every notebook from there.
+The source of a notebook is its ``.py`` file. Any editor opens it, and so does Jupyter with
+jupytext. This command runs it and writes the ``.ipynb`` file beside it. The command also
+copies the address of the repository from pyproject.toml into every notebook.
 
 Run it with ``python -m colabs`` in a checkout.
 """
@@ -26,7 +26,7 @@ from rich.console import Console
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-# What a test sets in place of the notebook's own parameters.
+# Parameters for a quick run, in place of the notebook's own.
 SMALL = {"EPOCHS": 1, "SEEDS": 1, "EXAMPLES": 128}
 COLORS = 64  # in a figure
 _ADDRESS = re.compile(r"github(?:\.com)?/\w[\w-]*/[\w-]+(?=/blob/|\")")
@@ -39,18 +39,18 @@ class Config:
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Notebooks, such as batch_size_two; all if none is given."""
     small: bool = False
-    """One epoch on a few images, to see that everything runs."""
+    """One epoch on a few images, to check that all cells run."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = FOLDER
     """Where to write the .ipynb files."""
 
 
 def notebooks() -> list[Path]:
-    """The texts of all notebooks."""
+    """The source files of all notebooks."""
     return sorted(path for path in FOLDER.glob("*.py") if not path.name.startswith("_"))
 
 
 def main(config: Config, console: Console) -> list[Path]:
-    """Runs the chosen notebooks; the paths of what was written."""
+    """Runs the chosen notebooks and returns the paths of the written files."""
     known = {path.stem: path for path in notebooks()}
     for name in config.names:
         if name not in known:
@@ -68,25 +68,25 @@ def main(config: Config, console: Console) -> list[Path]:
 
 
 def read(path: Path) -> nbformat.NotebookNode:
-    """The notebook of a text, which is given the repository's address on this way."""
+    """The notebook of a source file, after its repository address is updated."""
     text = path.read_text()
     addressed = with_address(text, repository())
     if addressed != text:
         path.write_text(addressed)
     notebook = jupytext.reads(addressed, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"{path.stem}-{number}"  # of its own accord it would be random
+        cell["id"] = f"{path.stem}-{number}"  # the default is random
     return notebook
 
 
 def repository() -> str:
-    """Where the repository is, such as ``https://github.com/owner/name``."""
+    """The address of the repository, such as ``https://github.com/owner/name``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return project["urls"]["Repository"]
 
 
 def with_address(text: str, url: str) -> str:
-    """The text with this repository in place of whichever it had."""
+    """The text with this repository address in place of its old one."""
     slug = url.removeprefix("https://github.com/")
     return _ADDRESS.sub(lambda found: f"{found[0].split('/')[0]}/{slug}", text)
 
@@ -94,7 +94,7 @@ def with_address(text: str, url: str) -> str:
 def run(
     notebook: nbformat.NotebookNode, parameters: dict[str, int]
 ) -> nbformat.NotebookNode:
-    """Executes a notebook in a new kernel; progress bars and warnings are left out."""
+    """Executes a notebook in a new kernel, and drops progress bars and warnings."""
     _override(notebook, parameters)
     nbclient.NotebookClient(
         notebook, timeout=600, record_timing=False, coalesce_streams=True
@@ -108,7 +108,7 @@ def run(
 
 
 def _shrink(data: dict[str, str]) -> None:
-    """A picture with 64 colors, which are enough for a plot and a third of the bytes."""
+    """Reduces a picture to 64 colors, which saves two thirds of its bytes."""
     if "image/png" in data:
         picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
         few = picture.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
@@ -117,7 +117,7 @@ def _shrink(data: dict[str, str]) -> None:
 
 
 def _override(notebook: nbformat.NotebookNode, parameters: dict[str, int]) -> None:
-    """Appends assignments to the cell of parameters, of those that it has."""
+    """Appends new values of the parameters that the cell of parameters assigns."""
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             chosen = {k: v for k, v in parameters.items() if f"{k} =" in cell.source}

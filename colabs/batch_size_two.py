@@ -13,24 +13,42 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cbn-jax/cbn_jax/blob/main/colabs/batch_size_two.ipynb)
 #
-# Batch norm gives every feature mean 0 and deviation 1 *within the batch*. With 32 examples
-# that is about what the data say. With two, it is not: this notebook shows what is left of
-# a feature, how far the batch's statistics are from the truth, and what it costs. Then it
-# takes statistics from the last iterations as well, which is what this library is about.
+# Batch norm gives every feature mean 0 and standard deviation 1 *within the batch*. With 32
+# examples, the statistics of the batch are close to those of the data. With two examples
+# they are not. This notebook shows which information a feature loses, how large the errors
+# of the statistics are, and how much accuracy they cost. It then adds the statistics of the
+# last iterations, as this library does.
 
-# %%
+# %% cellView="form" tags=["hide-input"]
+# @title Install cbn_jax if it is missing; print the devices and the versions
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-# Where the library is not installed yet; the address may also be the path of a wheel.
+# The path of a wheel works too: "./cbn_jax-0.1.0-py3-none-any.whl[benchmarks]".
 REQUIREMENT = "cbn_jax[benchmarks] @ git+https://github.com/cbn-jax/cbn_jax"
 if importlib.util.find_spec("cbn_jax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", REQUIREMENT], check=True)
+    # An installed JAX stays: pip's own choice may not support the accelerator. If the
+    # installed JAX is older than cbn_jax needs, pip stops with an error.
+    kept = [name for name in ("jax", "jaxlib") if importlib.util.find_spec(name)]
+    pins = [f"{name}=={importlib.metadata.version(name)}\n" for name in kept]
+    constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
+    constraints.write_text("".join(pins))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(constraints)]
+    subprocess.run([*pip, REQUIREMENT], check=True)
 
+import flax
 import jax
 
-print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+import cbn_jax
+
+print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+print(f"JAX {jax.__version__}, Flax {flax.__version__}, cbn_jax {cbn_jax.__version__}")
+if jax.default_backend() == "cpu":
+    print("Warning: JAX found only a CPU. Every cell runs, but more slowly.")
 
 # %%
 import flax.linen as nn
@@ -41,8 +59,7 @@ import optax
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-import cbn_jax
-from cbn_jax import diagnostics, figures
+from cbn_jax import diagnostics
 from cbn_jax.linen import Norm
 
 plt.style.use("cbn_jax.figures")
@@ -64,21 +81,21 @@ test_images, test_labels = digits[-360:], labels[-360:]
 # %% [markdown]
 # ## Two values are always ±1
 #
-# Take the mean from two values, divide by their standard deviation: what remains is
-# -1 and +1, whatever the values were. A layer that is followed by batch norm at batch size
-# 2 tells the next one *which of two examples had more of a feature*, and nothing else
-# (0, if both had the same). In inference the same layer answers with running averages, and
-# the next one sees something that it has never been trained on.
+# Subtract the mean of two values and divide by their standard deviation. The results are
+# -1 and +1 for any two different values, and 0 for two equal values. Batch norm at batch
+# size 2 therefore passes on only *which of the two examples had the larger value*.
+# Inference uses running averages instead, so the next layer gets inputs unlike those in
+# training.
 #
-# Below, one dense layer with fixed random weights. Filled: what training puts out. Line:
-# what inference puts out, after many batches.
+# The figure shows the outputs of one dense layer with fixed random weights. The filled area
+# is the output in training. The line is the output in inference, after many batches.
 
 # %%
 kernel = jax.random.normal(jax.random.key(0), (64, 32)) / 8
 
 
 def normalized(estimator, batch_size):
-    """All digits, in batches: normalized as in training, and as in inference after it."""
+    """All digits in batches: the outputs in training, and the outputs in inference."""
 
     def step(state, z):
         x, source = cbn_jax.run_layer(cbn_jax.dense, kernel, z)
@@ -111,23 +128,25 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# The fourth panel is batch size 2 as well. `small_batch_norm` takes its statistics from
-# about the last 32 examples, whatever the batch size, and training and inference agree.
+# The fourth panel has batch size 2 too. `small_batch_norm` takes its statistics from about
+# the last 32 examples, for every batch size. Training and inference then agree.
 #
 # ## Statistics that follow the weights
 #
-# Older batches were seen by older weights. A cross-iteration method moves their statistics
-# to today's weights before it uses them: the published one by a Taylor term
-# (Yao et al., 2021), the recommended one by moving one running window in every step.
+# The statistics of older batches belong to older weights. A cross-iteration method corrects
+# them for the change of the weights before it uses them. The published method
+# `cross_iteration_batch_norm` (Yao et al., 2021) corrects each older batch by a first-order
+# Taylor term. This library recommends `small_batch_norm`, which keeps one running window
+# and corrects it in every step.
 #
-# How close are they? We train a small MLP at batch size 2 and watch three methods on the
-# same activations. The truth for a layer is what all of 512 images say under the same
-# weights.
+# How accurate are the estimates? We train a small MLP at batch size 2 and compare three
+# methods on the same activations. The true statistics of a layer are those of 512 images
+# under the same weights.
 
 
 # %%
 class MLP(nn.Module):
-    """Three dense layers; `norm` runs a layer and normalizes what it puts out."""
+    """Three dense layers; `norm` runs a layer and normalizes its output."""
 
     norm: object
 
@@ -140,10 +159,12 @@ class MLP(nn.Module):
 
 
 def norm(estimator):
-    """Any method of the library, behind a layer."""
+    """A method of the library after a layer."""
     return lambda layer, train: Norm(estimator, layer, use_running_average=not train)
 
 
+# %% cellView="form" tags=["hide-input"]
+# @title The training step and the batches
 def loss_fn(params, batch_stats, model, rows):
     variables = {"params": params, "batch_stats": batch_stats}
     images, labels = train_images[rows], train_labels[rows]
@@ -153,7 +174,7 @@ def loss_fn(params, batch_stats, model, rows):
 
 
 def trainer(model, batch_size):
-    """The functions that begin and do a training step; rates grow with the batch."""
+    """`init` and `step` of the training; the rate is proportional to the batch size."""
     steps = EPOCHS * (EXAMPLES // batch_size)
     rate = optax.cosine_decay_schedule(0.1 * batch_size / 32, steps)
     optimizer = optax.sgd(rate, momentum=0.9)
@@ -175,7 +196,7 @@ def trainer(model, batch_size):
 
 
 def batches(batch_size, seed):
-    """Row numbers ``[steps, batch_size]``, every epoch in an order of its own."""
+    """Row numbers ``[steps, batch_size]``; the order changes in every epoch."""
     rng = np.random.default_rng(seed)
     steps = EXAMPLES // batch_size
     orders = [rng.permutation(EXAMPLES)[: steps * batch_size] for _ in range(EPOCHS)]
@@ -202,48 +223,41 @@ def measure(params, batch_stats):
     return probe.apply(variables, train_images[:512], True, mutable=["batch_stats"])[1]
 
 
-state, records, seen = init(jax.random.key(0)), [], []
-for number, rows in enumerate(tqdm(batches(2, seed=0)[:600])):
+state, deviations = init(jax.random.key(0)), []
+for rows in tqdm(batches(2, seed=0)[:600]):
     before = state[0]
     state = step(state, rows)
-    measured = measure(before, state[1])["batch_stats"]
-    layer = measured[LAYER]
-    seen.append(
-        [1 / layer["truth"]["inv_std"][FEATURE]]
-        + [1 / layer["estimated"][name]["inv_std"][FEATURE] for name in methods]
-    )
-    if number % 10 == 9:
-        records.append((number + 1, diagnostics.errors(measured)))
+    layer = measure(before, state[1])["batch_stats"][LAYER]
+    found = [layer["truth"], *(layer["estimated"][name] for name in methods)]
+    deviations.append([1 / statistics["inv_std"][FEATURE] for statistics in found])
 
 # %%
-truth, *estimated = np.array(seen).T
+truth, *estimated = np.array(deviations).T
 figure, axis = plt.subplots(figsize=(8, 3.2))
 axis.plot(estimated[0], ".", color="C6", ms=3, label="batch_norm")
 axis.plot(estimated[1], color="C1", label="cross_iteration_batch_norm")
 axis.plot(estimated[2], color="C2", label="small_batch_norm")
-axis.plot(truth, color="black", label="truth: 512 images")
+axis.plot(truth, color="black", label="true: 512 images")
 axis.set(xlabel="training step", ylabel="standard deviation", yscale="log")
-axis.set_title(f"one feature as each method estimates it ({LAYER}, feature {FEATURE})")
+axis.set_title(f"standard deviation of one feature ({LAYER}, feature {FEATURE})")
 figure.legend(loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]
-# The same for all features, layer by layer. `cbn_jax.diagnostics` does this in any model:
-# wrap the methods in `watch`, measure with `reference`; `cbn_jax.figures` draws it.
-
-# %%
-figure = figures.draw_errors(records)
-figure
-
-# %% [markdown]
-# ## What it costs, and what it gives back
+# The estimates of `batch_norm` vary by orders of magnitude, and most of them are too small.
+# The other two methods stay near the true value. `cbn_jax.diagnostics` measures this in any
+# model: [Is batch norm the
+# problem?](https://github.com/cbn-jax/cbn_jax/blob/main/docs/how_to/is_batch_norm_the_problem.md)
 #
-# Five ways to normalize the same MLP, with the batch size behind the name: the same number
-# of images seen, the same initial weights, rates in proportion to the batch size.
-# `cross_iteration_batch_norm` is the method as published.
+# ## Accuracy
+#
+# We train the same MLP with five normalizers; the number after the name is the batch size.
+# All runs use the same number of images and the same initial weights. The rate is
+# proportional to the batch size.
 
 
-# %%
+# %% cellView="form" tags=["hide-input"]
+# @title The learning curves
 def evaluate(model, state):
     variables = {"params": state[0], "batch_stats": state[1]}
     logits = model.apply(variables, test_images, False)
@@ -251,7 +265,7 @@ def evaluate(model, state):
 
 
 def learning_curve(model, batch_size):
-    """Images seen, and test accuracies ``[points, SEEDS]``; all seeds train at once."""
+    """Numbers of images, and test accuracies ``[points, SEEDS]``; seeds train together."""
     init, step = trainer(model, batch_size)
     state = jax.vmap(init)(jax.random.split(jax.random.key(1), SEEDS))
     step = jax.jit(jax.vmap(step))
@@ -266,6 +280,7 @@ def learning_curve(model, batch_size):
     return seen, 100 * np.array(curve)
 
 
+# %%
 published = cbn_jax.cross_iteration_batch_norm(window=8)
 runs = {
     "batch_norm, 32 examples": (norm(cbn_jax.batch_norm()), 32, "C6", "--"),
@@ -279,22 +294,24 @@ curves = {
 }
 
 # %%
-figure, axis = plt.subplots(figsize=(7, 3.8))
+figure, axis = plt.subplots(figsize=(7, 4.2))
 for name, (seen, accuracy) in curves.items():
     color, style = runs[name][2:]
     axis.plot(seen, accuracy.mean(1), style, color=color, label=name)
     axis.fill_between(seen, accuracy.min(1), accuracy.max(1), color=color, alpha=0.15, lw=0)
-axis.set(xlabel="training images seen", ylabel="test accuracy, %", ylim=(0, 100))
+axis.set(xlabel="training images", ylabel="test accuracy, %", ylim=(0, 100))
 axis.set_title(f"mean and range of {SEEDS} seeds")
-axis.legend(loc="lower right")
+figure.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 for name, (_, accuracy) in curves.items():
     print(f"{name:32} {accuracy[-1].mean():5.1f} ± {accuracy[-1].std():.1f} %")
 
 # %% [markdown]
-# At batch size 2, batch norm hardly trains this network: it gets signs. With
-# statistics from the last iterations the same two examples per step are enough.
+# In the run shown, `batch_norm` at batch size 2 ends far below `batch_norm` with 32
+# examples. `small_batch_norm` with two examples ends about equal to it. `group_norm` needs
+# no statistics of a batch, and ends a few points lower. So does
+# `cross_iteration_batch_norm`, which also needs more images to get there.
 #
-# Where next: *Swap one line in a Flax ResNet* puts the method into your model; *Choosing a
-# method* compares all of them on your data.
+# Next: *Swap one line in a Flax ResNet* changes the method in a convolutional network.
+# *Choosing a method* compares all methods on your data.

@@ -13,28 +13,43 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cbn-jax/cbn_jax/blob/main/colabs/fine_tuning.ipynb)
 #
-# Batch norm trained a network with 32 images a step. Now there are new pictures, and memory
-# for two. Which norm goes on? This notebook changes no line of the model: it replaces the
-# batch norms from outside and keeps the trained parameters and statistics.
+# A network was trained with batch norm and 32 images a step. You want to fine-tune it on
+# new pictures, but the memory suffices for only two images. Which norm works best? This
+# notebook does not change the code of the model. It replaces the batch norms of a finished
+# model and keeps the trained parameters and statistics.
 
-# %%
+# %% cellView="form" tags=["hide-input"]
+# @title Install cbn_jax if it is missing; print the devices and the versions
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
-
-# Where the library is not installed yet; the address may also be the path of a wheel.
-REQUIREMENT = "cbn_jax[benchmarks] @ git+https://github.com/cbn-jax/cbn_jax"
-if importlib.util.find_spec("cbn_jax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", REQUIREMENT], check=True)
-
-import jax
-
-print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}")
-
-# %%
 import tempfile
 from pathlib import Path
 
+# The path of a wheel works too: "./cbn_jax-0.1.0-py3-none-any.whl[benchmarks]".
+REQUIREMENT = "cbn_jax[benchmarks] @ git+https://github.com/cbn-jax/cbn_jax"
+if importlib.util.find_spec("cbn_jax") is None:
+    # An installed JAX stays: pip's own choice may not support the accelerator. If the
+    # installed JAX is older than cbn_jax needs, pip stops with an error.
+    kept = [name for name in ("jax", "jaxlib") if importlib.util.find_spec(name)]
+    pins = [f"{name}=={importlib.metadata.version(name)}\n" for name in kept]
+    constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
+    constraints.write_text("".join(pins))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(constraints)]
+    subprocess.run([*pip, REQUIREMENT], check=True)
+
+import flax
+import jax
+
+import cbn_jax
+
+print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+print(f"JAX {jax.__version__}, Flax {flax.__version__}, cbn_jax {cbn_jax.__version__}")
+if jax.default_backend() == "cpu":
+    print("Warning: JAX found only a CPU. Every cell runs, but more slowly.")
+
+# %%
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,7 +59,6 @@ from flax import linen as nn
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-import cbn_jax
 from cbn_jax.linen import from_batch_norm, replace_batch_norm, report
 
 plt.style.use("cbn_jax.figures")
@@ -72,7 +86,7 @@ def changed(images):
 # %% [markdown]
 # ## The trained network
 #
-# An ordinary Flax model. It knows nothing of this library.
+# This is an ordinary Flax model. Its code does not use this library.
 
 
 # %%
@@ -93,13 +107,13 @@ class ResNet(nn.Module):
 
 
 # %% [markdown]
-# One training loop serves all of this notebook. `order` has the rows of the images of each
-# step.
+# All runs of this notebook use one training loop. `order` has the row numbers of the images
+# of each step.
 
 
 # %%
 def fit(model, variables, order, images, rate, marks=()):
-    """Trains by SGD with momentum; variables, and test accuracies after `marks` steps."""
+    """SGD with momentum: the variables, and test accuracies after the steps in `marks`."""
     optimizer = optax.sgd(optax.cosine_decay_schedule(rate, len(order)), momentum=0.9)
 
     @jax.jit
@@ -127,7 +141,7 @@ def fit(model, variables, order, images, rate, marks=()):
 
 
 def accuracy(model, variables, images):
-    """Of inference, on the test images."""
+    """Accuracy of the model in inference mode, on test images."""
     logits = model.apply(variables, images, False)
     return jnp.mean(logits.argmax(-1) == test_labels)
 
@@ -156,8 +170,8 @@ for name, images in (("old", test_images), ("new", changed(test_images))):
 # ## Replace the batch norms
 #
 # `replace_batch_norm` pairs each batch norm with the convolution before it.
-# `from_batch_norm` hands the trained parameters and averages over. Before the first step
-# the new model predicts as the old one did.
+# `from_batch_norm` copies the trained parameters and averages into the new model. Before
+# the first step, both models give the same predictions.
 
 # %%
 model = replace_batch_norm(ResNet(), cbn_jax.small_batch_norm(batch_size=2))
@@ -167,14 +181,14 @@ print(report(model, train_images[:2], True))
 
 before = ResNet().apply(trained[0], test_images, False)
 after = model.apply(variables, test_images, False)
-print("greatest difference of the logits:", float(jnp.abs(before - after).max()))
+print("largest difference of the logits:", float(jnp.abs(before - after).max()))
 
 # %% [markdown]
 # ## Two images a step
 #
-# The two images are independent, or they are of one class: so it is with frames of a video
-# or patches of a scan. Frozen batch norm keeps the old averages. It needs a third of the
-# rate of the other two.
+# In the first setting, the two images of a step are independent. In the second, they are of
+# one class. Such pairs occur with frames of a video or patches of a scan. Frozen batch norm
+# keeps the old averages and trains at a third of the learning rate of the other two.
 
 
 # %%
@@ -224,9 +238,10 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 # %% [markdown]
-# With independent pairs, batch norm adapts too. With pairs of one class, it subtracts the
-# mean of the class, which the network needs. Frozen batch norm does not, but its averages
-# are those of the old pictures, and the new ones are far from them.
+# With independent pairs, batch norm adapts too. With pairs of one class, batch norm
+# subtracts the mean of the class, which the network needs. Frozen batch norm does not
+# subtract it. But its averages come from the old pictures, and those of the new pictures
+# are very different.
 
 # %%
 for (setting, name), found in curves.items():
@@ -234,18 +249,18 @@ for (setting, name), found in curves.items():
     print(f"{setting:24} {name:18} {ends.mean():.1f} ± {ends.std():.1f} %")
 
 # %% [markdown]
-# ## Save and go on
+# ## Save and restore
 #
-# The new model's variables are dicts of arrays, so checkpoints need nothing special.
+# The variables of the new model are dicts of arrays, so Orbax saves them directly.
 
 # %%
 with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(Path(folder) / "fine_tuned", variables)
     checkpointer.wait_until_finished()
     restored = checkpointer.restore(Path(folder) / "fine_tuned", variables)
-print("the same bits:", jax.tree.all(jax.tree.map(np.array_equal, variables, restored)))
+print("equal bits:", jax.tree.all(jax.tree.map(np.array_equal, variables, restored)))
 
 # %% [markdown]
-# Your network: [fine-tuning a trained
-# model](https://github.com/cbn-jax/cbn_jax/blob/main/docs/how_to/fine_tuning.md) has the
-# measurements on larger networks and real shifts.
+# Next: [Fine-tuning a trained
+# model](https://github.com/cbn-jax/cbn_jax/blob/main/docs/how_to/fine_tuning.md) explains
+# the steps for your own network, with measurements on larger networks and real data.

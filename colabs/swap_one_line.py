@@ -14,29 +14,45 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/cbn-jax/cbn_jax/blob/main/colabs/swap_one_line.ipynb)
 #
 # An ordinary Flax model, a small ResNet with batch norm, trains on one example per step.
-# This notebook swaps its normalizer for one of this library and leaves everything else as
-# it was: the model, the training step, the checkpoint. It does so in linen and in nnx, and
-# shows what one gains, also for a model that batch norm has trained already.
+# This notebook replaces its normalizer by `small_batch_norm`. The rest of the model, the
+# training step and the checkpoint code stay the same. We then compare the test errors, also
+# with a correction of the trained batch norm.
 
-# %%
+# %% cellView="form" tags=["hide-input"]
+# @title Install cbn_jax if it is missing; print the devices and the versions
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-# Where the library is not installed yet; the address may also be the path of a wheel.
+# The path of a wheel works too: "./cbn_jax-0.1.0-py3-none-any.whl[benchmarks]".
 REQUIREMENT = "cbn_jax[benchmarks] @ git+https://github.com/cbn-jax/cbn_jax"
 if importlib.util.find_spec("cbn_jax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", REQUIREMENT], check=True)
+    # An installed JAX stays: pip's own choice may not support the accelerator. If the
+    # installed JAX is older than cbn_jax needs, pip stops with an error.
+    kept = [name for name in ("jax", "jaxlib") if importlib.util.find_spec(name)]
+    pins = [f"{name}=={importlib.metadata.version(name)}\n" for name in kept]
+    constraints = Path(tempfile.mkdtemp()) / "constraints.txt"
+    constraints.write_text("".join(pins))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "-c", str(constraints)]
+    subprocess.run([*pip, REQUIREMENT], check=True)
 
+import flax
 import jax
 
-print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+import cbn_jax
+
+print(f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+print(f"JAX {jax.__version__}, Flax {flax.__version__}, cbn_jax {cbn_jax.__version__}")
+if jax.default_backend() == "cpu":
+    print("Warning: JAX found only a CPU. Every cell runs, but more slowly.")
 
 # %%
 import functools
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,7 +65,6 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-import cbn_jax
 import cbn_jax.nnx
 from cbn_jax.linen import Norm, from_batch_norm
 
@@ -70,14 +85,15 @@ train_images, train_labels = digits[:EXAMPLES], labels[:EXAMPLES]
 test_images, test_labels = digits[-360:], labels[-360:]
 
 # %% [markdown]
-# ## The model, and the line
+# ## The model
 #
-# A stem and three residual blocks of 16, 32 and 64 features; the last two halve the image.
+# The model has a first convolution and three residual blocks of 16, 32 and 64 features. The
+# last two blocks halve the image.
 
 
 # %%
 class ResNet(nn.Module):
-    """A small residual network; `norm` runs a layer and normalizes what it puts out."""
+    """A small residual network; `norm` runs a layer and normalizes its output."""
 
     norm: Callable
 
@@ -96,9 +112,11 @@ class ResNet(nn.Module):
 
 
 # %% [markdown]
-# Before, and after. The convolution goes into `Norm`, because the method has to see its
-# weights: it takes statistics from about the last 32 examples, and moves them along as the
-# weights change.
+# ## The line
+#
+# Pass the convolution to `Norm`, and call `Norm` with the input of the convolution. The
+# method needs the weights of the convolution: it takes statistics from about the last 32
+# examples and corrects them when the weights change.
 
 # %%
 estimator = cbn_jax.small_batch_norm(batch_size=1)
@@ -113,9 +131,9 @@ def after(layer, z, train):
 
 
 # %% [markdown]
-# The parameters are the same, in the same places, except that `BatchNorm_0` becomes
-# `Norm_0`. What the method remembers is in `batch_stats`, beside the running averages. It
-# is about twice as large as the parameters; batch norm's is next to nothing.
+# The parameters keep their names and shapes, except that `BatchNorm_0` becomes `Norm_0`.
+# The state of the method is in `batch_stats`, in place of batch norm's running averages.
+# It is somewhat larger than the parameters. The state of batch norm is much smaller.
 
 
 # %%
@@ -134,80 +152,63 @@ for name, model in models.items():
 # %% [markdown]
 # ## Training at one example per step
 #
-# The step is that of any Flax model with batch norm. The state is donated: every step
-# replaces it. The rate is 0.1 at batch size 32 and in proportion to the batch size, so
-# 0.1 / 32 here.
+# This is the usual training step of a Flax model with batch norm. The learning rate is 0.1
+# at batch size 32 and proportional to the batch size, so it is 0.1 / 32 here.
 
 
 # %%
 class State(NamedTuple):
-    params: Any
-    batch_stats: Any
+    variables: dict[str, Any]  # params and batch_stats
     opt_state: Any
 
 
-schedule = optax.cosine_decay_schedule(0.1 / 32, EPOCHS * EXAMPLES)
-optimizer = optax.sgd(schedule, momentum=0.9)
+STEPS = EPOCHS * EXAMPLES
+optimizer = optax.sgd(optax.cosine_decay_schedule(0.1 / 32, STEPS), momentum=0.9)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(model, seed):
     variables = model.init(jax.random.key(seed), test_images, False)
-    params = variables["params"]
-    return State(params, variables["batch_stats"], optimizer.init(params))
-
-
-def cross_entropy(logits, rows):
-    labels = train_labels[rows]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return State(variables, optimizer.init(variables["params"]))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def step(model, state, rows):
     def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
+        variables = state.variables | {"params": params}
         logits, updates = model.apply(
             variables, train_images[rows], True, mutable=["batch_stats"]
         )
-        return cross_entropy(logits, rows), updates["batch_stats"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, train_labels[rows])
+        return losses.mean(), updates
 
-    gradients, batch_stats = jax.grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state)
-    return State(optax.apply_updates(state.params, updates), batch_stats, opt_state)
-
-
-# %%
-def test_error(logits):
-    return 100 * (logits.argmax(-1) != test_labels).mean()
+    params = state.variables["params"]
+    gradients, updates = jax.grad(loss_fn, has_aux=True)(params)
+    changes, opt_state = optimizer.update(gradients, state.opt_state)
+    return State({"params": optax.apply_updates(params, changes), **updates}, opt_state)
 
 
-def variables_of(state):
-    return {"params": state.params, "batch_stats": state.batch_stats}
+# %% cellView="form" tags=["hide-input"]
+# @title The training loop and the test error
+REPORT = max(1, STEPS // 18)  # steps between two tests
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def error(model, variables):
-    return test_error(model.apply(variables, test_images, False))
-
-
-STEPS = EPOCHS * EXAMPLES
-REPORT = max(1, STEPS // 18)
-
-
-def batches(seed):
-    """Row numbers, one in each batch; every epoch in an order of its own."""
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(EXAMPLES) for _ in range(EPOCHS)]
-    return np.concatenate(orders).reshape(-1, 1)
+    """Test error in percent."""
+    logits = model.apply(variables, test_images, False)
+    return 100 * (logits.argmax(-1) != test_labels).mean()
 
 
 def train(model, seed, bar):
-    """The trained state, and test errors along the way, in percent."""
+    """The trained state, and the test errors during training."""
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(EXAMPLES) for _ in range(EPOCHS)])
     state, curve = init(model, seed), []
-    for number, rows in enumerate(batches(seed), 1):
-        state = step(model, state, rows)
+    for number, row in enumerate(order, 1):
+        state = step(model, state, np.array([row]))
         if number % REPORT == 0:
-            curve.append(error(model, variables_of(state)))
+            curve.append(error(model, state.variables))
         bar.update()
     return state, np.array(curve)
 
@@ -221,20 +222,17 @@ with tqdm(total=len(models) * SEEDS * STEPS) as bar:
         curves[name] = np.stack([curve for _, curve in runs], axis=1)
 
 # %%
-seen = REPORT * np.arange(1, len(curves["after"]) + 1)
-
-
-def draw_curves(axis, name, color, style, label):
-    curve = curves[name]
-    axis.plot(seen, curve.mean(1), style, color=color, label=label)
-    axis.fill_between(seen, curve.min(1), curve.max(1), color=color, alpha=0.15, lw=0)
-    axis.set(xlabel="training images seen", ylabel="test error, %")
-
-
+styles = {
+    "before": dict(color="C0", ls=":", label="before: nn.BatchNorm"),
+    "after": dict(color="C2", ls="-", label="after: small_batch_norm"),
+}
 figure, axis = plt.subplots(figsize=(7, 3.6))
-draw_curves(axis, "before", "C0", ":", "before: nn.BatchNorm")
-draw_curves(axis, "after", "C2", "-", "after: small_batch_norm")
-axis.set_ylim(bottom=0)
+for name, curve in curves.items():
+    images = REPORT * np.arange(1, len(curve) + 1)
+    axis.plot(images, curve.mean(1), **styles[name])
+    color = styles[name]["color"]
+    axis.fill_between(images, curve.min(1), curve.max(1), color=color, alpha=0.15, lw=0)
+axis.set(xlabel="training images", ylabel="test error, %", ylim=(0, None))
 axis.set_title(f"one example per step; mean and range of {SEEDS} seeds")
 figure.legend(loc="outside lower center", ncols=2)
 plt.show()
@@ -242,29 +240,26 @@ plt.show()
 # %% [markdown]
 # ## A checkpoint
 #
-# The states of both models, optimizer included, go to a folder and come back. What comes
-# back is told by a template of shapes, for which no model has to be initialized.
+# Orbax saves the states of both models, with the optimizer, and restores them with the same
+# code. It needs a template of the shapes.
 
 # %%
-template = {
-    name: [init.eval_shape(model, seed) for seed in range(SEEDS)]
-    for name, model in models.items()
-}
+template = {name: [init.eval_shape(model, 0)] * SEEDS for name, model in models.items()}
 with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(Path(folder) / "linen", states)
+    checkpointer.save(Path(folder) / "states", states)
     checkpointer.wait_until_finished()
-    restored = checkpointer.restore(Path(folder) / "linen", template)
+    restored = checkpointer.restore(Path(folder) / "states", template)
 
-assert jax.tree.all(jax.tree.map(np.array_equal, restored, states))
+print("equal bits:", jax.tree.all(jax.tree.map(np.array_equal, restored, states)))
 
 # %% [markdown]
-# ## A model that batch norm has trained
+# ## Correct a trained batch norm instead
 #
-# With one example in the batch, batch norm in training normalizes every image by its own
-# mean and variance. In inference it takes running averages over all images, which is
-# another function than the one that was trained. `corrected_inference` predicts with what
-# an image's statistics would have been in training. It takes the checkpoint of Flax's own
-# `nn.BatchNorm`; nothing is trained again.
+# In training with one example, batch norm normalizes each image by the image's own mean
+# and variance. In inference it uses running averages over all images, and the network was
+# not trained with these. `corrected_inference` predicts with the statistics that the image
+# would have in training. It takes the checkpoint of Flax's `nn.BatchNorm` and needs no more
+# training.
 
 
 # %%
@@ -275,148 +270,48 @@ def corrected(layer, z, train):
     return Norm(correction, layer, use_running_average=not train)(z)
 
 
-trained = [variables_of(state) for state in restored["before"]]
-converted = [from_batch_norm(variables) for variables in trained]
-swapped = [variables_of(state) for state in restored["after"]]
-ways = {
-    "before:\nnn.BatchNorm": (ResNet(before), trained, "C0", "o"),
-    "the same checkpoint,\ncorrected_inference": (ResNet(corrected), converted, "C4", "s"),
-    "after:\nsmall_batch_norm": (ResNet(after), swapped, "C2", "^"),
-}
-
-# %%
-figure, axis = plt.subplots(figsize=(6.5, 3.4))
-for place, (name, (model, checkpoints, color, marker)) in enumerate(ways.items()):
+trained = {name: [state.variables for state in found] for name, found in restored.items()}
+converted = [from_batch_norm(variables) for variables in trained["before"]]
+for name, model, checkpoints in (
+    ("nn.BatchNorm", models["before"], trained["before"]),
+    ("nn.BatchNorm, corrected", ResNet(corrected), converted),
+    ("small_batch_norm", models["after"], trained["after"]),
+):
     errors = np.array([error(model, variables) for variables in checkpoints])
-    axis.plot(np.full(SEEDS, place), errors, marker, color=color, alpha=0.6)
-    axis.hlines(errors.mean(), place - 0.2, place + 0.2, color=color)
-    print(f"{name.replace(chr(10), ' '):41} {errors.mean():4.1f} ± {errors.std():.1f} %")
-axis.set_xticks(range(len(ways)), ways)
-axis.set(xlim=(-0.5, len(ways) - 0.5), ylim=(0, None), ylabel="test error, %")
-axis.set_title(f"{SEEDS} seeds, and their mean")
-plt.show()
+    print(f"{name:24} test error {errors.mean():4.1f} ± {errors.std():.1f} %")
 
 # %% [markdown]
-# Once it is corrected, batch norm's checkpoint makes as many errors as the model with
-# `small_batch_norm`, as far as these seeds can tell: on this network, at one example per
-# step, what batch norm loses against it is lost in prediction. They differ in how they
-# predict. `small_batch_norm` takes running averages, as batch norm does; the correction
-# takes every image's own moments, so it cannot be folded into the convolution.
+# In the run shown, `small_batch_norm` lowers the test error of batch norm. The corrected
+# batch norm is as good as `small_batch_norm`, up to the differences between seeds. So on
+# this network, batch norm loses its accuracy in inference. The two remedies differ in the
+# cost of inference. `small_batch_norm` uses running averages, which you can fold into the
+# convolution. The correction needs the moments of each image, which you cannot fold.
 #
-# ## The same in nnx
+# ## The same line in nnx
 #
-# The line is the same, with the random numbers that nnx hands to every layer.
-
+# In nnx, the module holds its state, and `train()` and `eval()` choose the mode.
 
 # %%
-def conv(fan_in, features, size=3, stride=1, *, rngs):
-    layer = nnx.Conv(fan_in, features, (size, size), stride, use_bias=False, rngs=rngs)
-    # was: nnx.Sequential(layer, nnx.BatchNorm(features, rngs=rngs))
-    return cbn_jax.nnx.Norm(estimator, layer=layer, rngs=rngs)
+rngs = nnx.Rngs(0)
+conv = nnx.Conv(1, 16, (3, 3), use_bias=False, rngs=rngs)
+# before: block = nnx.Sequential(conv, nnx.BatchNorm(16, rngs=rngs))
+block = cbn_jax.nnx.Norm(estimator, layer=conv, rngs=rngs)
 
-
-class Block(nnx.Module):
-    def __init__(self, fan_in, features, stride, *, rngs):
-        self.shortcut = conv(fan_in, features, 1, stride, rngs=rngs) if stride > 1 else None
-        self.first = conv(fan_in, features, 3, stride, rngs=rngs)
-        self.second = conv(features, features, rngs=rngs)
-
-    def __call__(self, z):
-        shortcut = z if self.shortcut is None else self.shortcut(z)
-        return nnx.relu(shortcut + self.second(nnx.relu(self.first(z))))
-
-
-class NnxResNet(nnx.Module):
-    def __init__(self, *, rngs):
-        self.stem = conv(1, 16, rngs=rngs)
-        self.blocks = nnx.Sequential(
-            Block(16, 16, 1, rngs=rngs),
-            Block(16, 32, 2, rngs=rngs),
-            Block(32, 64, 2, rngs=rngs),
-        )
-        self.head = nnx.Linear(64, 10, rngs=rngs)
-
-    def __call__(self, images):
-        z = self.blocks(nnx.relu(self.stem(images)))
-        return self.head(z.mean((1, 2)))
-
+block.train()
+print("training: ", block(train_images[:1]).shape)
+block.eval()
+print("inference:", block(test_images).shape)
 
 # %% [markdown]
-# In nnx a model holds its state, so that a training step returns nothing; `train()` and
-# `eval()` switch the mode.
-
-
-# %%
-@nnx.jit
-def nnx_step(model, optimizer, rows):
-    def loss_fn(model):
-        return cross_entropy(model(train_images[rows]), rows)
-
-    optimizer.update(model, nnx.grad(loss_fn)(model))
-
-
-@nnx.jit
-def nnx_error(model):
-    return test_error(model(test_images))
-
-
-def nnx_train(seed):
-    """The trained model, and test errors along the way, in percent."""
-    model = NnxResNet(rngs=nnx.Rngs(seed))
-    nnx_optimizer = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
-    step = nnx.cached_partial(nnx_step, model, nnx_optimizer)  # takes the model apart once
-    curve = []
-    for number, rows in enumerate(tqdm(batches(seed)), 1):
-        step(rows)
-        if number % REPORT == 0:
-            model.eval()
-            curve.append(nnx_error(model))
-            model.train()
-    return model, np.array(curve)
-
-
-nnx_model, nnx_curve = nnx_train(0)
-
-# %%
-figure, axis = plt.subplots(figsize=(7, 3.6))
-draw_curves(axis, "after", "C2", "-", f"linen, mean and range of {SEEDS} seeds")
-axis.plot(seen, nnx_curve, "--", color="C5", label="nnx, one seed")
-axis.set_ylim(bottom=0)
-axis.set_title("small_batch_norm at one example per step")
-figure.legend(loc="outside lower center", ncols=2)
-plt.show()
-
-# %% [markdown]
-# The nnx run has initial weights of its own. It goes the way of the linen runs, and ends
-# somewhat below them.
+# ## Summary
 #
-# A checkpoint and back, and a prediction by the model that came back.
-
-# %%
-graph, template = nnx.split(nnx.eval_shape(lambda: NnxResNet(rngs=nnx.Rngs(0))))
-with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(Path(folder) / "nnx", nnx.state(nnx_model))
-    checkpointer.wait_until_finished()
-    again = nnx.merge(graph, checkpointer.restore(Path(folder) / "nnx", template))
-
-assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(again), nnx.state(nnx_model)))
-again.eval()
-print("predicted:", again(test_images[:16]).argmax(-1))
-print("true:     ", test_labels[:16])
-print(f"test error, nnx: {nnx_error(again):.1f} %")
-print(f"test error, linen, mean: {curves['after'][-1].mean():.1f} %")
-
-# %% [markdown]
-# ## What to remember
+# - Replace `nn.BatchNorm()(nn.Conv(...)(z))` by `Norm(estimator, nn.Conv(...))(z)`. In nnx,
+#   write `cbn_jax.nnx.Norm(estimator, layer=nnx.Conv(...), rngs=rngs)`. The training step
+#   and the checkpoint code stay the same. The collection `batch_stats` becomes larger than
+#   the parameters.
+# - To train at one example per step, use `small_batch_norm`.
+# - If batch norm has already trained the model at one example per step, try
+#   `corrected_inference` first. It needs no training.
 #
-# - The line: `nn.BatchNorm()(nn.Conv(...)(z))` becomes `Norm(estimator, nn.Conv(...))(z)`,
-#   in nnx `cbn_jax.nnx.Norm(estimator, layer=nnx.Conv(...), rngs=rngs)`. The training step
-#   and the checkpoint stay as they were; what is in `batch_stats` becomes about twice as
-#   large as the parameters.
-# - A model that is still to be trained at one example per step: `small_batch_norm` takes
-#   the test error down, from the first dots above to the third.
-# - A model that batch norm has trained at one example per step: `corrected_inference` does
-#   the same, and nothing is trained again.
-#
-# Where next: *What goes wrong at batch size 2* shows why small batches need other
-# statistics; *Choosing a method* compares all of them on your data.
+# Next: *What goes wrong at batch size 2* explains why small batches need other statistics.
+# *Choosing a method* compares all methods on your data.

@@ -64,7 +64,7 @@ EPISODE = 200  # steps; a limit of time, not an end, so that values go on after 
 
 
 class Pendulum(NamedTuple):
-    """Where it is; at angle 0 it stands upright."""
+    """The angle and speed of the pendulum; at angle 0 it is upright."""
 
     angle: jax.Array
     speed: jax.Array

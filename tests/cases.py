@@ -143,8 +143,8 @@ CORRECTED = {
 
 
 def make(name):
-    """An estimator whose groups are wide: those of two values become signs, and what is
-    left of gradients is rounding."""
+    """An estimator with wide groups. Groups of two values would become signs, and their
+    gradients would consist of rounding errors."""
     return FACTORIES[name](**({"num_groups": 1} if name in GROUPS else {}))
 
 

@@ -1,4 +1,4 @@
-"""Eight CPU devices, no implicit promotion: what is sloppy fails here first."""
+"""Eight CPU devices and no implicit promotion, so that careless code fails here first."""
 
 import importlib.util
 import os

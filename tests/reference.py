@@ -286,7 +286,7 @@ def group_and_batch(x, mix, order, group, batch):
 
 
 class GroupBatch:
-    """``group_batch_norm``, on arrays; NaN stands where nothing counts."""
+    """``group_batch_norm``, on arrays; NaN if no value counts."""
 
     def __init__(self, num_groups, order, momentum=0.99, epsilon=1e-5):
         self.num_groups, self.order = num_groups, order

@@ -243,7 +243,7 @@ def test_sets_every_gate_and_nothing_else(key):
 
 
 def test_any_truth_value_sets_the_gates_of_many_runs():
-    """States of several seeds in one keep their shape; what is true opens to exactly 1."""
+    """A stacked state of several seeds keeps its shape; a true value sets the gate to 1."""
     states = jax.vmap(lambda _: GATED["batch_norm"].init(3))(jnp.arange(4))
     for flag, gate in ((2, 1.0), (0, 0.0), (np.True_, 1.0), (jnp.array(False), 0.0)):
         states = cbn.set_gate(states, flag)
@@ -295,7 +295,9 @@ def test_a_tree_without_gates_is_an_error():
 
 
 def test_wrong_use():
-    with pytest.raises(ValueError, match="adaptive_batch_norm got a gated method; one"):
+    with pytest.raises(
+        ValueError, match="adaptive_batch_norm got a gated method, expected one"
+    ):
         cbn.adaptive_batch_norm(GATED["batch_norm"])
     with pytest.raises(ValueError, match="inference is 'batch', expected 'running' or 'ga"):
         cbn.adaptive_batch_norm(cbn.batch_norm(), inference="batch")

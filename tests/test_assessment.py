@@ -125,7 +125,7 @@ def test_report_counts_both_sets():
 
 
 def drawn(figure):
-    """How many batches each set has in the histogram, and where the threshold stands."""
+    """How many batches each set has in the histogram, and the place of the threshold."""
     (axes,) = figure.axes
     shown = [text.get_text() for text in axes.get_legend().get_texts()]
     assert set(shown) == {"to normalize", "to leave", "threshold"}

@@ -366,7 +366,7 @@ def test_the_first_gradient_warns_without_the_wrapper(monkeypatch):
         backward = estimator.init_backward(2)
         return estimator.at(backward).train(estimator.init(2), x)[0].mean.sum()
 
-    with pytest.warns(UserWarning, match="no optimizer that writes them; write"):
+    with pytest.warns(UserWarning, match="no optimizer that updates the statistics; write"):
         jax.grad(total)(jnp.ones((3, 2)))
     with_backward_statistics(optax.sgd(0.1))
     jax.grad(total)(jnp.ones((3, 2)))  # no warning, which would be an error

@@ -252,7 +252,9 @@ def test_pretrained_parameters_that_lack_them(key):
     model = Net(METHODS["bidirectional_batch_norm"])
     fresh = jax.jit(model.init)(jax.random.key(1), z)
     lacking = {**fresh, "params": trained["params"]}
-    with pytest.raises(ValueError, match=r"without backward at Norm_0.*fill_missing"):
+    with pytest.raises(
+        ValueError, match=r"Norm at Norm_0 got params without backward.*fill_missing"
+    ):
         model.apply(lacking, z, mutable=["batch_stats"])
     assert np.isfinite(model.apply(lacking, z, False)).all()  # inference needs none
     params = cbn_jax.linen.fill_missing(trained["params"], fresh["params"])
@@ -286,7 +288,7 @@ def test_other_wrappers_are_refused_in_training(wrap, key):
     model = Net(wrap(METHODS["bidirectional_batch_norm"]))
     z = batches()[0]
     variables = jax.jit(model.init)(key, z)
-    with pytest.raises(TypeError, match="give it to Norm without a wrapper"):
+    with pytest.raises(TypeError, match="the estimator to Norm without a wrapper"):
         model.apply(variables, z, mutable=["batch_stats"])
 
 

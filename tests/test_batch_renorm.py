@@ -162,10 +162,10 @@ def test_two_batches_as_one(key):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"r_max": 0.5}, ValueError, "r_max is 0.5, expected a limit from 1"),
+        ({"r_max": 0.5}, ValueError, "r_max is 0.5, expected a limit of at least 1"),
         ({"d_max": -1.0}, ValueError, "d_max is -1.0"),
         ({"warmup_steps": 1.5}, ValueError, "warmup_steps is 1.5"),
-        ({"warmup_steps": 10, "r_steps": 5}, ValueError, "r_steps is 5.* 10 on"),
+        ({"warmup_steps": 10, "r_steps": 5}, ValueError, "r_steps is 5.* at least 10"),
         ({"epsilon": 0.0}, ValueError, "epsilon is 0.0"),
         ({"r_max": jnp.ones(())}, TypeError, "r_max is an array"),
     ],

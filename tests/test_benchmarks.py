@@ -766,7 +766,7 @@ def test_claims_are_tested_on_every_cell(tmp_path):
         claims.main(claims.Config(studies=tmp_path), Console())
 
 
-def test_tables_are_made_anew(tmp_path):
+def test_tables_are_rewritten(tmp_path):
     for folder in ("docs", "benchmarks"):
         (tmp_path / folder).mkdir()
     (tmp_path / "benchmarks/README.md").write_text("nothing")
@@ -779,7 +779,7 @@ def test_tables_are_made_anew(tmp_path):
         tables.rendered("<!-- verdict weather --><!-- end -->")
 
 
-def test_all_figures_are_drawn_anew(tmp_path):
+def test_all_figures_are_redrawn(tmp_path):
     """From the committed results; and no other picture is committed."""
     config = tables.Config(tmp_path, figures=True)
     for name in ("benchmarks/README.md", "README.md"):
@@ -858,7 +858,7 @@ def test_a_missing_dependency_is_one_sentence(package):
 
 
 def test_norms_without_a_layer(tmp_path, data_dir):
-    """The table has every run, and what is kept is not run again."""
+    """The table lists all runs, and stored runs do not run again."""
     config = dataclasses.replace(without_layer.QUICK, output=tmp_path, data_dir=data_dir)
     results = without_layer.main(config, Console())
     assert len(results["cells"]) == 4  # two pairings, two methods
@@ -872,7 +872,7 @@ def test_norms_without_a_layer(tmp_path, data_dir):
 
 
 def test_fine_tuning(tmp_path, data_dir):
-    """Both ways to predict at each mark, and what is kept is not run again."""
+    """Both ways to predict at each mark, and stored runs do not run again."""
     config = dataclasses.replace(fine_tuning.QUICK, output=tmp_path, data_dir=data_dir)
     results = fine_tuning.main(config, Console())
     assert len(results["cells"]) == 2 + 4  # references; two pairings, two methods

@@ -27,7 +27,7 @@ def scaled(params, factor):
     return params | {"kernel": factor * params["kernel"]}
 
 
-# What is computed.
+# Computed values.
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_averages_of_a_layer_in_half_precision_do_not_drift(key):
 
 @some_layers
 def test_gradient_is_the_derivative(name, key, x64):
-    """Of what is computed: nothing is left out, so finite differences agree."""
+    """It is the full derivative of the computed values, so finite differences agree."""
     layer = LAYERS[name]
     estimator = cbn.carried_batch_norm(window=4)
     step, state = start(name)
@@ -229,13 +229,13 @@ def test_state_is_a_patch_and_a_few_numbers():
     assert size == 3 * 3 * 512 + 8 * 512 < 0.01 * kernel.size
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("option", ["window", "micro_batches"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_counts_must_be_whole_numbers(option, value):
-    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+    with pytest.raises(ValueError, match=rf"{option} is .*int of at least 1"):
         cbn.carried_batch_norm(**{option: value})
 
 

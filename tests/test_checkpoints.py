@@ -103,5 +103,5 @@ def test_a_state_of_another_layer(key):
 def test_a_tree_without_names_is_not_a_state(key):
     """What orbax gives without a template."""
     state = trained(cbn.batch_norm(), key)
-    with pytest.raises(TypeError, match="give that as the template when you restore"):
+    with pytest.raises(TypeError, match="as the template when you restore"):
         cbn.batch_norm().infer(state._asdict(), jnp.ones((2, 4)))

@@ -1,10 +1,12 @@
 """The notebooks run, hold their figures, and know where they come from."""
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 pytest.importorskip("nbclient", reason="the notebooks need cbn_jax[notebooks]")
 
+import jax
 import jupytext
 import nbformat
 import tensorflow_datasets
@@ -66,7 +69,7 @@ def test_the_notebooks_are_small():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_address_stands_in_one_place(name):
+def test_the_address_is_in_one_place(name):
     text = (ROOT / f"colabs/{name}.py").read_text()
     assert colabs.with_address(text, colabs.repository()) == text
     moved = colabs.with_address(text, "https://github.com/some-one/else")
@@ -78,20 +81,43 @@ def test_the_address_stands_in_one_place(name):
     assert not [path for path in documents if slug in path.read_text()]
 
 
+def setup_cell(name):
+    """The first cell of code, which installs and prints the devices."""
+    cells = jupytext.read(ROOT / f"colabs/{name}.py").cells
+    return next(cell for cell in cells if cell.cell_type == "code")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_notebook_begins_alike(name):
-    """The first cell of code installs and reports the devices; nothing else differs."""
-    first, usual = (
-        next(
-            c.source
-            for c in jupytext.read(ROOT / f"colabs/{n}.py").cells
-            if c.cell_type == "code"
-        )
-        for n in (name, "batch_size_two")
+def test_every_notebook_begins_with_the_same_cell(name):
+    ours, usual = setup_cell(name), setup_cell("batch_size_two")
+    assert ours.source == usual.source
+    assert ours.metadata == usual.metadata
+
+
+def test_the_first_cell_keeps_the_installed_jax(monkeypatch, capsys):
+    """Where cbn_jax is missing, pip may not replace the JAX of an accelerator."""
+    find, commands, pins = importlib.util.find_spec, [], []
+
+    def install(command, check):
+        commands.append(command)
+        pins.extend(Path(command[command.index("-c") + 1]).read_text().splitlines())
+
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "cbn_jax" else find(name)
     )
-    install, report = usual.split("\n\nprint")
-    assert first.startswith(install)
-    assert first.endswith(report)
+    monkeypatch.setattr(subprocess, "run", install)
+    exec(setup_cell("batch_size_two").source, {})
+    assert pins == [f"{name}=={version(name)}" for name in ("jax", "jaxlib")]
+    (command,) = commands
+    assert command[-1].startswith("cbn_jax[benchmarks] @ git+https://")
+    assert f"JAX {jax.__version__}, Flax" in capsys.readouterr().out
+
+
+def test_the_first_cell_installs_nothing_beside_the_library(monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", None)
+    exec(setup_cell("batch_size_two").source, {})
+    cpu = jax.default_backend() == "cpu"
+    assert ("Warning: JAX found only a CPU" in capsys.readouterr().out) == cpu
 
 
 @pytest.mark.parametrize("name", NAMES)

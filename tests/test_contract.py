@@ -63,7 +63,7 @@ def first(statistics, examples):
 
 def run(name, layer, key, dtype=jnp.float32):
     """Estimator, parameters, statistics and state after a few steps with moving weights."""
-    del key  # the same for all tests, which share what is computed
+    del key  # the same for all tests, which share the cached results
     return _run(name, layer, dtype)
 
 

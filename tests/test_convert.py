@@ -342,11 +342,11 @@ AVERAGE = {"counter": 3, "hidden": MEAN, "average": MEAN}
         ),
         (
             lambda: convert.from_flax({}, {"mean": MEAN, "var": VAR[:2]}),
-            r"^from_flax got shapes {'mean': \(3,\), 'var': \(2,\)}, expected one number",
+            r"^from_flax got shapes {'mean': \(3,\), 'var': \(2,\)}, expected the same",
         ),
         (
             lambda: convert.from_flax({}, {"mean": np.ones((2, 3)), "var": VAR}),
-            r"^from_flax got shapes .*\(2, 3\).*, expected \[features\], or that with",
+            r"^from_flax got shapes .*\(2, 3\).*, expected \[features\], perhaps with",
         ),
         (
             lambda: convert.from_keras({"moving_mean": 0.0, "moving_variance": 1.0}),
@@ -368,19 +368,19 @@ AVERAGE = {"counter": 3, "hidden": MEAN, "average": MEAN}
         ),
         (
             lambda: convert.to_flax(weights_of(scale=SCALE[:2])),
-            r"^to_flax got shapes {'scale': \(2,\), .*, expected one number of features",
+            r"^to_flax got shapes {'scale': \(2,\), .*, expected the same number",
         ),
         (
             lambda: convert.to_pytorch(weights_of(), 1),
-            r"^values_per_feature is 1, expected a whole number from 2 on",
+            r"^values_per_feature is 1, expected an int of at least 2",
         ),
         (
             lambda: convert.from_pytorch({}, 2.5),
-            r"^values_per_feature is 2.5, expected a whole number from 2 on",
+            r"^values_per_feature is 2.5, expected an int of at least 2",
         ),
-        (lambda: convert.to_haiku(weights_of(), 0, 0.9), r"^ndim is 0, expected a whole"),
+        (lambda: convert.to_haiku(weights_of(), 0, 0.9), r"^ndim is 0, expected an int"),
         (lambda: convert.to_haiku(weights_of(), 4, 1.0), r"^decay_rate is 1.0, expected"),
-        (lambda: convert.decay_of_pytorch(0.0), r"^momentum is 0.0, .*\(0, 1\], or None"),
+        (lambda: convert.decay_of_pytorch(0.0), r"^momentum is 0.0, .*\(0, 1\]\) or None"),
         (lambda: convert.decay_of_pytorch(1.5), r"^momentum is 1.5, expected PyTorch's"),
     ],
 )

@@ -187,14 +187,20 @@ def test_inference_is_as_precise_as_the_activations(wrapper, dtype, x64):
 
 
 NONSENSE = {
-    "corrected": (WRAPPERS["corrected"](cbn.batch_norm()), "corrected already; correct it"),
-    "fitted": (cbn.fitted_inference(cbn.batch_norm()), "corrected already; correct it"),
+    "corrected": (
+        WRAPPERS["corrected"](cbn.batch_norm()),
+        "with corrected inference, expected one without",
+    ),
+    "fitted": (
+        cbn.fitted_inference(cbn.batch_norm()),
+        "with corrected inference, expected one without",
+    ),
     "group": (cbn.group_batch_norm(0.5), "statistics per example, expected one mean"),
     "group_plus": (cbn.group_norm_plus(0.5), "statistics per example, expected one mean"),
     "gated": (cbn.adaptive_batch_norm(cbn.batch_norm()), r"expected the gate outside; w"),
     "gated_corrected": (
         cbn.adaptive_batch_norm(WRAPPERS["corrected"](cbn.batch_norm())),
-        "is corrected already",
+        "with corrected inference",
     ),
 }
 
@@ -209,7 +215,7 @@ def test_nonsense_is_an_error_at_construction(name, inner):
 
 @pytest.mark.parametrize("batch_size", [0, 0.5, -1, np.nan])
 def test_a_batch_has_one_example_at_least(batch_size):
-    with pytest.raises(ValueError, match=r"examples is .*number of examples .*from 1 on"):
+    with pytest.raises(ValueError, match=r"examples is .*number of examples .*at least 1"):
         cbn.corrected_inference(cbn.batch_norm(), batch_size)
 
 
@@ -241,7 +247,7 @@ def fitted_on(batches, mean, var, estimator=FITTED):
 
 
 def coefficients(estimator, inner, state):
-    """a and c = (c₀, c₁, c₂), read off what is predicted for three examples."""
+    """a and c = (c₀, c₁, c₂), computed from the predictions for three examples."""
     ordinary = infer(inner, state.state, jnp.zeros((1, FEATURES)))
     example = jnp.array([[0.0, 0.0], [-1.0, 1.0], [1.0, 1.0]])[..., None]
     predicted = infer(estimator, state, ordinary.mean[None, None] + example)
@@ -366,7 +372,7 @@ PARTS_OF_A_BATCH = {
 
 
 @pytest.mark.parametrize("name", PARTS_OF_A_BATCH)
-def test_the_share_is_one_in_all_that_stands_behind_a_statistic(name, rng):
+def test_the_share_is_one_in_all_examples_of_a_statistic(name, rng):
     """A window of k batches makes it 1/(k m), a weight α makes it α/m."""
     inner, part = PARTS_OF_A_BATCH[name]
     m, params = 2, {"kernel": jnp.eye(FEATURES)}

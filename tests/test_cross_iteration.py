@@ -453,17 +453,17 @@ def test_inference_averages_batches_or_windows(running, key):
     np.testing.assert_allclose(variance(inferred), expected[1], rtol=1e-4)
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
 def test_window_must_be_a_whole_number(window):
-    with pytest.raises(ValueError, match=r"window is .*whole number from 1"):
+    with pytest.raises(ValueError, match=r"window is .*int of at least 1"):
         cbn.cross_iteration_batch_norm(window)
 
 
 def test_burn_in_must_not_be_negative():
-    with pytest.raises(ValueError, match=r"burn_in is -1, .*from 0 on"):
+    with pytest.raises(ValueError, match=r"burn_in is -1, .*at least 0"):
         cbn.cross_iteration_batch_norm(8, burn_in=-1)
 
 
@@ -475,7 +475,7 @@ def test_choices_are_a_few_words(option):
 
 
 def test_a_ramp_takes_steps():
-    with pytest.raises(ValueError, match=r"steps is 0, .*from 1"):
+    with pytest.raises(ValueError, match=r"steps is 0, .*at least 1"):
         cbn.ramp(0)
 
 

@@ -56,7 +56,7 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-# What is computed.
+# Computed values.
 
 
 @pytest.mark.parametrize("layer", ["dense", "conv"])
@@ -325,7 +325,7 @@ def test_the_root_of_nothing_has_no_slope():
     assert_close(jax.vmap(curvature)(var[::2]), [0.0, -2.0], 1e-6, 0.0)
 
 
-# What is not finite, and other devices.
+# Non-finite values, and several devices.
 
 
 def test_a_variance_that_is_not_finite_is_not_zero():
@@ -365,7 +365,7 @@ def test_eight_devices_are_one(order, key):
         assert_close((statistics, state), (expected, other))
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, 2, float("nan")])

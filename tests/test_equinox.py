@@ -257,7 +257,7 @@ def test_trains_without_a_second_trace():
         loss, model, state = step(model, state, z, labels)
         losses.append(loss)
     assert losses[-1] < 0.9 * losses[0]
-    step(*net(seed=1), z, labels)  # an equal model made anew is the same program
+    step(*net(seed=1), z, labels)  # a new, equal model uses the same program
 
 
 def test_inference_mode():
@@ -405,7 +405,7 @@ def test_dtypes():
 def test_training_needs_the_batch():
     model, state = made(cbn.batch_norm(), num_features=4)
     message = (
-        r"outside of a map with axis_name='batch', .*; write jax\.vmap\(model, "
+        r"outside of jax.vmap\(axis_name='batch'\), .*; write jax\.vmap\(model, "
         r"axis_name='batch', in_axes=\(0, None\), out_axes=\(0, None\)\)\(x, state\)\."
     )
     for call in (model, jax.vmap(model, (0, None)), jax.vmap(model, axis_name="data")):

@@ -53,7 +53,7 @@ def test_every_method_with_one_statistic_per_feature(name, key):
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_inference_that_looks_at_the_example_is_refused(name):
     estimator = FACTORIES[name]()
-    with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
+    with pytest.raises(ValueError, match=r"^fold got a method whose inference depends on"):
         cbn.fold(estimator, None, cbn.dense, jnp.ones((3, 4)))
 
 
@@ -62,7 +62,7 @@ def test_statistics_per_example_are_refused_without_the_trait():
         return cbn.Statistics(x, jnp.ones_like(x))
 
     estimator = dataclasses.replace(cbn.batch_norm(), infer=infer)
-    with pytest.raises(ValueError, match=r"^fold got a method whose inference looks at"):
+    with pytest.raises(ValueError, match=r"^fold got a method whose inference depends on"):
         cbn.fold(estimator, None, cbn.dense, jnp.ones((3, 4)))
 
 
@@ -251,7 +251,7 @@ def test_a_gate_is_folded_as_it_is():
         (
             {"bias": BIAS},
             None,
-            r"params with \['bias'\], expected kernel .*the layer alone",
+            r"params with \['bias'\], expected kernel .*of one layer",
         ),
         ({"kernel": jnp.ones((3, 4)), "mask": BIAS}, None, r"\['kernel', 'mask'\]"),
         ({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)}, None, r"\['bias'\] of shape"),

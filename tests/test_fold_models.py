@@ -152,7 +152,7 @@ def test_a_layer_that_is_used_otherwise_too():
 
 def test_what_cannot_be_folded():
     model = replace_batch_norm(Net(), cbn.group_norm(2))
-    with pytest.raises(ValueError, match=r"fold got a method whose inference looks"):
+    with pytest.raises(ValueError, match=r"whose inference depends on the example"):
         fold(model, model.init(jax.random.key(0), IMAGES, False), IMAGES, False)
     dense = nn.Dense(2)
     with pytest.raises(ValueError, match="fold got a model without a norm"):
@@ -165,7 +165,7 @@ def test_a_learned_method_cannot_be_folded():
     learned = cbn.learned(cbn.group_batch_norm, num_groups=2)
     model = nn.Sequential([nn.Dense(4), Norm(learned, use_running_average=True)])
     variables = model.init(jax.random.key(0), IMAGES)
-    with pytest.raises(ValueError, match=r"fold got a method whose inference looks"):
+    with pytest.raises(ValueError, match=r"whose inference depends on the example"):
         fold(model, variables, IMAGES)
 
 

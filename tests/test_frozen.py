@@ -58,12 +58,14 @@ def test_two_fields_of_one_name_are_refused():
     (x,) = batches(1)
     _, state = twice.train(twice.init(C), x)
     np.testing.assert_array_equal(state.state.trained, 1.0)
-    with pytest.raises(ValueError, match="FrozenState got two fields trained, one in the"):
+    with pytest.raises(
+        ValueError, match="FrozenState got a field trained, which the inner"
+    ):
         Norm(twice, use_running_average=False).init(jax.random.key(0), x)
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match="after is -1, expected a whole number from 0"):
+    with pytest.raises(ValueError, match="after is -1, expected an int of at least 0"):
         cbn.frozen(cbn.batch_norm(), after=-1)
 
 

@@ -99,7 +99,7 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-# What is computed.
+# Computed values.
 
 
 @names
@@ -165,7 +165,7 @@ def test_accurate_at_large_means(name, order, shape, key):
 
 @pytest.mark.parametrize("method", ["train", "infer"])
 def test_half_precision_has_the_statistics_of_its_values(method, key):
-    """What is normalized in between is not rounded."""
+    """The intermediate normalized values are not rounded."""
     x, mix = jnp.asarray(data(key, CONV), jnp.bfloat16), np.float32(MIXES["mixed"])
     call = functools.partial(compiled(GNP, "group_first", method), mix, fresh(GNP))
     assert_close(call(x), call(x.astype(jnp.float32)), rtol=1e-6, atol=1e-6)
@@ -267,7 +267,7 @@ def test_mix_one_batch_first_is_group_norm_of_batch_norm(shape, key):
     assert_close(actual, (group_norm(batched), state))
 
 
-# What is not known.
+# Unknown statistics.
 
 
 @orders
@@ -436,10 +436,12 @@ def test_eight_devices_are_one(name, order, key):
 
 @names
 def test_groups_must_divide_the_features(name):
-    sentence = rf"{name} got 4 features and num_groups=3, expected a divisor of 4; write"
+    sentence = (
+        rf"{name} got 4 features and num_groups=3, expected a num_groups that divides 4"
+    )
     with pytest.raises(ValueError, match=sentence):
         make(name, 0.5, num_groups=3).init(4)
-    with pytest.raises(ValueError, match=r"num_groups is 0, expected a whole .*from 1 on"):
+    with pytest.raises(ValueError, match=r"num_groups is 0, expected an int of at least 1"):
         make(name, 0.5, num_groups=0)
 
 
@@ -456,7 +458,9 @@ def test_groups_of_one_value(name, method):
 
 def test_group_norm_plus_trains_on_two_examples():
     estimator = make(GNP, 0.5)
-    with pytest.raises(ValueError, match=r"two examples or more, .*write group_batch_norm"):
+    with pytest.raises(
+        ValueError, match=r"at least two examples, .*write group_batch_norm"
+    ):
         estimator.train(estimator.init(C), jnp.ones((1, 3, 2, C)))
 
 

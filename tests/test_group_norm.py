@@ -60,7 +60,7 @@ def test_large_means_do_not_cancel(key):
 
 @pytest.mark.parametrize("bad", [0, -1, 2.0])
 def test_groups_are_counted(bad):
-    with pytest.raises(ValueError, match=r"num_groups is .*whole number from 1"):
+    with pytest.raises(ValueError, match=r"num_groups is .*int of at least 1"):
         cbn.group_norm(bad)
 
 

@@ -134,7 +134,7 @@ def test_one_example_without_space(name, key):
         assert_finite(run())
     else:
         with pytest.raises(
-            ValueError, match=r"one value per|two examples or more|a multiple of 2"
+            ValueError, match=r"one value per|at least two examples|a multiple of 2"
         ):
             run()
 

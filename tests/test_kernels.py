@@ -116,14 +116,14 @@ def test_group_norm_after_ours(key):
 
 
 def test_a_change_needs_a_kernel():
-    with pytest.raises(ValueError, match="a change of the kernel and no layer, expected"):
+    with pytest.raises(ValueError, match=r"got kernel=\.\.\. without a layer, expected"):
         cbn_jax.linen.Norm(
             cbn.batch_norm(), kernel=cbn.center, use_running_average=True
         ).init(jax.random.key(0), jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="a change of the kernel and no layer"):
+    with pytest.raises(ValueError, match=r"got kernel=\.\.\. without a layer"):
         cbn_jax.nnx.Norm(
             cbn.batch_norm(), num_features=3, kernel=cbn.center, rngs=nnx.Rngs(0)
         )
     layer = nnx.Embed(3, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"layer=Embed\(.*which has none"):
+    with pytest.raises(ValueError, match=r"layer=Embed\(.*which has no kernel"):
         cbn_jax.nnx.Norm(cbn.batch_norm(), layer, kernel=cbn.center, rngs=nnx.Rngs(0))

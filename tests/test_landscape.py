@@ -102,7 +102,7 @@ def test_noise_has_the_asked_mean_and_deviation():
 
 @pytest.mark.parametrize("layer", ["dense", "conv"])
 def test_noise_is_a_function_of_state_and_batch(layer, key):
-    """Steps differ, and so do seeds; what is done again is the same."""
+    """Steps and seeds differ; a repeated call gives the same noise."""
     call, state = step("batch_norm", layer)
     noise, second, _ = call(state, key)
     assert_same(call(state, key)[0], noise)
@@ -183,7 +183,7 @@ def test_masks_reach_the_method_inside(key):
 
 def test_wrappers_know_what_is_inside():
     noisy = perturb(cbn.adaptive_batch_norm(cbn.batch_norm()))
-    with pytest.raises(ValueError, match="one gate is enough"):
+    with pytest.raises(ValueError, match="expected one without a gate"):
         cbn.adaptive_batch_norm(noisy)
     with pytest.raises(ValueError, match="statistics per example"):
         cbn.corrected_inference(perturb(cbn.batch_norm()), examples=2)
@@ -194,13 +194,15 @@ def test_noise_needs_whole_groups():
         ValueError, match=r"perturb got 6 features and num_groups=4, .*of 6"
     ):
         perturb(cbn.batch_norm(), num_groups=4).init(6)
-    with pytest.raises(ValueError, match="num_groups is 0, expected a whole number from 1"):
+    with pytest.raises(ValueError, match="num_groups is 0, expected an int of at least 1"):
         perturb(cbn.batch_norm(), num_groups=0)
 
 
 @pytest.mark.parametrize("std", [-1.0, np.nan])
 def test_a_deviation_is_not_negative(std):
-    with pytest.raises(ValueError, match=rf"std is {std}, expected a deviation from 0 on"):
+    with pytest.raises(
+        ValueError, match=rf"std is {std}, expected a standard deviation of at"
+    ):
         perturb(cbn.batch_norm(), std=std)
 
 

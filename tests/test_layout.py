@@ -185,7 +185,7 @@ def imports_of(path):
 def test_no_arithmetic_in_an_adapter(name):
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.BinOp):
-            # Unions in annotations, and what is about axes, paths and names.
+            # Unions in annotations, and arithmetic on axes, paths and names.
             assert isinstance(node.op, ast.BitOr) or ast.unparse(node) in {
                 "x.ndim - 1",
                 "y.ndim - 1",

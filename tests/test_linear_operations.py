@@ -1,4 +1,4 @@
-"""Operation by operation: what is taken for linear is, and what is not is named."""
+"""Each operation accepted as linear is linear; the other operations are named."""
 
 from types import SimpleNamespace
 

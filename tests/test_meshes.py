@@ -267,7 +267,7 @@ def test_every_device_remembers_all(way, key):
         for shard in shards:
             assert len(shard) == rows
             np.testing.assert_array_equal(shard, shards[0])
-    kernel, bias = 5, 1  # numbers of a row, beside the one that it stands for
+    kernel, bias = 5, 1  # numbers in a row, in addition to its size
     held = sum(
         leaf.addressable_shards[0].data.nbytes
         for leaf in jax.tree.leaves((state.patches, state.size))

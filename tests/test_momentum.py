@@ -63,7 +63,7 @@ def test_arguments():
         cbn.momentum_batch_norm(1.0)
     with pytest.raises(TypeError, match=r"write decay=cumulative\(...\)"):
         cbn.momentum_batch_norm(cbn.cumulative)
-    with pytest.raises(ValueError, match="steps is 1, expected a whole number from 2"):
+    with pytest.raises(ValueError, match="steps is 1, expected an int of at least 2"):
         cbn.matched_noise(2, 1)
 
 

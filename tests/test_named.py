@@ -1,4 +1,4 @@
-"""States as nested dicts of arrays, and what is found in them by name."""
+"""States as nested dicts of arrays, and lookup by name in them."""
 
 import chex
 import flax.linen as nn

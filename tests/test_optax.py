@@ -54,7 +54,7 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     )
 
 
-# What is computed.
+# Computed values.
 
 
 def test_every_filter_loses_its_mean_and_nothing_else(params):
@@ -70,7 +70,7 @@ def test_every_filter_loses_its_mean_and_nothing_else(params):
 
 
 def test_optax_centralizes_the_wrong_axes_for_flax(params):
-    """What stands behind one input loses its mean, what makes one output keeps it."""
+    """The weights of one input lose their mean; the weights of one output keep it."""
     gradients = noise(params, 0)
     theirs = apply(optax.centralize(), gradients)
     assert (np.abs(filter_means(theirs)) > 0.01).any()
@@ -106,7 +106,7 @@ def test_it_is_the_projection_that_takes_constants_out():
     assert_close((phi(one) * other).sum(), (one * phi(other)).sum())
 
 
-# Where it stands in the chain.
+# Its place in the chain.
 
 
 def descend(optimizer, params, steps=4):
@@ -203,7 +203,7 @@ def test_parameters_of_nnx(key):
     assert np.abs(kernel - model.layers[0].kernel[...]).max() > 1e-3
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("bad", ["dense", None, 2])

@@ -17,7 +17,7 @@ from cbn_jax.assessment import assess
 from cbn_jax.linen import Norm
 from cbn_jax.nnx import Norm as NnxNorm
 
-# Methods with a window have one frame, and one of them stands for all.
+# Methods with a window share their code, so one of them represents all.
 METHODS = {
     "batch": cbn.batch_norm(),
     "cross_iteration": cbn.cross_iteration_batch_norm(window=3, running="window"),

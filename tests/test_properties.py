@@ -67,7 +67,7 @@ def assert_close(actual, expected, **tolerance):
 @pytest.mark.parametrize("name", sorted(set(KINDS) - MIXED - UNCENTERED - PARTS))
 @given(seed=seeds, factor=powers, shift=shifts)
 def test_neither_scale_nor_shift_of_the_layer_matters(name, seed, factor, shift):
-    """What is normalized does not know in which units it was measured."""
+    """Normalized values do not depend on the units of the layer's output."""
     params, batches, masks = draw(seed)
     other = {"kernel": factor * params["kernel"], "bias": factor * params["bias"] + shift}
     expected, _, predicted = step_of(name)(params, batches, masks)
@@ -95,7 +95,7 @@ def test_the_order_of_examples_does_not_matter(name, seed, data):
 @estimators
 @given(seed=seeds, counts=st.lists(st.booleans(), min_size=8, max_size=8))
 def test_what_does_not_count_is_as_if_it_were_not_there(name, seed, counts):
-    """Nothing but a mask of the same shape changes, and what is masked may be anything."""
+    """Only a mask of the same shape changes; masked values may be arbitrary."""
     if sum(counts) < 3:
         return
     params, batches, masks = draw(seed)

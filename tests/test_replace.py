@@ -859,7 +859,7 @@ def test_an_ensemble_is_exact():
         variables = {**updates, "params": params}
 
 
-# What is refused.
+# Refused models and arguments.
 
 
 def refused(message):
@@ -878,7 +878,7 @@ class Twice(nn.Module):
 def test_a_norm_behind_two_layers():
     model = replace_batch_norm(Twice(), SMALL)
     with refused(
-        r"norm, which is called behind Dense_0 and behind Dense_1, .*"
+        r"norm, which is called after Dense_0 and after Dense_1, .*"
         r"without_layer=\('norm',\)"
     ):
         model.init(jax.random.key(0), rows())
@@ -925,7 +925,7 @@ def test_no_batch_norm():
 
 def test_a_bound_model_is_refused():
     bound = nn.Dense(4).bind({"params": {}})
-    with refused("got a bound Dense, expected one without variables"):
+    with refused("got a bound Dense, expected an unbound module"):
         replace_batch_norm(bound, SMALL)
 
 
@@ -946,7 +946,7 @@ def test_arguments_of_another_kind():
 
 
 def test_a_fallback_that_needs_a_layer():
-    with refused(r"got fallback=small_batch_norm\(.*expected a method for batch norms"):
+    with refused(r"got fallback=small_batch_norm\(.*expected a method that needs none"):
         replace_batch_norm(net(), SMALL, fallback=SMALL)
 
 

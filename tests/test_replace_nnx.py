@@ -392,7 +392,7 @@ def test_the_mode_stays():
     assert not net().norm.use_running_average
 
 
-def test_averages_go_on_and_fresh_ones_start_anew():
+def test_trained_averages_continue_and_fresh_ones_start_at_zero_steps():
     model = Net()
     assert not value(replace_batch_norm(model, SMALL, rows()).norm.steps).any()
     for i in range(20):
@@ -452,7 +452,8 @@ def test_a_call_in_which_the_norm_follows_something_else(mode, estimator, kernel
     model = replace_batch_norm(Switched(), estimator, rows(), kernel=kernel, train=True)
     model(rows(), train=True)
     with pytest.raises(
-        ValueError, match="a batch norm follows layer, and in this call it does not"
+        ValueError,
+        match="a call in which a norm does not follow layer, expected this layer",
     ):
         model(rows(), train=True, mode=mode)
 
@@ -651,7 +652,7 @@ def test_inputs_that_stay_are_normalized_exactly(name):
         nnx.update(model, jax.tree.map(lambda w: w + 0.3 * jnp.cos(7 * w), params))
 
 
-# What is refused.
+# Refused models and arguments.
 
 
 def refused(message, kind=ValueError):
@@ -672,7 +673,7 @@ class Twice(nnx.Module):
 
 def test_a_norm_behind_two_layers():
     with refused(
-        r"norm, which is called behind first and behind second, .*"
+        r"norm, which is called after first and after second, .*"
         r"without_layer=\('norm',\)"
     ):
         replace_batch_norm(Twice(), SMALL, rows())
@@ -725,7 +726,7 @@ def test_arguments_of_another_kind():
         replace_batch_norm(Net(), cbn.batch_norm, rows())
     with refused("got fallback=0.9, expected an estimator", TypeError):
         replace_batch_norm(Net(), SMALL, rows(), fallback=0.9)
-    with refused(r"got fallback=small_batch_norm\(.*expected a method for batch norms"):
+    with refused(r"got fallback=small_batch_norm\(.*expected a method that needs none"):
         replace_batch_norm(Net(), SMALL, rows(), fallback=SMALL)
 
 

@@ -33,7 +33,7 @@ def at_step(state, step):
     return state._replace(running=state.running._replace(steps=steps))
 
 
-# What is computed.
+# Computed values.
 
 
 @layers
@@ -187,7 +187,7 @@ def test_small_maps_are_remembered_whole(samples):
 
 @pytest.mark.parametrize("name", ["conv", "conv-grouped"])
 def test_a_sample_is_right_on_average(name, key):
-    """E[x] and E[x²], linear in what is remembered, over many choices of positions."""
+    """E[x] and E[x²], over many choices of positions; both are linear in stored values."""
     layer = LAYERS[name]
     (old, z), (params, new) = path(layer, key, 2)
     whole, state = start(name)
@@ -254,13 +254,13 @@ def test_what_is_not_finite_is_not_remembered(poison, key):
     )
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("option", ["window", "samples"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_counts_must_be_whole_numbers(option, value):
-    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+    with pytest.raises(ValueError, match=rf"{option} is .*int of at least 1"):
         cbn.replay_batch_norm(**{option: value})
 
 

@@ -51,7 +51,7 @@ checkpoints.Checkpoints.save = save
 
 
 def call(script, *folders):
-    """The exit code, and what was said."""
+    """The exit code and the error output."""
     command = [sys.executable, "-c", script, *map(str, folders)]
     run = subprocess.run(command, capture_output=True, text=True)
     return run.returncode, run.stderr

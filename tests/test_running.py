@@ -55,7 +55,7 @@ def test_no_momentum_keeps_the_last_batch():
 
 
 def test_a_very_long_run_keeps_averaging():
-    """Past 2²⁴ steps a float32 count stands still; the averages go on."""
+    """After 2²⁴ steps a float32 count no longer grows; the averages still change."""
     old = cbn.RunningMoments(jnp.zeros(1), jnp.ones(1), jnp.full(1, 2.0**24))
     one = cbn.Moments(jnp.ones(1), jnp.ones(1), jnp.full(1, 2.0))
     running = update_running(old, one, cbn.exponential(0.9))
@@ -106,7 +106,7 @@ def test_power_one_counts_all_batches_alike():
 
 @pytest.mark.parametrize("bad", [-0.5, float("nan")])
 def test_a_power_is_not_negative(bad):
-    with pytest.raises(ValueError, match=r"power is .*expected p from 0 on"):
+    with pytest.raises(ValueError, match=r"power is .*expected a number p of at least 0"):
         cbn.diminishing(bad)
 
 

@@ -36,7 +36,7 @@ def at_step(state, step):
     return state._replace(running=state.running._replace(steps=steps))
 
 
-# What is computed.
+# Computed values.
 
 
 @pytest.mark.parametrize(
@@ -381,13 +381,13 @@ def test_costs_little_more_than_batch_norm():
     assert 1.0 < ratio <= 1.2
 
 
-# Wrong input: what came, what was expected, what to write.
+# Wrong arguments: the message names the value, the expected one and the line to write.
 
 
 @pytest.mark.parametrize("option", ["window", "samples"])
 @pytest.mark.parametrize("value", [0, -1, 2.0, True])
 def test_counts_must_be_whole_numbers(option, value):
-    with pytest.raises(ValueError, match=rf"{option} is .*whole number from 1"):
+    with pytest.raises(ValueError, match=rf"{option} is .*int of at least 1"):
         cbn.streaming_batch_norm(**{option: value})
 
 

@@ -108,7 +108,7 @@ def perturb(
     """
     check_count("num_groups", num_groups, 1)
     if not std >= 0:
-        raise ValueError(f"std is {std!r}, expected a deviation from 0 on.")
+        raise ValueError(f"std is {std!r}, expected a standard deviation of at least 0.")
 
     def init(features, layer=None, params=None):
         if features % num_groups:

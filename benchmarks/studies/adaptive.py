@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptive batch norm: normalize always, never, or only what is heterogeneous?
+"""Adaptive batch norm: normalize always, never, or only heterogeneous batches?
 
 Composes training batches once, so that some are homogeneous and others are not: half of
 them of one class and half mixed, or sorted by brightness, or at random as a control.

@@ -293,8 +293,8 @@ def markdown(results: dict) -> str:
         "Test accuracy, %, of networks trained with batch_norm, by the way of predicting; "
         "mean ± standard deviation over seeds, the last column over pairs. recomputed: "
         "running statistics from one pass with the final weights; fitted: on top of these; "
-        "batch statistics: those of test batches as in training. twice: every image stands "
-        f"in its batch two times. {study.measured_on(results)}\n"
+        "batch statistics: those of test batches as in training. twice: every image is in "
+        f"its batch two times. {study.measured_on(results)}\n"
     )
 
 

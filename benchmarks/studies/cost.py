@@ -173,9 +173,9 @@ class Config:
     stored: str = "resnet50"
     """Network of the table of states. Its shapes are computed and nothing is run."""
     timing_rounds: int = 7
-    """Rounds of steps for the times; with 0 nothing is run, only counted."""
+    """Rounds of steps for the times. 0 runs nothing and only counts."""
     timing_seconds: float = 0.2
-    """Approximate time for a method in each round; at least one step is run."""
+    """Approximate time for a method in each round, of at least one step."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/cost")
     """Folder for results.json and table.md."""
 

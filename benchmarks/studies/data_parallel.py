@@ -125,8 +125,8 @@ def shard_map_step(
 ) -> Step:
     """One program for each device, with ``axis_name="data"`` in the model.
 
-    The loss is averaged over the devices inside what is differentiated: the gradient with
-    respect to parameters that are the same everywhere is then the whole batch's.
+    ``pmean`` averages the loss inside the differentiated function. The gradient by
+    replicated parameters is then the gradient of the whole batch.
     """
 
     def step(state, images, labels):
@@ -241,22 +241,21 @@ class Config(study.Options):
     """Options of the study."""
 
     devices: int | None = None
-    """So many simulated devices of a CPU; the devices that are there if not given."""
+    """Number of simulated devices of a CPU; all existing devices if not given."""
     methods: tuple[str, ...] = (
         "batch_norm",
         "cross_iteration_batch_norm",
         "small_batch_norm",
     )
-    """Normalizers, all with statistics over a batch; NAME@SIZE sets a batch size of its
-    own."""
+    """Normalizers with batch statistics to compare. NAME@SIZE sets its own batch size."""
     batch_size: int = 8
     """Examples per step, on all devices together."""
     learning_rate: float = 0.1
-    """Peak rate at batch size 32; it is scaled in proportion to the batch size."""
+    """Peak rate at batch size 32. It is scaled in proportion to the batch size."""
     seeds: tuple[int, ...] = (0,)
-    """One run each; a seed fixes the initial weights and the order of the examples."""
+    """One run per seed. A seed fixes the initial weights and the order of the examples."""
     compared_steps: int = 10
-    """Steps after which the states are compared; later, rounding has grown by itself."""
+    """Number of steps before the states are compared. Later, rounding errors grow."""
     timing_rounds: int = 20
     """Rounds of five steps for the step times."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/data_parallel")

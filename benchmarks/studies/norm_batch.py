@@ -69,9 +69,9 @@ class Config:
     fine-tune, digits_new_classes (embedded), gray_new_classes, emoji_new_domain,
     emoji_new_domain_few, earth_new_domain."""
     norm_batches: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of examples over which statistics are taken."""
+    """Numbers of examples that are normalized together."""
     gradient_batches: tuple[int, ...] = (0, 32)
-    """Examples per step of the optimizer; 0 means those of the norm batch."""
+    """Examples per step of the optimizer; 0 means as many as in the norm batch."""
     pairings: tuple[Pairing, ...] = ("independent", "alike")
     """Relation of the examples of a norm batch."""
     optimizers: tuple[Optimizer, ...] = ("sgd",)
@@ -107,10 +107,10 @@ class Config:
     examples: int | None = 20000
     """Largest number of examples for training, and for testing."""
     workers: int = 2
-    """Number of processes, each on its own core. 0 runs all in this process, as needed for
-    a GPU."""
+    """Number of processes, each on its own core. 0 uses this process only, which
+    a GPU requires."""
     resume: Annotated[Path, tyro.conf.arg(metavar="FILE")] = COMMITTED
-    """Results whose runs are not run again if their options agree."""
+    """Earlier results. Runs with the same options are taken from them."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/norm_batch")
     """Folder for results.json, table.md and the figures."""
 

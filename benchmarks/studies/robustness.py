@@ -40,8 +40,8 @@ class Config:
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     """Examples per step."""
     methods: tuple[str, ...] = ("small_batch_norm", "nn.GroupNorm", "batch_norm@32")
-    """The judged method, then the methods to compare with. NAME@SIZE sets its own batch
-    size."""
+    """First the method to judge, then the methods to compare it with. NAME@SIZE sets its
+    own batch size."""
     networks: tuple[str, ...] = ("mlp", "cnn")
     """Networks to train."""
     learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)

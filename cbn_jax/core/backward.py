@@ -117,9 +117,9 @@ def bidirectional(
     def without(state, x, source=None, *, axis_name=None, mask=None):
         del state, x, source, axis_name, mask
         raise TypeError(
-            f"{name} got no backward statistics in training, expected those among your "
-            "parameters; write estimator.at(backward).train(state, x), or give it to Norm "
-            "without a wrapper."
+            f"{name} got no backward statistics in training, expected those in your "
+            "parameters; write estimator.at(backward).train(state, x), or pass the "
+            "estimator to Norm without a wrapper."
         )
 
     return Bidirectional(
@@ -217,9 +217,9 @@ def _differentiable_once(gradient: jax.Array) -> jax.Array:
 def _refuse(primals, tangents):
     raise ValueError(
         "a method with backward statistics got a second derivative (a gradient penalty, a "
-        "Hessian-vector product, MAML), expected a first one, because its averages of "
-        "gradients are no function of this batch; use batch_norm(...) or "
-        'cross_iteration_batch_norm(gradient="window") there.'
+        "Hessian-vector product, MAML), expected a first derivative, because it averages "
+        "gradients over batches; write batch_norm(...) or "
+        'cross_iteration_batch_norm(gradient="window") instead.'
     )
 
 
@@ -262,7 +262,8 @@ def _accepted(name: str, backward: Any) -> BackwardStatistics:
     if not isinstance(backward.steps, Tracer) and not _all_written(backward.steps):
         raise ValueError(
             f"{name} got backward statistics that an optimizer has changed like weights, "
-            f"expected averages; {WRITE}, and restart from fresh backward statistics."
+            f"expected averages of gradients; {WRITE}, and restart from fresh backward "
+            "statistics."
         )
     return jax.tree.map(lambda leaf: leaf.astype(wide(leaf.dtype)), backward)
 
@@ -296,7 +297,8 @@ def note_optimizer() -> None:
 def _warn_without_optimizer() -> None:
     if not _Process.has_optimizer:
         warnings.warn(
-            "a model with backward statistics is differentiated, and this process has no "
-            f"optimizer that writes them; {WRITE}. Without it, the second step is NaN.",
+            "a model with backward statistics computes gradients, but this process has no "
+            f"optimizer that updates the statistics; {WRITE}. Without it, the second step "
+            "is NaN.",
             stacklevel=2,
         )

@@ -80,11 +80,11 @@ def check_state_type(method: str, state: Any, expected: type) -> None:
     if isinstance(state, expected):
         return
     if hasattr(state, "get_value"):
-        write = "write norm.state, which is the whole of it."
+        write = "write norm.state, which is the whole state."
     else:
         write = (
-            "make it with estimator.init(features, layer, params), and give that as the "
-            "template when you restore a checkpoint."
+            "make it with estimator.init(features, layer, params), and pass the result as "
+            "the template when you restore a checkpoint."
         )
     raise TypeError(
         f"{method} got a state of type {type(state).__name__}, expected "
@@ -97,9 +97,9 @@ def check_features_last(method: str, features: int, params: Any) -> None:
     leaves = jax.tree.leaves_with_path(params)
     if not leaves:
         raise ValueError(
-            f"{method} got params={params!r}, expected the parameters of the layer "
-            "before it; write Norm(estimator, layer=...) and give it the layer's input, or "
-            "estimator.init(features, layer, params)."
+            f"{method} got params={params!r}, expected the parameters of the layer before "
+            "the norm; write Norm(estimator, layer=...) and call it with the layer's "
+            "input, or write estimator.init(features, layer, params)."
         )
     for path, leaf in leaves:
         if jnp.ndim(leaf) == 0 or leaf.shape[-1] != features:
@@ -118,8 +118,9 @@ def check_mask(method: str, x: jax.Array, mask: Any) -> None:
     fits = (each in (1, size) for each, size in zip(shape, x.shape, strict=False))
     if len(shape) != x.ndim or not all(fits):
         raise ValueError(
-            f"{method} got a mask of shape {shape} for x of shape {x.shape}, expected as "
-            f"many axes, each of size 1 or that of x; {_write_mask(shape, x.shape)}"
+            f"{method} got a mask of shape {shape} for x of shape {x.shape}, expected the "
+            "same number of axes, each of size 1 or of the size in x; "
+            f"{_write_mask(shape, x.shape)}"
         )
 
 
@@ -150,7 +151,7 @@ def check_axis(axis: int | Sequence[int], x: jax.Array, layer: str | None) -> No
     if layer is not None and axes not in ([-1], [ndim - 1]):
         raise ValueError(
             f"Norm got axis={axis} with the layer {layer}, whose features are the last "
-            "axis; leave out axis, and give the layer inputs with channels last."
+            "axis; leave out axis, and pass inputs with channels last."
         )
 
 
@@ -179,8 +180,8 @@ def check_fraction(name: str, value: float) -> None:
     check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(
-            f"{name} is {value!r}, expected a decay in [0, 1), the fraction kept at each "
-            "step; PyTorch's momentum=0.1 is 0.9 here."
+            f"{name} is {value!r}, expected a decay in [0, 1), the fraction of the average "
+            "that each step keeps; PyTorch's momentum=0.1 is 0.9 here."
         )
 
 
@@ -205,9 +206,7 @@ def check_epsilon(value: float) -> None:
 
 
 def check_count(name: str, value: int, least: int) -> None:
-    """Checks for a whole number from ``least`` on."""
+    """Checks for an int of at least ``least``."""
     check_number(name, value)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"{name} is {value!r}, expected a whole number from {least} on, an int."
-        )
+        raise ValueError(f"{name} is {value!r}, expected an int of at least {least}.")

@@ -111,7 +111,7 @@ def check_divides(method: str, features: int, num_groups: int) -> None:
     if features % num_groups:
         raise ValueError(
             f"{method} got {features} features and num_groups={num_groups}, expected a "
-            f"divisor of {features}; write num_groups=..."
+            f"num_groups that divides {features}; write num_groups=..."
         )
 
 
@@ -119,6 +119,6 @@ def check_group_size(method: str, x: jax.Array, num_groups: int) -> None:
     """Checks that a group holds two values or more; otherwise every output is zero."""
     if math.prod(x.shape[1:]) == num_groups:
         raise ValueError(
-            f"{method} got x of shape {x.shape} and num_groups={num_groups}, groups of "
-            "one value, which would all become zero; write a smaller num_groups."
+            f"{method} got x of shape {x.shape} and num_groups={num_groups}, which makes "
+            "groups of one value, expected at least two; write a smaller num_groups."
         )

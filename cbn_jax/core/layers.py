@@ -54,8 +54,8 @@ def check_layer(method: str, layer: Any, call: str) -> None:
     is_array = hasattr(layer, "shape")
     came = f"an array of shape {layer.shape} as layer" if is_array else f"{layer=}"
     raise TypeError(
-        f"{method} got {came}, expected the layer before it; write {call} with what "
-        "run_layer takes, such as cbn_jax.dense or cbn_jax.convolution(...)."
+        f"{method} got {came}, expected the layer before the norm; write {call} with a "
+        "layer such as cbn_jax.dense or cbn_jax.convolution(...)."
     )
 
 

@@ -32,8 +32,9 @@ def to_dict(state: Any) -> Any:
         fields = to_dict(value) if _is_on_top(name, value) else {name: to_dict(value)}
         if not made.keys().isdisjoint(fields):
             raise ValueError(
-                f"{type(state).__name__} got two fields {', '.join(made.keys() & fields)}, "
-                "one in the state inside, expected names of their own; rename the outer."
+                f"{type(state).__name__} got a field {', '.join(made.keys() & fields)}, "
+                "which the inner state also has, expected different names; rename the "
+                "outer field."
             )
         made |= fields
     return made

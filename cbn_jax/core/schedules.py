@@ -102,7 +102,9 @@ def diminishing(power: float = 1.0) -> Schedule:
       Array([1.    , 0.0625], dtype=float32)
     """
     if not power >= 0.0:
-        raise ValueError(f"power is {power!r}, expected p from 0 on in α_m = 1 / m**p.")
+        raise ValueError(
+            f"power is {power!r}, expected a number p of at least 0 in 1 / m**p."
+        )
     return Schedule(lambda m: m**-power)
 
 
@@ -118,7 +120,7 @@ def ramp(steps: int) -> Schedule:
       iterations so far to the share of the past iterations in use.
 
     Raises:
-      ValueError: ``steps`` is not a whole number from 1 on.
+      ValueError: ``steps`` is not an int of at least 1.
 
     Example:
       >>> import jax.numpy as jnp

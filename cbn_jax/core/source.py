@@ -139,10 +139,10 @@ def _check_narrow(layer, params, inputs, shape):
         came = f"{type(error).__name__}: {error}".splitlines()[0]
     if came != shape:
         raise ValueError(
-            f"a layer with groups={layer.groups} was run with one feature per group and "
-            f"gave {came}, expected {shape}; let it read its width off its parameters and "
-            "be linear in them (activations come after the normalizer), and if it is a "
-            "grouped convolution write run_layer(Layer(layer_fn, groups=...), ...)."
+            f"run_layer ran a layer with groups={layer.groups} with one feature per group "
+            f"and got {came}, expected {shape}; take the width from the shapes of the "
+            "parameters, put activations after the norm, and for a grouped convolution "
+            "write run_layer(Layer(layer_fn, groups=...), ...)."
         )
 
 

@@ -119,7 +119,7 @@ def normalize(
 def _result_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"normalize got dtype={jnp.dtype(dtype)}, expected a floating one; write "
-            "dtype=jnp.float32."
+            f"normalize got dtype={jnp.dtype(dtype)}, expected a floating-point dtype; "
+            "write dtype=jnp.float32."
         )
     return jax.dtypes.canonicalize_dtype(dtype)

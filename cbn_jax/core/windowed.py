@@ -112,9 +112,9 @@ def _check_source(name: str, source: Source | None) -> Source:
     """Checks that there is a source."""
     if source is None:
         raise ValueError(
-            f"{name} got source=None, expected the layer that made x; take both from "
-            "x, source = run_layer(layer, params, inputs), or give the Flax module its "
-            "layer: Norm(estimator, layer=...)."
+            f"{name} got source=None, expected the source of x; write "
+            "x, source = run_layer(layer, params, inputs), or in Flax "
+            "Norm(estimator, layer=...)."
         )
     return source
 
@@ -134,6 +134,6 @@ def _check_form(
             raise ValueError(
                 f"{name} got a state with state{jax.tree_util.keystr(path)} of shape "
                 f"{shape}, expected {leaf.shape} for this layer; make the state with "
-                "estimator.init(features, layer, params), with the arguments of run_layer "
-                "and the same estimator."
+                "estimator.init(features, layer, params), for the same estimator and the "
+                "layer and params of run_layer."
             )

@@ -52,7 +52,7 @@ def conv_patches(
         if inputs.ndim < rank + 2:
             raise ValueError(
                 f"a convolution got inputs of shape {inputs.shape}, expected [N, *space, "
-                "channels] where its patches are needed; a single example is inputs[None]."
+                "channels] for its patches; a single example is inputs[None]."
             )
         inputs, pads = padded_inputs(inputs, padding, window, dilation)
         stride, spread = per_dimension(strides, rank), per_dimension(dilation, rank)

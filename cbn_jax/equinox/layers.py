@@ -22,8 +22,8 @@ def check_layer(layer: Any) -> None:
     else:
         came = layer.__name__ if isinstance(layer, type) else type(layer).__name__
     raise TypeError(
-        f"Norm got layer={came}, expected an instance of eqx.nn.Linear (with numbers of "
-        "features) or eqx.nn.Conv; run other layers before the norm, and write "
+        f"Norm got layer={came}, expected an instance of eqx.nn.Linear (without scalar "
+        "sizes) or eqx.nn.Conv; run other layers before the norm, and write "
         "Norm(estimator, num_features=..., axis_name=...)."
     )
 

@@ -242,8 +242,9 @@ def _check_axis_name(axis_name: AxisName) -> None:
     """Checks the axis name: training gets the batch through the axis of a ``vmap``."""
     if axis_name is not None and not _is_bound(axis_name):
         raise ValueError(
-            f"Norm got a call in training outside of a map with axis_name={axis_name!r}, "
-            f"expected one over the batch; write jax.vmap(model, axis_name={axis_name!r}, "
+            f"Norm got a training call outside of jax.vmap(axis_name={axis_name!r}), "
+            "expected a vmap over the batch; write jax.vmap(model, "
+            f"axis_name={axis_name!r}, "
             "in_axes=(0, None), out_axes=(0, None))(x, state)."
         )
 

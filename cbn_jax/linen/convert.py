@@ -120,7 +120,7 @@ def _put(trained: Any, fresh: Any, name: str) -> Any:
             return trained
     raise ValueError(
         f"from_batch_norm got {came} in {name} of the trained model, expected {expected} "
-        "as in the new one; give both models the same modules and names."
+        "as in the new model; build both models from the same modules and names."
     )
 
 
@@ -226,7 +226,7 @@ def _names(
         if renamed != path and renamed in modules:
             raise ValueError(
                 f"{method} got modules {'/'.join(path)} and {'/'.join(renamed)}, which "
-                "would have one name; give them names of their own."
+                "would have the same name, expected different names; rename one of them."
             )
     return names
 

@@ -130,7 +130,7 @@ class Norm(nn.Module):
         if self.layer is None:
             if self.kernel is not None:
                 raise ValueError(
-                    "Norm got a change of the kernel and no layer, expected a layer with a "
+                    "Norm got kernel=... without a layer, expected a layer with a "
                     "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
                 )
             return inputs

@@ -114,8 +114,8 @@ def replace_batch_norm(
     check_replacement(model, nn.Module, estimator, fallback, also, without_layer)
     if model.scope is not None:
         raise ValueError(
-            f"replace_batch_norm got a bound {type(model).__name__}, expected one without "
-            "variables; replace first, then bind."
+            f"replace_batch_norm got a bound {type(model).__name__}, expected an unbound "
+            "module; replace first, then bind."
         )
     if fallback is None:
         fallback = default_fallback(estimator)

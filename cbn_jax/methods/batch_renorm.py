@@ -181,6 +181,10 @@ def _check_limits(r_max: float, d_max: float) -> None:
     check_number("r_max", r_max)
     check_number("d_max", d_max)
     if not r_max >= 1.0:
-        raise ValueError(f"r_max is {r_max!r}, expected a limit from 1 on, such as 3.0.")
+        raise ValueError(
+            f"r_max is {r_max!r}, expected a limit of at least 1, such as 3.0."
+        )
     if not d_max >= 0.0:
-        raise ValueError(f"d_max is {d_max!r}, expected a limit from 0 on, such as 5.0.")
+        raise ValueError(
+            f"d_max is {d_max!r}, expected a limit of at least 0, such as 5.0."
+        )

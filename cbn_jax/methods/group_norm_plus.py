@@ -153,6 +153,6 @@ def _check_examples(name: str, x: jax.Array, axis_name: AxisName) -> None:
     examples = x.shape[0] * device_count(axis_name)
     if isinstance(examples, int) and examples < 2:  # otherwise the shape is symbolic
         raise ValueError(
-            f"{name} got x of shape {x.shape}, expected two examples or more, as it "
+            f"{name} got x of shape {x.shape}, expected at least two examples, because it "
             "normalizes over examples; write group_batch_norm(...) instead."
         )

@@ -192,4 +192,6 @@ def _chosen(
 def _check_limit(limit: float) -> None:
     check_number("limit", limit)
     if not limit >= 1.0:
-        raise ValueError(f"limit is {limit!r}, expected L from 1 on, such as 5.0.")
+        raise ValueError(
+            f"limit is {limit!r}, expected a limit of at least 1, such as 5.0."
+        )

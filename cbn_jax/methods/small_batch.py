@@ -48,7 +48,7 @@ def small_batch_norm(
       ``init`` needs the layer and its parameters, ``train`` needs its ``source``.
 
     Raises:
-      ValueError: ``batch_size`` is not a whole number from 1 on; and what
+      ValueError: ``batch_size`` is not an int of at least 1; and what
         ``streaming_batch_norm`` and ``batch_norm`` raise.
       TypeError: ``x`` is not floating point; the state is another method's.
 

@@ -57,8 +57,9 @@ def from_batch_norm(
         )
     if module.axis_index_groups is not None:
         raise ValueError(
-            "from_batch_norm got a module with axis_index_groups, expected None; use a "
-            "mesh with an axis for each group and give axis_name."
+            "from_batch_norm got a module with axis_index_groups, expected None; write "
+            "jax.make_mesh((groups, devices), ('group', 'device'), ...) and "
+            "axis_name='device'."
         )
     norm = Norm(
         estimator,

@@ -94,8 +94,8 @@ class Norm(nnx.Module):
         spec, params = (None, None) if layer is None else as_layer(layer, None, kernel)
         if kernel is not None and layer is None:
             raise ValueError(
-                "Norm got a change of the kernel and no layer, expected a layer with a "
-                "parameter kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
+                "Norm got kernel=... without a layer, expected a layer with a parameter "
+                "kernel; write Norm(estimator, layer=Conv(...), kernel=...)."
             )
         features = _features(num_features, params)
         self.estimator = estimator

@@ -205,10 +205,10 @@ class ReplacedBatchNorm(Norm):
         call = OUTPUTS.find(x)
         if call is None or call.layer.module_path != self.found.layer:
             raise ValueError(
-                "replace_batch_norm got inputs with which a batch norm follows "
-                f"{self.found.layer}, and in this call it does not, expected one layer; "
-                "give replace_batch_norm the inputs and the mode of training, or write "
-                "without_layer=(path,)."
+                "a model of replace_batch_norm got a call in which a norm does not follow "
+                f"{self.found.layer}, expected this layer before the norm; write "
+                "replace_batch_norm(model, estimator, inputs) with the inputs and the mode "
+                "of training, or without_layer=(path,)."
             )
         return call
 

@@ -29,7 +29,7 @@ def store(module: nnx.Module, state: Any, metadata: Mapping[Name, Any]) -> None:
     for name, value in to_dict(state).items():
         if hasattr(module, name):
             raise ValueError(
-                f"Norm got a method whose state has a field {name}, as Norm itself has, "
+                f"Norm got a method whose state has a field {name}, a name that Norm uses, "
                 "expected another name; rename the field."
             )
         setattr(module, name, nnx.data(variables(value, (name,))))

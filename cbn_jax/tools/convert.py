@@ -119,7 +119,7 @@ def from_pytorch(
 
     Raises:
       ValueError: other names; shapes that differ or are not ``[C]``;
-        ``values_per_feature`` is not a whole number from 2 on.
+        ``values_per_feature`` is not an int of at least 2.
 
     Example:
       >>> import numpy as np
@@ -152,8 +152,8 @@ def to_pytorch(
       ``{name: torch.tensor(array) for name, array in arrays.items()}``.
 
     Raises:
-      ValueError: shapes that differ or are not ``[C]``; ``values_per_feature`` is not a
-        whole number from 2 on.
+      ValueError: shapes that differ or are not ``[C]``; ``values_per_feature`` is not an
+        int of at least 2.
       TypeError: ``running`` is another method's state.
 
     Example:
@@ -195,8 +195,8 @@ def decay_of_pytorch(momentum: float | None) -> float | ScheduleFn:
         return cumulative()
     if not 0.0 < momentum <= 1.0:
         raise ValueError(
-            f"momentum is {momentum!r}, expected PyTorch's, the weight of the current "
-            "batch in (0, 1], or None."
+            f"momentum is {momentum!r}, expected PyTorch's momentum (the weight of the "
+            "current batch, in (0, 1]) or None."
         )
     return 1.0 - momentum
 
@@ -313,8 +313,8 @@ def to_haiku(
       ``var_ema``; in a model they are ``f"{module_name}/~/mean_ema"``.
 
     Raises:
-      ValueError: shapes that differ or are not ``[C]``; ``ndim`` is not a whole number
-        from 1 on; ``decay_rate`` outside [0, 1).
+      ValueError: shapes that differ or are not ``[C]``; ``ndim`` is not an int of
+        at least 1; ``decay_rate`` outside [0, 1).
       TypeError: ``running`` is another method's state.
 
     Example:
@@ -397,11 +397,13 @@ def _vectors(method: str, named: dict[str, Any]) -> dict[str, np.ndarray[Any, An
     shapes = {name: array.shape for name, array in arrays.items()}
     if any(array.ndim == 0 or array.size != max(array.shape) for array in arrays.values()):
         raise ValueError(
-            f"{method} got shapes {shapes}, expected [features], or that with further axes "
-            "of size 1."
+            f"{method} got shapes {shapes}, expected [features], perhaps with more axes of "
+            "size 1."
         )
     if len({array.size for array in arrays.values()}) > 1:
-        raise ValueError(f"{method} got shapes {shapes}, expected one number of features.")
+        raise ValueError(
+            f"{method} got shapes {shapes}, expected the same number of features."
+        )
     return {name: array.reshape(-1).astype(np.float64) for name, array in arrays.items()}
 
 

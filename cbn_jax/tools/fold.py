@@ -13,8 +13,8 @@ from cbn_jax.core.layers import Layer, LayerFn, check_layer
 from cbn_jax.core.moments import align, wide
 
 _REASON = (
-    "got a method whose inference looks at the example, expected one mean and one scale "
-    "per feature; normalize after the layer, or train with batch_norm(...)."
+    "got a method whose inference depends on the example, expected one mean and one "
+    "scale per feature; normalize after the layer, or train with batch_norm(...)."
 )
 
 
@@ -67,7 +67,7 @@ def fold(
     if not {"kernel"} <= set(params) <= {"kernel", "bias"}:
         raise ValueError(
             f"fold got params with {sorted(params)}, expected kernel and perhaps bias; "
-            "pass those of the layer alone."
+            "pass the parameters of one layer."
         )
     # Flax stores such kernels with their inputs last.
     transposed = getattr(layer, "transpose_kernel", False)

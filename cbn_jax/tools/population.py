@@ -147,8 +147,8 @@ def _examples(batch: Any) -> int:
     if len(first) == 1 and () not in first:
         return first.pop()[0]
     raise ValueError(
-        f"recompute got a batch of arrays of shapes {shapes}, expected one number of "
-        "examples first in all; write size=lambda batch: ... for the weight of a batch."
+        f"recompute got a batch of arrays of shapes {shapes}, expected the same first "
+        "axis in all; write size=lambda batch: ... for the number of examples in a batch."
     )
 
 

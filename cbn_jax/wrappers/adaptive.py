@@ -197,7 +197,9 @@ def adaptive_batch_norm(
     """
     name = "adaptive_batch_norm"
     check_traits(
-        name, estimator.traits, {"gated": "got a gated method; one gate is enough."}
+        name,
+        estimator.traits,
+        {"gated": "got a gated method, expected one without a gate."},
     )
     check_choice("inference", inference, ("running", "gated"))
 

@@ -13,9 +13,10 @@ from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory
 
 REFUSED = {
-    "corrected": "got a method whose inference is corrected already; correct it once.",
+    "corrected": "got a method with corrected inference, expected one without; correct it "
+    "once.",
     "per_example": "got a method with statistics per example, expected one mean and one "
-    "scale per feature; group statistics look at the example alone already.",
+    "scale per feature; group statistics need no correction.",
     "gated": "got a gated method, expected the gate outside; write "
     "adaptive_batch_norm(corrected_inference(estimator, ...)), or fitted_inference.",
 }
@@ -83,8 +84,8 @@ def corrected_inference(estimator: Estimator, examples: float) -> Estimator:
     check_traits("corrected_inference", estimator.traits, REFUSED)
     if not examples >= 1:
         raise ValueError(
-            f"examples is {examples!r}, expected the number of examples behind a training "
-            "statistic, from 1 on."
+            f"examples is {examples!r}, expected the number of examples of a training "
+            "statistic, at least 1."
         )
 
     def infer(state, x, *, mask=None):

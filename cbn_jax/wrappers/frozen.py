@@ -44,7 +44,7 @@ def frozen(estimator: Estimator, after: int) -> Estimator:
       An Estimator whose state is a ``FrozenState``.
 
     Raises:
-      ValueError: ``after`` is not a whole number from 0 on; and what the estimator raises.
+      ValueError: ``after`` is not an int of at least 0; and what the estimator raises.
       TypeError: the state is another method's.
 
     Example:

@@ -63,7 +63,7 @@ def mixed_inference(estimator: Estimator, examples: float = 16.0) -> Estimator:
     check_number("examples", examples)
     if not examples >= 0:
         raise ValueError(
-            f"examples is {examples!r}, expected a number of examples from 0 on."
+            f"examples is {examples!r}, expected a number of examples of at least 0."
         )
 
     def infer(state, x, *, mask=None):
