@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of the study of norm batches."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,31 +112,28 @@ def _title(task: str) -> str:
 
 
 def _table(task: str, cells: dict[Cell, dict[str, Tested]]) -> str:
-    """One row per optimizer, gradient batch, pairing and method."""
-    here = {cell: found for cell, found in cells.items() if cell.task == task}
-    sizes = sorted({cell.norm_batch for cell in here if cell.norm_batch < 32})
+    """One row per kind of batches and method."""
+    here = {
+        cell: found
+        for cell, found in cells.items()
+        if cell.task == task and cell.norm_batch < 32
+    }
+    sizes = sorted({cell.norm_batch for cell in here})
     rows = []
-    for optimizer, gradient, pairing in _blocks(here):
-        block = {
-            cell.norm_batch: found
-            for cell, found in here.items()
-            if _block(cell) == (optimizer, gradient, pairing)
-        }
+    for kind in dict.fromkeys(map(_kind, here)):
+        block = {cell.norm_batch: here[cell] for cell in here if _kind(cell) == kind}
         names = dict.fromkeys(name for found in block.values() for name in found)
         for name in names:
             scores = [_shown(block.get(size, {}), name) for size in sizes]
-            rows.append((optimizer, gradient, pairing, name, *scores))
-    headings = ("optimizer", "gradient batch", "norm batch holds", "method")
-    return report.markdown_table((*headings, *(f"norm batch {n}" for n in sizes)), rows)
+            rows.append((kind, name, *scores))
+    headings = ("norm batch holds", "method at norm batch", *map(str, sizes))
+    return report.markdown_table(headings, rows)
 
 
-def _block(cell: Cell) -> tuple[str, str, str]:
-    gradient = "the norm batch" if cell.gradient_batch == cell.norm_batch else "32"
-    return cell.optimizer, gradient, cell.pairing
-
-
-def _blocks(cells: Any) -> list[tuple[str, str, str]]:
-    return list(dict.fromkeys(_block(cell) for cell in cells if cell.norm_batch < 32))
+def _kind(cell: Cell) -> str:
+    """The examples of a norm batch, and what differs from a step of SGD for each."""
+    step = "" if cell.gradient_batch == cell.norm_batch else ", steps of 32"
+    return f"{cell.pairing}{step}{'' if cell.optimizer == 'sgd' else ', Adam'}"
 
 
 def _shown(found: dict[str, Tested], name: str) -> str:
