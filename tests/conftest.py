@@ -56,6 +56,7 @@ STUDIES = [
     "test_processes.py",
     "test_resume.py",
     "test_site.py",
+    "test_svg.py",
     "test_tables.py",
 ]
 collect_ignore = [] if importlib.util.find_spec("tyro") else STUDIES

@@ -363,7 +363,7 @@ def test_batches_are_composed_as_said():
 def test_an_unknown_place_or_method():
     with pytest.raises(ValueError, match="place is 'beside', expected"):
         diminishing._run(diminishing.Config(), "beside", "1")
-    with pytest.raises(ValueError, match="method 'none' is unknown; known are batch norm"):
+    with pytest.raises(ValueError, match="method 'none' is unknown; known are batch_norm"):
         landscape.main(landscape.Config(methods=("none",)), Console())
     with pytest.raises(ValueError, match=r"method .batch_norm\+lion. is unknown"):
         methods.parse("batch_norm+lion", 2)
