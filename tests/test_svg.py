@@ -13,7 +13,7 @@ from cbn_jax.tools.figures import styled
 pytestmark = pytest.mark.studies
 
 
-def figure(scale="linear", values=(3.0, 240.0, 270.0)):
+def figure(scale="linear", values=(3.0, 219.0, 270.0)):
     made = matplotlib.figure.Figure((4, 3))
     axis = made.subplots()
     axis.set_yscale(scale)
