@@ -58,7 +58,7 @@ def test_names_are_apart_on_every_scale(scale):
         made.draw_without_rendering()
     boxes = [text.get_window_extent() for text in made.axes[0].texts]
     middles = np.sort([(box.y0 + box.y1) / 2 for box in boxes])
-    assert np.diff(middles).min() > 8.0 * made.dpi / 72
+    assert np.diff(middles).min() > 9.0 * made.dpi / 72
 
 
 def test_the_legend_names_each_line_once():
