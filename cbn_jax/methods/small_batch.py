@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recommended method, with its window chosen from the batch size."""
+"""Streaming batch norm, with its window chosen from the batch size."""
 
 import math
 
@@ -22,7 +22,7 @@ def small_batch_norm(
     momentum: float | ScheduleFn = 0.99,
     epsilon: float = 1e-5,
 ) -> Estimator:
-    """The method that we recommend for small batches, configured for a batch size.
+    """The method for models with batch norm at small batches, configured for a batch size.
 
     This is ``streaming_batch_norm`` with the shortest window that holds 32 examples,
     ``k = ⌈32 / batch_size⌉``. The window is 32 at batch size 1, 16 at 2 and 11 at 3. From
