@@ -290,9 +290,21 @@ def test_tables():
     assert "**91.0 ± 0.8 (0.4)**" in text
     assert "| 60.0 ± 8.2 (0.4) |" in text
     short = norm_batch_report.at(results, "2", "digits")
-    assert short.splitlines()[2:4] == [
+    assert short.splitlines()[2:5] == [
         "| online_norm | **91.0 ± 0.6** |",
         "| batch_norm | 60.0 ± 5.8 |",
+        "",
+    ]
+    added = norm_batch_report.runs_of(results)
+    for size in (2, 32):
+        other = Cell("digits", size, size, "independent", "sgd")
+        score = {"validation": 0.9, "test": 0.9, "lost": 0.0}
+        added |= {Run(other, "batch_norm", 0.1, s): score for s in (100, 101, 0, 1, 2)}
+    short = norm_batch_report.at(results | norm_batch_report.plain(added), "2", "digits")
+    assert short.splitlines()[2:5] == [
+        "| online_norm |  | **91.0 ± 0.6** |",
+        "| batch_norm | **90.0 ± 0.0** | 60.0 ± 5.8 |",
+        "| batch_norm@32 | 90.0 ± 0.0 |  |",
     ]
 
 

@@ -260,11 +260,13 @@ def _in_short(found: dict[str, Standing], name: str) -> tuple[str, str]:
 def at(results: dict, size: str, *names: str) -> str:
     """Some tasks at one norm batch in a short table: a row for each method.
 
-    A step of SGD takes one norm batch. The best method in the last task is first.
+    A step of SGD takes one norm batch. The best method in the last task is first. The last
+    row is batch norm with 32 independent examples a step.
     """
+    every = tested(results)
     cells = {
         cell: found
-        for cell, found in tested(results).items()
+        for cell, found in every.items()
         if cell[:3] in [(name, int(size), int(size)) for name in names]
     }
     order = sorted(
@@ -278,6 +280,8 @@ def at(results: dict, size: str, *names: str) -> str:
         if name not in methods
     ]
     rows = [(name, *(_short(cells[cell], name) for cell in order)) for name in methods]
+    large = [_large(every, cell) for cell in order]
+    rows += [("batch_norm@32", *large)] if any(large) else []
     table = report.markdown_table(
         ("method", *(f"{cell.task}, {cell.pairing}" for cell in order)), rows
     )
@@ -287,6 +291,12 @@ def at(results: dict, size: str, *names: str) -> str:
         f"standard error over {seeds} seeds, at norm batch {size}; bold: within two "
         f"standard errors of the best. {study.measured_on(results)}"
     )
+
+
+def _large(cells: dict[Cell, dict[str, Tested]], cell: Cell) -> str:
+    """Batch norm in steps of 32, on the task of a cell with independent examples."""
+    found = cells.get(cell._replace(norm_batch=32, gradient_batch=32), {})
+    return report.mean_error(found["batch_norm"].scores) if "batch_norm" in found else ""
 
 
 def _short(found: dict[str, Tested], name: str) -> str:
