@@ -203,8 +203,8 @@ def test_methods_start_from_a_trained_network(quick, tmp_path):
         chex.assert_trees_all_equal(state.params["Dense_3"], fresh.params["Dense_3"])
         assert jax.tree.structure(state) == jax.tree.structure(fresh)
         if method == "small_batch_norm":
-            own = state.batch_stats["_FlaxBatchNorm_1"]["BatchNorm_0"]
-            trained = base["batch_stats"]["_FlaxBatchNorm_1"]["BatchNorm_0"]
+            own = state.batch_stats["Behind_1"]["BatchNorm_0"]
+            trained = base["batch_stats"]["Behind_1"]["BatchNorm_0"]
             np.testing.assert_array_equal(own["mean"][0], trained["mean"])
     again = bases.kept.__wrapped__("digits_first", 0, 200, tmp_path)
     chex.assert_trees_all_equal(again, base)  # from its file

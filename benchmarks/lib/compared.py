@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 import cbn_jax
+from benchmarks.lib import methods
 from benchmarks.lib.optional import needed_for
 
 with needed_for("benchmarks"):
@@ -63,22 +64,13 @@ class Evolved(Made):
         return EvoNormS0(self.estimator, layer, use_running_average=not train)
 
 
-class _Grouped(nn.Module):
-    """A norm, and group norm of its result."""
-
-    norm: nn.Module
-
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        return nn.GroupNorm(GROUPS)(self.norm(z))
-
-
 class Grouped(Made):
     """A method with group norm after it."""
 
     def __call__(self, layer: nn.Module, train: bool) -> nn.Module:
         """The module that runs the layer and normalizes twice."""
-        return _Grouped(super().__call__(layer, train))
+        norm = super().__call__(layer, train)
+        return methods.Behind(norm, functools.partial(nn.GroupNorm, GROUPS))
 
 
 def _published(size: int) -> Any:
@@ -88,26 +80,15 @@ def _published(size: int) -> Any:
     return cbn_jax.cross_iteration_batch_norm(8, running=running, momentum=momentum)
 
 
-class _FlaxBatchNorm(nn.Module):
-    """A layer and ``nn.BatchNorm``, as in usual models."""
-
-    layer: nn.Module
-    train: bool
-
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        return nn.BatchNorm(not self.train, momentum=0.9)(self.layer(z))
-
-
-def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
-    """The norm of the training before fine-tuning, with 32 examples per step."""
-    return _FlaxBatchNorm(layer, train)
-
-
 def _streaming(length: int, size: int, steps: int) -> Made:
     """``small_batch_norm`` with a window of another length."""
     window = max(2, length // size)
     return Made(cbn_jax.streaming_batch_norm(window, momentum=_momentum(size)))
+
+
+def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
+    """The norm of the training before fine-tuning, with 32 examples per step."""
+    return methods.Behind(layer, functools.partial(nn.BatchNorm, not train, momentum=0.9))
 
 
 # Name -> (norm batch, steps of the run) -> method.

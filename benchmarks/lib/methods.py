@@ -87,7 +87,7 @@ def estimated(estimator: Any, kernel: Callable | None = None) -> NormFn:
     return norm
 
 
-class _Behind(nn.Module):
+class Behind(nn.Module):
     """A layer, and a Flax module after it in the dtype of the layer's output."""
 
     layer: nn.Module
@@ -95,6 +95,7 @@ class _Behind(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
+        """Layer and module."""
         x = self.layer(z)
         return self.make(dtype=x.dtype)(x)
 
@@ -114,12 +115,12 @@ class _Unnormalized(nn.Module):
 
 
 def _group_norm(groups: int) -> NormFn:
-    return lambda layer, train: _Behind(layer, functools.partial(nn.GroupNorm, groups))
+    return lambda layer, train: Behind(layer, functools.partial(nn.GroupNorm, groups))
 
 
 def _flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
     make = functools.partial(nn.BatchNorm, not train, momentum=MOMENTUM)
-    return _Behind(layer, make)
+    return Behind(layer, make)
 
 
 # Modules that need no estimator.

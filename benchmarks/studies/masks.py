@@ -43,7 +43,7 @@ class Config:
         "batch_norm",
         "group_norm-standardize",
         "small_batch_norm",
-        "small_batch_norm-standardize",
+        "small_batch_norm-group_norm",
     )
     """Methods of the study of norm batches."""
     learning_rate: float | None = None
