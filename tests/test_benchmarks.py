@@ -392,6 +392,13 @@ def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
     assert min(results["rates"].values()) > 1e6
     assert cost.verdict(results).endswith("\n1 of 2 targets are met.")
     assert re.search(r"median (\d\.\d\d), worst \1 ", cost.verdict(results))
+    both = cost.times(results, "small_batch_norm").splitlines()
+    assert both[0] in cost.verdict(results)
+    ratio = small["compile"] / baseline["compile"]
+    assert both[1].startswith(
+        "Compile time of small_batch_norm relative to Flax's batch norm"
+    )
+    assert f"median {ratio:.2f}, worst {ratio:.2f} (mlp, batch size 2)." in both[1]
     assert set(small["profile"]) > {"layers", "moments", "transport", "derivatives"}
     assert "transport" not in baseline["profile"]
     assert [state["label"] for state in results["states"]] == [

@@ -618,15 +618,33 @@ def verdict(results: dict) -> str:
     return "\n".join([*sentences, *_met(results)])
 
 
+def times(results: dict, name: str) -> str:
+    """Step time and compile time of a method, in a sentence each."""
+    return f"{step_time(results, name)}\n{_compile_time(results, name)}"
+
+
 def step_time(results: dict, name: str) -> str:
-    """The median and the worst time of a method, in a sentence."""
+    """The median and the worst step time of a method, in a sentence."""
     cells = [c for c in results["cells"] if c["label"] == name and c["time"]]
-    worst = _slowest(cells)
-    median = float(np.median([cell["time"]["ratio"] for cell in cells]))
+    return _sentence_on(f"Step time of {name}", [(c, c["time"]["ratio"]) for c in cells])
+
+
+def _compile_time(results: dict, name: str) -> str:
+    pairs = [
+        (cell, cell["compile"] / base["compile"])
+        for base, group in _groups(results)
+        for cell in group
+        if cell["label"] == name
+    ]
+    return _sentence_on(f"Compile time of {name}", pairs)
+
+
+def _sentence_on(what: str, ratios: list[tuple[dict, float]]) -> str:
+    cell, worst = max(ratios, key=lambda pair: pair[1])
+    median = float(np.median([ratio for _, ratio in ratios]))
     return (
-        f"Step time of {name} relative to Flax's batch norm: median {median:.2f}, "
-        f"worst {worst['time']['ratio']:.2f} ({worst['network']}, batch size "
-        f"{worst['batch_size']})."
+        f"{what} relative to Flax's batch norm: median {median:.2f}, worst {worst:.2f} "
+        f"({cell['network']}, batch size {cell['batch_size']})."
     )
 
 
