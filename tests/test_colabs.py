@@ -65,7 +65,7 @@ def test_the_committed_notebook_is_its_text_with_figures(name):
 
 def test_the_notebooks_are_small():
     """Together, in bytes: they are in the history at every change of their outputs."""
-    assert sum((ROOT / f"colabs/{name}.ipynb").stat().st_size for name in NAMES) < 550_000
+    assert sum((ROOT / f"colabs/{name}.ipynb").stat().st_size for name in NAMES) < 500_000
 
 
 @pytest.mark.parametrize("name", NAMES)
