@@ -205,7 +205,8 @@ def _panels(results: dict, points, label: str, ticks) -> Any:
         for network, name, by_size in _grid(results):
             if network == chosen and name in DRAWN:
                 _line(axis, points(by_size), name)
-        axis.set(title=f"{chosen.upper()}, {results['config']['dataset']}", xlabel=label)
+        network = chosen.upper().replace("_HALVED", " (images halved)")
+        axis.set(title=f"{network}, {results['config']['dataset']}", xlabel=label)
         axis.set(xscale="log", yscale="log")
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])

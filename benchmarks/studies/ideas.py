@@ -250,6 +250,15 @@ def markdown(results: dict) -> str:
     )
 
 
+def caption(results: dict) -> str:
+    """What moves in the pictures of statistics that follow the weights."""
+    return (
+        "The weights of one feature turn away and back, so its true standard deviation "
+        "(dashed) falls and rises. Line: median of the estimates in "
+        f"{results['config']['runs']} runs. Band: 10th to 90th percentile."
+    )
+
+
 # Each method has one color in all pictures.
 _COLORS = {
     "batch": 0,
