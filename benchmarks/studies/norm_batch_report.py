@@ -196,8 +196,8 @@ def of(results: dict, *names: str) -> str:
     return (
         f"{report.markdown_table(headings, rows)}\n"
         "Cells: those within two standard errors of the best of all methods, of those in "
-        "which the method was run, each at its own best rate. A cell is a task, a norm "
-        "batch of a gradient batch, and what the norm batch holds. "
+        "which the method was run, each at its own best rate. A cell has one task, norm "
+        "batch, gradient batch, and relation of the examples. "
         f"{study.measured_on(results)}\n"
     )
 
