@@ -246,7 +246,8 @@ def summary(results: dict) -> str:
     return (
         f"{report.markdown_table(headings, rows)}\n"
         "Cells within two standard errors of the best of all methods, of those in which "
-        "the method was run; and its distance from the best in its worst cell, in points."
+        "the method was run; and its distance from the best in its worst cell, in points. "
+        "-standardize: with `kernel=cbn_jax.standardize`."
     )
 
 
