@@ -155,6 +155,8 @@ def test_results_are_written_and_taken_up_again(quick, monkeypatch):
     assert (quick.output / "table.md").read_text() == norm_batch_report.markdown(results)
     monkeypatch.setattr(norm_batch, "trained", None)
     assert norm_batch.main(quick, Console(quiet=True)) == results
+    (quick.output / "results.json").unlink()  # as if killed before the first method ended
+    assert norm_batch.main(quick, Console(quiet=True))["runs"] == results["runs"]
     elsewhere = dataclasses.replace(
         quick, output=quick.output / "again", resume=quick.output / "results.json"
     )

@@ -12,7 +12,7 @@ Other seeds are tested.
 Some tasks fine-tune. ``nn.BatchNorm`` has trained the network with 32 examples per step, on
 other pictures or other classes. ``replace_batch_norm`` then replaces it by each method.
 
-Finished runs come from the results and are not run again. Run it with
+Finished runs come from the results, or from the files of an interrupted call. Run it with
 ``python -m benchmarks.studies.norm_batch``.
 """
 
@@ -202,6 +202,18 @@ def trained(config: Config, run: Run) -> dict[str, float]:
     return {**found, "lost": float(not np.isfinite(float(loss)))}
 
 
+def kept(config: Config, run: Run) -> dict[str, float]:
+    """Scores of one run, from its file if an interrupted call finished the run."""
+    identity = {
+        **run.cell._asdict(),
+        **run._replace(cell=None)._asdict(),
+        "epochs": config.epochs,
+        "examples": config.examples,
+    }
+    path = config.output / "runs" / "-".join(map(str, (*run.cell, *run[1:])))
+    return runs.kept(path, identity, lambda: trained(config, run), lambda: None)
+
+
 # All of them.
 
 
@@ -333,7 +345,7 @@ def _pair(config: Config, pair: tuple[Cell, str], found: Found) -> Found:
         for seed in seeds:
             run = Run(cell, name, rate, seed)
             if run not in found and run not in new:
-                new[run] = trained(config, run)
+                new[run] = kept(config, run)
         asked = (Run(cell, name, rate, seed) for seed in seeds)
         return [new[run] if run in new else found[run] for run in asked]
 
