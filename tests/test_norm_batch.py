@@ -310,6 +310,18 @@ def test_tables():
     ]
 
 
+def test_windows_of_several_lengths():
+    alike, added = Cell("digits", 2, 2, "alike", "sgd"), {}
+    for name, score in (("streaming_batch_norm-8", 0.8), ("small_batch_norm", 0.9)):
+        result = {"validation": 0.5, "test": score, "lost": 0.0}
+        added |= {Run(alike, name, 0.1, seed): result for seed in (100, 101, 0, 1, 2)}
+    results = results_of({})[0] | norm_batch_report.plain(added)
+    assert (
+        "window: 80.0 ± 0.0 % with 8 examples, 90.0 ± 0.0 % with 32 examples."
+        in norm_batch_report.windows(results, "digits")
+    )
+
+
 def test_figures(tmp_path):
     """Of several norm batches, and of pairs that are independent or alike."""
     found, scores = {}, {"batch_norm": 0.5, "small_batch_norm": 0.9}

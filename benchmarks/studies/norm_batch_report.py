@@ -294,6 +294,25 @@ def at(results: dict, size: str, *names: str) -> str:
     )
 
 
+def windows(results: dict, task: str) -> str:
+    """Windows of several lengths on pairs that are alike, in a sentence."""
+    found = tested(results).get(Cell(task, 2, 2, "alike", "sgd"), {})
+    lengths = {
+        8: "streaming_batch_norm-8",
+        32: "small_batch_norm",
+        128: "streaming_batch_norm-128",
+    }
+    shown = [
+        f"{report.mean_error(found[name].scores)} % with {length} examples"
+        for length, name in lengths.items()
+        if name in found
+    ]
+    return (
+        f"Test accuracy on {task} with pairs that are alike, by the length of the window: "
+        f"{', '.join(shown)}. {study.measured_on(results)}"
+    )
+
+
 def _large(cells: dict[Cell, dict[str, Tested]], cell: Cell) -> str:
     """Batch norm in steps of 32, on the task of a cell with independent examples."""
     found = cells.get(cell._replace(norm_batch=32, gradient_batch=32), {})
