@@ -308,7 +308,11 @@ PAPERS = {
     "adaptive": (adaptive, {"networks": ("mlp",), "batch_sizes": (4,)}),
     "landscape": (
         landscape,
-        {"network": "mlp", "methods": ("group_batch_norm",), "learning_rates": (0.01, 0.02)},
+        {
+            "network": "mlp",
+            "methods": ("group_batch_norm",),
+            "learning_rates": (0.01, 0.02),
+        },
     ),
 }
 ROWS = {"diminishing": 4, "corrected_inference": 2, "adaptive": 3, "landscape": 1}

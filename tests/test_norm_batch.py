@@ -57,6 +57,20 @@ def test_the_grid_grows_until_the_best_rate_lies_inside():
     assert asked == pytest.approx([0.025, 0.1, 0.4, 1.6, 6.4])
     asked.clear()
     assert norm_batch.best_rate(validation, (3.0, 12.0)) == pytest.approx(3.0)
+
+
+def test_of_equally_good_rates_the_largest_is_tested():
+    """By the training and by the tables."""
+    scores = {0.025: 0.5, 0.1: 0.9, 0.4: 0.9, 1.6: 0.5}
+    best = norm_batch.best_rate(scores.__getitem__, (0.025, 0.1, 0.4))
+    assert best == 0.4
+    cell, found = Cell("digits", 2, 2, "alike", "sgd"), {}
+    for rate, score in scores.items():
+        result = {"validation": score, "test": 0.7, "lost": 0.0}
+        seeds = (100, 101) + ((0, 1, 2) if rate == best else ())
+        found |= {Run(cell, "batch_norm", rate, seed): result for seed in seeds}
+    results = results_of({})[0] | norm_batch_report.plain(found)
+    assert norm_batch_report.tested(results)[cell]["batch_norm"].rate == best
     assert min(asked) == pytest.approx(0.75)
 
 

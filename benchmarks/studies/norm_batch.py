@@ -358,16 +358,19 @@ def _pair(config: Config, pair: tuple[Cell, str], found: Found) -> Found:
 
 
 def best_rate(validation: Any, grid: Sequence[float], most: int = 4) -> float:
-    """The best rate of a grid, which grows while the best rate is at an edge."""
+    """The best rate of a grid, which grows while the best rate is at an edge.
+
+    The largest of several best rates counts.
+    """
     found = {rate: validation(rate) for rate in sorted(grid)}
     for _ in range(most):
-        best = max(found, key=found.__getitem__)
+        best = max(found, key=lambda rate: (found[rate], rate))
         if best not in (min(found), max(found)) or len(found) == 1:
             break
         new = best * FACTOR if best == max(found) else best / FACTOR
         new = float(f"{new:.5g}")  # as results are written
         found[new] = validation(new)
-    return max(found, key=found.__getitem__)
+    return max(found, key=lambda rate: (found[rate], rate))
 
 
 # Results as files.

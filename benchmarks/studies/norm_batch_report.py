@@ -87,7 +87,7 @@ def tested(results: dict) -> dict[Cell, dict[str, Tested]]:
             rates.setdefault(run.rate, []).append(result["validation"])
     cells: dict[Cell, dict[str, Tested]] = {}
     for (cell, method), rates in tuned.items():
-        rate = max(rates, key=lambda rate: np.mean(rates[rate]))
+        rate = max(rates, key=lambda rate: (np.mean(rates[rate]), rate))  # as best_rate
         chosen = [Run(cell, method, rate, seed) for seed in config["seeds"]]
         if all(run in found for run in chosen):
             scores = [100 * found[run]["test"] for run in chosen]
