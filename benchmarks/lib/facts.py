@@ -168,7 +168,7 @@ def _yes(answer: bool) -> str:
 
 
 def _legend(rows: list[tuple[str, ...]]) -> str:
-    """What the table does not explain itself."""
+    """Explanations of the words in the table."""
     states = " ".join(state for _, state, *_ in rows)
     return " ".join(
         sentence

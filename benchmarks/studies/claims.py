@@ -313,7 +313,8 @@ CLAIMS = (
     ),
     Claim(
         "this library",
-        "the same window is worse without its compensation (`momentum_batch_norm`)",
+        "`small_batch_norm` is ahead of the same window without compensation and gradient "
+        "(`momentum_batch_norm`)",
         "norm_batch",
         norm_batches(SMALL, "momentum_batch_norm", strictly=True),
     ),

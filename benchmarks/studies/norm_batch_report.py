@@ -179,7 +179,7 @@ def standings(results: dict, tuned: bool) -> dict[str, Standing]:
 
 
 def of(results: dict, *names: str) -> str:
-    """How far some methods are from the best, in training from scratch and fine-tuning."""
+    """The distance of some methods from the best, from scratch and in fine-tuning."""
     rows = [
         (
             name,
