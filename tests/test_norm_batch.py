@@ -153,6 +153,34 @@ def test_every_method_trains(method, key):
     assert replicas.counted(made, state, images, labels, part=3).sum() == 8
 
 
+def test_a_constant_window_has_no_gradient():
+    """The statistics are the same; only the batch's share of their gradient is left."""
+    whole = cbn_jax.small_batch_norm(2)
+    fixed = compared.constant(whole)
+    rng = np.random.default_rng(0)
+    state = whole.init(3, cbn_jax.dense, jnp.zeros((4, 3)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(estimator, kernel, state, z):
+        x, source = cbn_jax.run_layer(cbn_jax.dense, kernel, z)
+        return estimator.train(state, x, source)
+
+    for _ in range(3):
+        kernel, z = rng.normal(size=(4, 3)), rng.normal(size=(2, 4))
+        last, (_, state) = state, step(whole, kernel, state, z)
+    chex.assert_trees_all_equal(step(fixed, kernel, last, z), step(whole, kernel, last, z))
+    slopes = [
+        jax.jacobian(lambda kernel, one=each: step(one, kernel, last, z)[0].mean.sum())(
+            jnp.asarray(kernel)
+        )
+        for each in (fixed, whole)
+    ]
+    share = 2 / state.window[2]
+    np.testing.assert_allclose(slopes[0], np.outer(z.mean(0), share), rtol=1e-5)
+    assert np.abs(slopes[1] - slopes[0]).max() > 0.1
+    assert "small_batch_norm(" in repr(fixed)
+
+
 @pytest.fixture
 def quick(tmp_path, data_dir, monkeypatch):
     load = functools.partial(norm_batch.tasks.data.load, data_dir=data_dir)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods of the study of norm batches, with decays that fit the batch size."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -86,6 +87,17 @@ def _streaming(length: int, size: int, steps: int) -> Made:
     return Made(cbn_jax.streaming_batch_norm(window, momentum=_momentum(size)))
 
 
+@cbn_jax.factory
+def constant(estimator: cbn_jax.Estimator) -> cbn_jax.Estimator:
+    """A method whose window is a constant: gradients flow through the batch alone."""
+
+    def train(state, x, source, **options):
+        fixed = source._replace(params=jax.lax.stop_gradient(source.params))
+        return estimator.train(state, x, fixed, **options)
+
+    return dataclasses.replace(estimator, train=train)
+
+
 def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
     """The norm of the training before fine-tuning, with 32 examples per step."""
     return methods.Behind(layer, functools.partial(nn.BatchNorm, not train, momentum=0.9))
@@ -124,6 +136,12 @@ METHODS: dict[str, Any] = {
     ),
     "small_batch_norm-group_norm": lambda n, steps: Grouped(
         cbn_jax.small_batch_norm(n, momentum=_momentum(n))
+    ),
+    "small_batch_norm-standardize-group_norm": lambda n, steps: Grouped(
+        cbn_jax.small_batch_norm(n, momentum=_momentum(n)), cbn_jax.standardize
+    ),
+    "small_batch_norm-constant": lambda n, steps: Made(
+        constant(cbn_jax.small_batch_norm(n, momentum=_momentum(n)))
     ),
     # Windows of another length, in examples.
     **{

@@ -93,8 +93,8 @@ class Config:
         "small_batch_norm-standardize",
     )
     """Methods to compare, besides batch norm at 32. Others are ablations:
-    small_batch_norm-group_norm has group norm after it; streaming_batch_norm-8 and -128
-    have windows of 8 and 128 examples."""
+    -group_norm has group norm after the method, -constant no gradient through the window;
+    streaming_batch_norm-8 and -128 have windows of 8 and 128 examples."""
     learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4)
     """The initial grid: rates for 32 examples per step, scaled in proportion to the step.
     Those of Adam are a hundredth of these, scaled by the root of the step."""
