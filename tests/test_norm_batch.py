@@ -232,7 +232,7 @@ def test_a_task_may_hold_some_classes_and_few_examples(data_dir, monkeypatch):
     np.testing.assert_array_equal(parts.test[1], labels[labels >= 5] - 5)
 
 
-def test_methods_start_from_a_trained_network(quick, tmp_path):
+def test_methods_start_from_a_trained_network(quick, tmp_path, monkeypatch):
     """Its parameters and statistics, but a head of its own where the classes are new."""
     task, cell = (
         tasks.TASKS["digits_new_classes"],
@@ -250,8 +250,12 @@ def test_methods_start_from_a_trained_network(quick, tmp_path):
             own = state.batch_stats["Behind_1"]["BatchNorm_0"]
             trained = base["batch_stats"]["Behind_1"]["BatchNorm_0"]
             np.testing.assert_array_equal(own["mean"][0], trained["mean"])
+    monkeypatch.setattr(bases, "_trained", lambda *given: {"params": given})
     again = bases.kept.__wrapped__("digits_first", 0, 200, tmp_path)
     chex.assert_trees_all_equal(again, base)  # from its file
+    monkeypatch.setattr(bases.report, "source_digest", lambda: "other code")
+    other = bases.kept.__wrapped__("digits_first", 0, 200, tmp_path)
+    assert list(other) == ["params"]  # trained by that code
 
 
 def test_fine_tuning(quick):

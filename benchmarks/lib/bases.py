@@ -17,7 +17,7 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import from_batch_norm
 
-from benchmarks.lib import compared, networks, replicas, tasks
+from benchmarks.lib import compared, networks, replicas, report, tasks
 
 SIZE, RATE = 32, 0.1  # batch size and rate of the training
 
@@ -66,8 +66,9 @@ def head_of(params: Any) -> str:
 
 @functools.lru_cache(maxsize=16)
 def kept(task: str, seed: int, examples: int | None, folder: Path) -> Any:
-    """Variables of a trained network, from its file if there is one."""
-    path = folder / "bases" / f"{task}-{examples}-{seed}.msgpack"
+    """Variables of a trained network, from its file if this code wrote one."""
+    name = f"{task}-{examples}-{seed}-{report.source_digest()[:8]}"
+    path = folder / "bases" / f"{name}.msgpack"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")  # processes may write the same

@@ -74,7 +74,7 @@ TASKS = {
     "cells": Task("solar_cells", "cnn", 10, 16, halved=True),
     "earth": Task("earth_west", "unet", 8, 16, dense=True),
     "earth_new_domain": Task("earth_east", "unet", 2, 16, dense=True, before="earth"),
-    "brain": Task("brain", "unet", 1, 4, dense=True),
+    "brain": Task("brain", "unet", 2, 8, dense=True),
 }
 
 

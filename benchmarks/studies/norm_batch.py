@@ -24,7 +24,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,7 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib import bases, compared, networks, replicas, report, runs, study, tasks
 from benchmarks.studies import norm_batch_figures
+from benchmarks.studies import norm_batch_plan as plan
 from benchmarks.studies.norm_batch_report import (
     Cell,
     Found,
@@ -74,27 +75,15 @@ class Config:
     """Examples per step of the optimizer; 0 means as many as in the norm batch."""
     pairings: tuple[Pairing, ...] = ("independent", "alike")
     """Relation of the examples of a norm batch."""
-    optimizers: tuple[Optimizer, ...] = ("sgd",)
+    optimizers: tuple[Optimizer, ...] = ("sgd", "adam")
     """SGD with momentum 0.9, or Adam."""
-    methods: tuple[str, ...] = (
-        "batch_norm",
-        "frozen",
-        "group_norm",
-        "group_norm-standardize",
-        "batch_renorm",
-        "moving_average_batch_norm",
-        "online_norm",
-        "filter_response_norm",
-        "EvoNormS0",
-        "cross_iteration_batch_norm",
-        "momentum_batch_norm",
-        "carried_batch_norm",
-        "small_batch_norm",
-        "small_batch_norm-standardize",
-    )
-    """Methods to compare, besides batch norm at 32. Others are ablations:
-    -group_norm has group norm after the method, -constant no gradient through the window;
+    methods: tuple[str, ...] = tuple(compared.METHODS)
+    """Methods to compare, besides batch norm at 32. Some are ablations: -group_norm has
+    group norm after the method, -constant no gradient through the window, and
     streaming_batch_norm-8 and -128 have windows of 8 and 128 examples."""
+    cells: Literal["planned", "all"] = "planned"
+    """planned: those of the cells and methods of the options that decide a question, in
+    norm_batch_plan.py. all: every method in every cell of the options."""
     learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4)
     """The initial grid: rates for 32 examples per step, scaled in proportion to the step.
     Those of Adam are a hundredth of these, scaled by the root of the step."""
@@ -121,6 +110,8 @@ QUICK = Config(
     gradient_batches=(0, 32),
     pairings=("alike",),
     methods=("batch_norm", "carried_batch_norm"),
+    optimizers=("sgd",),
+    cells="all",
     learning_rates=(0.05, 0.2),
     tuning_seeds=(100,),
     seeds=(0, 1),
@@ -220,9 +211,7 @@ def kept(config: Config, run: Run) -> dict[str, float]:
 def main(config: Config, console: Console) -> dict:
     """Executes missing runs, writes results after each, and shows all results."""
     _check(config)
-    found, cells = _resumed(config), list(_cells(config))
-    pairs = [pair for pair in itertools.product(cells, config.methods) if _possible(*pair)]
-    pairs += [(cell, REFERENCE) for cell in _references(cells)]
+    found, pairs = _resumed(config), _pairs(config)
     with runs.Bar(console, len(pairs)) as bar, _pool(config) as pool:
         bar.advance(0, "networks to fine-tune")
         list(pool.map(functools.partial(_trained_before, config), *_bases(config)))
@@ -250,16 +239,20 @@ def _check(config: Config) -> None:
                 )
 
 
-def _cells(config: Config) -> Iterator[Cell]:
-    for task, norm, gradient, pairing, optimizer in itertools.product(
-        config.tasks,
-        config.norm_batches,
-        config.gradient_batches,
-        config.pairings,
-        config.optimizers,
-    ):
-        if not (norm == 1 and pairing == "alike"):  # one example is always alike
-            yield Cell(task, norm, gradient or norm, pairing, optimizer)
+def _pairs(config: Config) -> list[plan.Pair]:
+    """Cells and methods of the options; of these, the planned ones if so asked."""
+    options = (getattr(config, name) for name in plan.Part._fields)
+    pairs = list(plan.combinations(plan.Part(*options)))
+    if config.cells == "planned":
+        known = set(plan.planned())
+        pairs = [pair for pair in pairs if pair in known]
+    if not pairs:
+        raise ValueError(
+            "none of the planned cells and methods has these options; give --cells all to "
+            "run every method in every cell of the options."
+        )
+    cells = dict.fromkeys(cell for cell, _ in pairs)
+    return pairs + [(cell, REFERENCE) for cell in _references(list(cells))]
 
 
 def _bases(config: Config) -> tuple[list[str], list[int]]:
@@ -277,24 +270,6 @@ def _references(cells: Sequence[Cell]) -> list[Cell]:
     """Batch norm over 32 examples, for each task and optimizer."""
     every = {(cell.task, cell.optimizer) for cell in cells}
     return [Cell(task, 32, 32, "independent", kind) for task, kind in sorted(every)]
-
-
-def _possible(cell: Cell, method: str) -> bool:
-    """Whether the method has statistics in the cell, and fits the earlier training.
-
-    A dense layer has one value per feature and example. Batch norm needs two values. Filter
-    response norm normalizes over an example's positions. Only a trained network can be
-    frozen.
-    """
-    task = tasks.TASKS[cell.task]
-    if task.before and (method in compared.OTHER_NETWORKS):
-        return False
-    if method == "frozen" and not task.before:
-        return False
-    if task.network != "mlp":
-        return True
-    needs_two = method in ("batch_norm", "batch_renorm", "cross_iteration_batch_norm")
-    return method != "filter_response_norm" and not (needs_two and cell.norm_batch == 1)
 
 
 class _Here(concurrent.futures.Executor):
