@@ -13,7 +13,13 @@ from rich.console import Console
 
 import cbn_jax
 from benchmarks.lib import bases, compared, dataset, networks, replicas, tasks
-from benchmarks.studies import masks, norm_batch, norm_batch_figures, norm_batch_report
+from benchmarks.studies import (
+    masks,
+    norm_batch,
+    norm_batch_figures,
+    norm_batch_plan,
+    norm_batch_report,
+)
 from benchmarks.studies.norm_batch_report import Cell, Run
 
 pytestmark = [
@@ -290,7 +296,44 @@ def test_cells_in_which_a_method_has_no_statistics_are_left_out(
     task, size, method, possible
 ):
     cell = Cell(task, size, size, "independent", "sgd")
-    assert norm_batch._possible(cell, method) == possible
+    assert norm_batch_plan.possible(cell, method) == possible
+
+
+def test_a_part_is_every_combination():
+    part = norm_batch_plan.Part(("digits",), (1, 2), ("batch_norm", "online_norm"))
+    pairs = [(cell[1:4], name) for cell, name in norm_batch_plan.combinations(part)]
+    assert pairs == [
+        ((1, 1, "independent"), "online_norm"),
+        ((2, 2, "independent"), "batch_norm"),
+        ((2, 2, "independent"), "online_norm"),
+        ((2, 2, "alike"), "batch_norm"),
+        ((2, 2, "alike"), "online_norm"),
+    ]
+    part = part._replace(norm_batches=(2,), gradient_batches=(0, 32), optimizers=("adam",))
+    cells = dict.fromkeys(cell for cell, _ in norm_batch_plan.combinations(part))
+    assert [cell.gradient_batch for cell in cells] == [2, 2, 32, 32]
+    assert {cell.optimizer for cell in cells} == {"adam"}
+
+
+def test_the_plan():
+    """The options choose from it; --cells all takes every combination of the options."""
+    planned = list(norm_batch_plan.planned())
+    assert len(planned) == len(set(planned))
+    default = norm_batch.Config()
+    pairs = [pair for pair in norm_batch._pairs(default) if pair[1] != norm_batch.REFERENCE]
+    assert set(pairs) == set(planned)
+    one = dataclasses.replace(default, tasks=("gray_mlp",), methods=("small_batch_norm",))
+    chosen = {
+        (cell, name)
+        for cell, name in planned
+        if (cell.task, name) == ("gray_mlp", "small_batch_norm")
+    }
+    asked = norm_batch._pairs(one)
+    assert {pair for pair in asked if pair[1] != norm_batch.REFERENCE} == chosen
+    every = norm_batch._pairs(dataclasses.replace(one, cells="all"))
+    assert set(every) > set(asked)
+    with pytest.raises(ValueError, match="none of the planned cells"):
+        norm_batch._pairs(dataclasses.replace(one, tasks=("digits",)))
 
 
 def results_of(scores):
