@@ -137,6 +137,31 @@ def test_backward_statistics_are_those_of_a_replica(key):
     assert np.abs(found[0]).max() > 0
 
 
+def test_recomputed_statistics_are_those_of_all_norm_batches(key):
+    """Under the last weights, in the first layer; for every replica."""
+    images, labels = examples()
+    made = trainer(cbn_jax.batch_norm(), 2)
+    state = made.init(key, jnp.float32(0.1))
+    state, _ = made.step(state, images, labels, np.array([[0, 1], [2, 3]]))
+    rows = np.array([[0, 4], [5, 2], [7, 6]])
+    found = replicas.recomputed(made, state, jnp.asarray(images), rows)
+    layer = state.params["Dense_0"]
+    x = images[rows.reshape(-1)].reshape(6, -1) @ layer["kernel"] + layer.get("bias", 0)
+    stats = found.batch_stats["Norm_0"]
+    np.testing.assert_allclose(stats["mean"][0], x.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats["var"][0], x.var(0), rtol=1e-4)
+    assert replicas.counted(made, found, images, labels).sum() == 8
+
+
+def test_precise_statistics_change_only_the_inference(quick):
+    cell = Cell("digits", 2, 2, "alike", "sgd")
+    names = ("batch_norm", "batch_norm-precise")
+    made = [norm_batch.fitted(quick, Run(cell, name, 0.1, 0))[1] for name in names]
+    chex.assert_trees_all_equal(made[0].params, made[1].params)
+    means = [jax.tree.leaves(each.batch_stats)[0] for each in made]
+    assert np.abs(means[0] - means[1]).max() > 0
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_unet_has_a_class_for_every_position(rank, key):
     norm = compared.METHODS["carried_batch_norm"](1, 10)

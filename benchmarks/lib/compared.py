@@ -74,6 +74,10 @@ class Grouped(Made):
         return methods.Behind(norm, functools.partial(nn.GroupNorm, GROUPS))
 
 
+class Precise(Made):
+    """A method whose statistics for inference are recomputed after training."""
+
+
 def _published(size: int) -> Any:
     """Window 8; a single example has no variance of its own to average."""
     running = "batch" if size > 1 else "window"
@@ -106,6 +110,7 @@ def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
 # Name -> (norm batch, steps of the run) -> method.
 METHODS: dict[str, Any] = {
     "batch_norm": lambda n, steps: Made(cbn_jax.batch_norm(_momentum(n))),
+    "batch_norm-precise": lambda n, steps: Precise(cbn_jax.batch_norm(_momentum(n))),
     "frozen": lambda n, steps: Made(cbn_jax.frozen(cbn_jax.batch_norm(), after=0)),
     "group_norm": lambda n, steps: Made(cbn_jax.group_norm(GROUPS)),
     "group_norm-standardize": lambda n, steps: Made(
@@ -156,5 +161,7 @@ WITHOUT_AVERAGES = {"group_norm", "online_norm"}
 OTHER_NETWORKS = {
     name
     for name, make in METHODS.items()
-    if make(2, 1).kernel is not None or type(make(2, 1)) is not Made
+    if make(2, 1).kernel is not None or type(make(2, 1)) not in (Made, Precise)
 }
+# Methods whose statistics are recomputed after training.
+PRECISE = {name for name, make in METHODS.items() if type(make(2, 1)) is Precise}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training in replicas: norm batches that are normalized separately, in one step."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ class Trainer(NamedTuple):
       init: ``(key, rate) -> state``.
       step: ``(state, images, labels, rows) -> (state, loss)``. ``rows`` is
         ``[replicas, norm batch]``. It donates the state.
+      remember: ``(params, images, batch_stats, rows) -> batch_stats`` of one replica, after
+        one norm batch.
       classes: ``(state, images) -> classes``, with the mean state of all replicas.
       confusion: ``(state, images, labels) -> [classes, classes]``, how often each class
         (row) was predicted for each (column).
@@ -39,6 +42,7 @@ class Trainer(NamedTuple):
 
     init: Any
     step: Any
+    remember: Any
     classes: Any
     confusion: Any
 
@@ -75,6 +79,13 @@ def make_trainer(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), stats, opt_state), loss
 
+    def remember(params, images, stats, rows):
+        variables = {"params": params, "batch_stats": stats}
+        _, updates = model.apply(
+            variables, images[rows], train=True, mutable=["batch_stats"]
+        )
+        return updates["batch_stats"]
+
     def predict(state, images):
         stats = jax.tree.map(lambda leaf: leaf.mean(0), state.batch_stats)
         variables = {"params": state.params, "batch_stats": stats}
@@ -88,7 +99,7 @@ def make_trainer(
         return counts.reshape(classes, classes)
 
     step = jax.jit(step, donate_argnums=0)
-    return Trainer(jax.jit(init), step, jax.jit(predict), jax.jit(confusion))
+    return Trainer(jax.jit(init), step, *map(jax.jit, (remember, predict, confusion)))
 
 
 def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:
@@ -97,6 +108,19 @@ def _each(replica: Any, params: Any, stats: Any, rows: jax.Array) -> Any:
         return jax.vmap(replica, (None, 0, 0))(params, stats, rows)
     one = replica(params, jax.tree.map(lambda leaf: leaf[0], stats), rows[0])
     return jax.tree.map(lambda leaf: leaf[None], one)
+
+
+def recomputed(
+    trainer: Trainer, state: State, images: jax.Array, rows: np.ndarray
+) -> State:
+    """The state with statistics for inference of norm batches under the last weights.
+
+    ``rows`` is ``[norm batches, norm batch]``.
+    """
+    update = functools.partial(trainer.remember, state.params, images)
+    one = jax.tree.map(lambda leaf: leaf[0], state.batch_stats)
+    stats = cbn_jax.population.recompute(update, one, rows)
+    return state._replace(batch_stats=jax.tree.map(lambda leaf: leaf[None], stats))
 
 
 def make_optimizer(name: str, steps: int, batch_size: int) -> Any:

@@ -57,6 +57,7 @@ Optimizer = Literal["sgd", "adam"]
 COMMITTED = Path("benchmarks/results/norm_batch/results.json")  # in a checkout
 REFERENCE = "batch_norm@32"  # batch norm over 32 examples, in steps of 32
 FACTOR = 4.0  # between rates of the grid
+PRECISE = 1024  # examples for recomputed statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,9 @@ def fitted(config: Config, run: Run) -> tuple[replicas.Trainer, replicas.State, 
     data = jax.device_put((train.train_images, train.train_labels))
     for chosen in rows:
         state, loss = trainer.step(state, *data, chosen)
+    if run.method in compared.PRECISE:
+        last = np.concatenate(rows)[: PRECISE // cell.norm_batch]
+        state = replicas.recomputed(trainer, state, data[0], last)
     return trainer, state, loss
 
 

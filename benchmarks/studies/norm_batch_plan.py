@@ -75,5 +75,6 @@ def possible(cell: Cell, method: str) -> bool:
         return False
     if task.network != "mlp":
         return True
-    needs_two = method in ("batch_norm", "batch_renorm", "cross_iteration_batch_norm")
+    base = method.removesuffix("-precise")
+    needs_two = base in ("batch_norm", "batch_renorm", "cross_iteration_batch_norm")
     return method != "filter_response_norm" and not (needs_two and cell.norm_batch == 1)
