@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming batch normalization: an exponential window that moves with the weights."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,42 +17,21 @@ from cbn_jax.core.carrying import (
     remember,
     remember_patch,
     share_of,
-    shift_of,
     usable_in,
     var_like,
 )
 from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import AxisName, Moments, align, count_values, pool_two
-from cbn_jax.core.patches import (
-    Sample,
-    inner,
-    moments_and_sample,
-    per_row,
-    product,
-    pull,
-)
+from cbn_jax.core.moments import AxisName, Moments, count_values, pool_two
+from cbn_jax.core.past_rows import PastRows, empty_rows, remember_rows
+from cbn_jax.core.patches import Sample, moments_and_sample
 from cbn_jax.core.running import RunningMoments, init_running
 from cbn_jax.core.schedules import ScheduleFn
 from cbn_jax.core.source import Source
+from cbn_jax.core.transport import derivative, factors, growth, past_size, run
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
-
-ROWS = 8  # positions of past batches
-FEW = 64  # inputs of a feature
-
-
-class PastRows(NamedTuple):
-    """Positions of past batches, and the layer's outputs for them in the last step.
-
-    Attributes:
-      patches: P, each leaf ``[rows, *leaf.shape[:-1], groups]``.
-      x: ⟨P − p, θ⟩ ``[rows, C]``.
-    """
-
-    patches: Params
-    x: jax.Array
 
 
 class StreamingState(NamedTuple):
@@ -194,24 +172,27 @@ def named_streaming(
         batch, sample, patch = _look(source, x, samples, state, axis_name, mask)
         now, params = in_dtype((state, source.params), batch.mean.dtype)
         old = Window(*now.window)
-        seen = _run(now, old, sample, patch, params)
+        seen = run(now.d_mean, now.d_var, now.rows, old, sample, patch, params)
         keep = decay_of(window, micro_batches, state.running.steps)
-        size = _past_size(keep * old.size, batch, seen, source.groups)
+        size = past_size(keep * old.size, batch, seen, source.groups)
         past = Moments(old.mean + seen.shift, seen.var, size)
         fixed = lax.stop_gradient(batch)
         pooled, share = pool_two(fixed, past), share_of(fixed, past)
-        cotangent, var_at = _factors(sample, seen, share)
+        cotangent, var_at = factors(sample, seen, share)
         usable, running = usable_in(batch, pooled.var, var_at), state.running
         if not alone:
-            growth = _growth(past.var, old.var)
-            running = carry_running(usable, running, seen.shift, growth)
-        new = Window(*pooled, seen.mean + share * seen.of_batch, var_at)
+            grown = growth(past.var, old.var)
+            running = carry_running(usable, running, seen.shift, grown)
+        moved = share * seen.of_batch  # of ⟨p, θ⟩, by the batch
+        new = Window(*pooled, seen.mean + moved, var_at)
+        first, steps = old.size[0] == 0, state.running.steps[0]
+        x, masked = seen.x[:-2] - moved[None], mask is not None
         new = StreamingState(
             running=running,
             window=remember(usable, jnp.stack(new), state.window),
             d_mean=remember_patch(usable, share, patch, state.d_mean),
-            d_var=_derivative(usable, share, state.d_var, seen, cotangent),
-            rows=_remember_rows(usable, share, state, sample, seen, mask is not None),
+            d_var=derivative(usable, share, state.d_var, seen, cotangent),
+            rows=remember_rows(usable, first, steps, state.rows, sample, x, masked),
         )
         # The gradient goes through the new G, so that the step need not keep the last one.
         past = past._replace(
@@ -233,27 +214,14 @@ def named_streaming(
 
 
 def _init_state(features: int, params: Params, groups: int) -> StreamingState:
-    many = _row_count(features, params, groups)
-
-    def rows(leaf):
-        return jnp.zeros((many, *leaf.shape), jnp.float32)
-
     d_mean = no_patch(params, groups)
     return StreamingState(
         running=init_running(features),
         window=empty_window(features),
         d_mean=d_mean,
         d_var=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
-        rows=PastRows(jax.tree.map(rows, d_mean), jnp.zeros((many, features), jnp.float32)),
+        rows=empty_rows(features, params, groups, d_mean),
     )
-
-
-def _row_count(features: int, params: Params, groups: int) -> int:
-    """Eight; for many inputs a power of two, at most the features of a group."""
-    inputs = sum(leaf.size for leaf in jax.tree.leaves(params)) // features
-    if inputs <= FEW:
-        return ROWS
-    return min(ROWS, 1 << max(1, features // groups).bit_length() - 1)
 
 
 def _look(
@@ -281,134 +249,3 @@ def _look(
         return batch, sample, patch
     least = jnp.maximum(batch.size[0], 1.0)
     return batch, sample, jax.tree.map(lambda each: each / least, sums)
-
-
-class _Seen(NamedTuple):
-    """Outputs of the layer for patches under the current parameters, as constants.
-
-    Attributes:
-      patches: P − p of the sample and of the past rows, then p and E[P] − p.
-      x: ⟨·, θ⟩ of those, ``[n + rows + 2, C]``.
-      moved: ⟨P − p, Δ⟩ of the past rows, ``[rows, C]``.
-      mean: ⟨p, θ⟩.
-      of_batch: ⟨E[P] − p, θ⟩.
-      shift: ⟨p, Δ⟩.
-      var: σ²'.
-      var_at: ⟨G, θ⟩.
-      spread: E[⟨P − p, Δ⟩²].
-    """
-
-    patches: Params
-    x: jax.Array
-    moved: jax.Array
-    mean: jax.Array
-    of_batch: jax.Array
-    shift: jax.Array
-    var: jax.Array
-    var_at: jax.Array
-    spread: jax.Array
-
-
-@jax.named_scope("transport")
-def _run(
-    now: StreamingState, old: Window, sample: Sample, patch: Params, params: Params
-) -> _Seen:
-    """One product with θ for all patches, and one for G."""
-    params = lax.stop_gradient(params)
-
-    def beside(sample, rows, p, patch):
-        return jnp.concatenate([sample - p, rows - p, p, patch - p])
-
-    means = jax.tree.map(lambda leaf: leaf[None], (now.d_mean, patch))
-    patches = jax.tree.map(beside, sample.patches, now.rows.patches, *means)
-    x = product(patches, params)
-    moved = x[sample.weight.shape[0] : -2] - now.rows.x
-    spread = jnp.square(moved).mean(axis=0)
-    var_at = inner(now.d_var, params)
-    var = jnp.maximum(old.var + (var_at - old.var_at) + spread, 0.0)
-    mean, of_batch = x[-2], x[-1]
-    shift = shift_of(mean, old.mean_at)
-    return _Seen(patches, x, moved, mean, of_batch, shift, var, var_at, spread)
-
-
-def _past_size(size: jax.Array, batch: Moments, seen: _Seen, groups: int) -> jax.Array:
-    """The weight of the past: at most as many batches as θ takes to turn by one radian.
-
-    All features of a group share p and have the same weight.
-    """
-    turn = jnp.minimum(seen.spread, seen.var) / jnp.where(seen.var > 0, seen.var, 1.0)
-    turn = turn.reshape(groups, -1).mean(axis=1)  # squared
-    turn = jnp.repeat(turn, size.size // groups, total_repeat_length=size.size)
-    limit = batch.size * lax.rsqrt(jnp.where(turn > 0, turn, 1.0))
-    return jnp.where((turn > 0) & (limit > 0), jnp.minimum(size, limit), size)
-
-
-def _growth(var: jax.Array, last: jax.Array) -> jax.Array:
-    varies = (last > 0) & (var > 0)
-    return jnp.where(varies, var / jnp.where(varies, last, 1.0), 1.0)
-
-
-@jax.named_scope("derivatives")
-def _factors(sample: Sample, seen: _Seen, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Factors of P − p in G, at the sample and at the past rows; and the new ⟨G, θ⟩.
-
-    G ← (1 − a) G + 2 E[a (x − μ) (P − p)] + 2 (1 − a) E[⟨P − p, Δ⟩ (P − p)]
-    """
-    # The mean of the window including the batch, for these patches.
-    offset = seen.x[: sample.weight.shape[0]] - (share * seen.of_batch)[None]
-    now = 2.0 * share[None] * sample.weight * offset
-    past = (2.0 / len(seen.moved)) * (1.0 - share)[None] * seen.moved
-    means = jnp.zeros_like(seen.x[-2:])  # the means do not contribute
-    cotangent = jnp.concatenate([now, past, means])
-    return cotangent, (1.0 - share) * seen.var_at + (cotangent * seen.x).sum(axis=0)
-
-
-@jax.named_scope("derivatives")
-def _derivative(
-    usable: jax.Array, share: jax.Array, d_var: Params, seen: _Seen, cotangent: jax.Array
-) -> Params:
-    """The new G."""
-
-    def one(g, more):
-        new = align(1.0 - share, g) * g.astype(more.dtype) + more
-        fits = align(usable, g) & jnp.isfinite(new)
-        return jnp.where(fits, new.astype(g.dtype), g)
-
-    return jax.tree.map(one, d_var, pull(seen.patches, cotangent))
-
-
-@jax.named_scope("remember")
-def _remember_rows(
-    usable: jax.Array,
-    share: jax.Array,
-    state: StreamingState,
-    sample: Sample,
-    seen: _Seen,
-    masked: bool,
-) -> PastRows:
-    """The past rows under the current parameters: all new at first, then one each step."""
-    old, n = state.rows, sample.weight.shape[0]
-    many = len(old.x)
-    turn = state.running.steps[0].astype(jnp.int32) & (many - 1)
-    write = (jnp.arange(many, dtype=jnp.int32) == turn) | (state.window[2, 0] == 0)
-    write &= usable[0]
-    cycled = _cycled(sample, many, masked)
-
-    def put(new, old):
-        return jnp.where(per_row(write[:, None], old), cycled(new).astype(old.dtype), old)
-
-    x = seen.x - (share * seen.of_batch)[None]  # minus the new mean
-    return PastRows(
-        patches=jax.tree.map(put, sample.patches, old.patches),
-        x=put(x[:n], remember(usable, x[n:-2], old.x)),
-    )
-
-
-def _cycled(sample: Sample, many: int, masked: bool) -> Callable[[jax.Array], jax.Array]:
-    """A function that takes ``many`` rows of a leaf, repeating the rows that count."""
-    n, rows = sample.weight.shape[0], jnp.arange(many)
-    if not masked:
-        return lambda leaf: leaf[:many] if n == many else leaf[rows % n]
-    counts = sample.weight[:, 0] > 0
-    which = jnp.argsort(~counts, stable=True)[rows % jnp.maximum(counts.sum(), 1)]
-    return lambda leaf: leaf[which]
