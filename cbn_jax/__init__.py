@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 from .core.backward import BackwardStatistics, Bidirectional
+from .core.batch import batch_moments
 from .core.carrying import Window
 from .core.estimator import Estimator
 from .core.layers import Layer, convolution, dense
-from .core.moments import Moments, batch_moments, pool_moments
+from .core.moments import Moments, pool_moments
 from .core.running import RunningMoments, from_batch_stats
 from .core.schedules import (
     Schedule,

@@ -23,8 +23,9 @@ from jax import lax
 from jax.core import Tracer
 
 from .checks import in_dtype
+from .devices import AxisName, total
 from .estimator import Estimator, Infer, Init
-from .moments import AxisName, align, total, wide
+from .moments import align, wide
 from .statistics import Statistics
 
 WRITE = "write optimizer = cbn_jax.optax.with_backward_statistics(optimizer)"

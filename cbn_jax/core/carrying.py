@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from .checks import in_dtype
+from .devices import AxisName, pool_devices
 from .layers import Params
-from .moments import AxisName, Moments, Part, about_zero, align, pool_devices
+from .moments import Moments, align
 from .patches import inner, product
 from .running import RunningMoments, finite_moments
+from .sums import Part, about_zero
 
 
 class Window(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any, Literal, Protocol
 
 import jax
 
+from .devices import AxisName
 from .layers import Layer, LayerFn, Params
-from .moments import AxisName
 from .source import Source
 from .statistics import Statistics
 from .values import Value

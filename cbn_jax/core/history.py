@@ -9,19 +9,13 @@ from jax import lax
 
 from .carrying import Window, mean_at, of_groups, usable_in
 from .checks import in_dtype
+from .devices import AxisName, pool_devices
 from .layers import Params
-from .moments import (
-    AxisName,
-    Moments,
-    Part,
-    about_zero,
-    align,
-    device_moments,
-    pool_devices,
-)
+from .moments import Moments, align
 from .patches import inner, product, pull
 from .source import Source
 from .statistics import std_of
+from .sums import Part, about_zero, device_moments
 
 
 class History(NamedTuple):

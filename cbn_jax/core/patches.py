@@ -10,16 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import max_dim, min_dim
 
+from .devices import AxisName, device_count, pool_devices
 from .layers import Params
-from .moments import (
-    AxisName,
-    Moments,
-    device_count,
-    device_moments,
-    pool_devices,
-    wide,
-)
+from .moments import Moments, wide
 from .source import Source
+from .sums import device_moments
 
 # By default a TPU multiplies in bfloat16, which is not accurate enough for statistics.
 _matmul = functools.partial(jnp.matmul, precision="highest")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .checks import in_dtype
-from .moments import AxisName, Moments, device_count
+from .devices import AxisName, device_count
+from .moments import Moments
 from .schedules import ScheduleFn, weights
 
 

@@ -13,9 +13,10 @@ from .checks import (
     check_features_last,
     check_position_mask,
 )
+from .devices import AxisName
 from .estimator import Estimator, State
 from .layers import Layer, check_layer
-from .moments import AxisName, Moments
+from .moments import Moments
 from .running import (
     check_values,
     independent,

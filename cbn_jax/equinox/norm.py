@@ -10,8 +10,8 @@ from jax import lax
 
 from cbn_jax._adapters import estimator_of
 from cbn_jax.core.backward import BackwardStatistics, Bidirectional
+from cbn_jax.core.devices import AxisName
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import run_layer
 from cbn_jax.core.statistics import normalize
 from cbn_jax.wrappers.learned import Learned

@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from cbn_jax._adapters import Kernel, check_modules, estimator_of, flag_of
 from cbn_jax.core.checks import check_axis
+from cbn_jax.core.devices import AxisName
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import AxisName
 from cbn_jax.core.statistics import normalize
 from cbn_jax.wrappers.learned import Learned
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch normalization, the baseline for all other methods."""
 
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import accepted, check_epsilon
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import batch_moments
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,

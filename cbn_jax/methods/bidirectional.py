@@ -14,8 +14,9 @@ from cbn_jax.core.backward import (
     bidirectional,
     pooled_means,
 )
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import accepted, check_count, check_epsilon, in_dtype
-from cbn_jax.core.moments import Moments, batch_moments, count_values, pool_two
+from cbn_jax.core.moments import Moments, pool_two
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,
@@ -28,6 +29,7 @@ from cbn_jax.core.running import (
 )
 from cbn_jax.core.schedules import ScheduleFn, averaging, exponential
 from cbn_jax.core.statistics import statistics_of
+from cbn_jax.core.sums import count_values
 from cbn_jax.core.values import factory
 
 

@@ -24,10 +24,11 @@ from cbn_jax.core.carrying import (
 from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import Moments, device_moments, pool_two
+from cbn_jax.core.moments import Moments, pool_two
 from cbn_jax.core.patches import product
 from cbn_jax.core.running import RunningMoments, init_running
 from cbn_jax.core.schedules import ScheduleFn
+from cbn_jax.core.sums import device_moments
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import (
     accepted,
     check_choice,
@@ -15,7 +16,7 @@ from cbn_jax.core.checks import (
     check_unit,
 )
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import Moments, batch_moments
+from cbn_jax.core.moments import Moments
 from cbn_jax.core.running import check_values, has_variance, usable_moments
 from cbn_jax.core.schedules import ScheduleFn, check_schedule, weights
 from cbn_jax.core.statistics import Statistics, std_of

@@ -4,8 +4,9 @@
 import jax
 import jax.numpy as jnp
 
+from cbn_jax.core.batch import instance_moments
 from cbn_jax.core.checks import activations, check_mask
-from cbn_jax.core.moments import align, instance_moments, wide
+from cbn_jax.core.moments import align, wide
 from cbn_jax.core.statistics import Statistics
 
 

@@ -4,10 +4,10 @@
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import instance_moments
 from cbn_jax.core.checks import accepted, check_epsilon
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import StepCount
-from cbn_jax.core.moments import instance_moments
 from cbn_jax.core.running import check_values
 from cbn_jax.core.statistics import Statistics, identity_where
 from cbn_jax.core.values import factory

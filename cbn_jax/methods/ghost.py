@@ -4,9 +4,11 @@
 import jax
 import jax.numpy as jnp
 
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import accepted, check_count, check_epsilon
+from cbn_jax.core.devices import AxisName, total
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import AxisName, Moments, batch_moments, total
+from cbn_jax.core.moments import Moments
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,

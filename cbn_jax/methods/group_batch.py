@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import instance_moments, pool_examples
 from cbn_jax.core.checks import accepted
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import (
@@ -16,7 +17,7 @@ from cbn_jax.core.groups import (
     mixed,
     pool_groups,
 )
-from cbn_jax.core.moments import Moments, instance_moments, pool_examples
+from cbn_jax.core.moments import Moments
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,

@@ -4,10 +4,10 @@
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import instance_moments
 from cbn_jax.core.checks import accepted, check_count, check_epsilon
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import StepCount, check_divides, check_group_size, pool_groups
-from cbn_jax.core.moments import instance_moments
 from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import identity_where, statistics_of
 from cbn_jax.core.values import factory

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import batch_moments, instance_moments
 from cbn_jax.core.checks import accepted
+from cbn_jax.core.devices import AxisName, device_count
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.groups import (
     Order,
@@ -19,14 +21,7 @@ from cbn_jax.core.groups import (
     mixed,
     pool_groups,
 )
-from cbn_jax.core.moments import (
-    AxisName,
-    Moments,
-    batch_moments,
-    device_count,
-    instance_moments,
-    wide,
-)
+from cbn_jax.core.moments import Moments, wide
 from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import Statistics, identity_where, normalize, std_of
 from cbn_jax.core.values import factory

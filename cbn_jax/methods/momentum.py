@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import accepted, check_epsilon, in_dtype
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import Moments, batch_moments
+from cbn_jax.core.moments import Moments
 from cbn_jax.core.running import (
     RunningMoments,
     check_values,

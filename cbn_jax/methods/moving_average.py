@@ -14,6 +14,7 @@ from cbn_jax.core.backward import (
     bidirectional,
     pooled_means,
 )
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import (
     accepted,
     check_count,
@@ -21,10 +22,10 @@ from cbn_jax.core.checks import (
     check_number,
     in_dtype,
 )
-from cbn_jax.core.moments import batch_moments, count_values
 from cbn_jax.core.running import check_values
 from cbn_jax.core.schedules import ScheduleFn, averaging, weights
 from cbn_jax.core.statistics import Statistics
+from cbn_jax.core.sums import count_values
 from cbn_jax.core.values import factory
 
 

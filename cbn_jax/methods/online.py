@@ -15,8 +15,10 @@ from cbn_jax.core.backward import (
     attach,
     bidirectional,
 )
+from cbn_jax.core.batch import instance_moments
 from cbn_jax.core.checks import accepted, check_epsilon, check_fraction, in_dtype
-from cbn_jax.core.moments import AxisName, Moments, instance_moments, of_devices
+from cbn_jax.core.devices import AxisName, of_devices
+from cbn_jax.core.moments import Moments
 from cbn_jax.core.running import check_values, finite_moments
 from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory

@@ -10,9 +10,10 @@ from jax import lax
 from jax.core import max_dim
 
 from cbn_jax.core.checks import check_count, check_epsilon
+from cbn_jax.core.devices import AxisName, device_count
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import AxisName, Moments, device_count, pool_two
+from cbn_jax.core.moments import Moments, pool_two
 from cbn_jax.core.patches import Sample, moments_and_sample, per_row, product
 from cbn_jax.core.running import RunningMoments, finite_moments, init_running
 from cbn_jax.core.schedules import ScheduleFn

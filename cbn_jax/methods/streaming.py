@@ -21,14 +21,16 @@ from cbn_jax.core.carrying import (
     var_like,
 )
 from cbn_jax.core.checks import check_count, check_epsilon, in_dtype
+from cbn_jax.core.devices import AxisName
 from cbn_jax.core.estimator import Estimator
 from cbn_jax.core.layers import Params
-from cbn_jax.core.moments import AxisName, Moments, count_values, pool_two
+from cbn_jax.core.moments import Moments, pool_two
 from cbn_jax.core.past_rows import PastRows, empty_rows, remember_rows
 from cbn_jax.core.patches import Sample, moments_and_sample
 from cbn_jax.core.running import RunningMoments, init_running
 from cbn_jax.core.schedules import ScheduleFn
 from cbn_jax.core.source import Source
+from cbn_jax.core.sums import count_values
 from cbn_jax.core.transport import derivative, factors, growth, past_size, run
 from cbn_jax.core.values import factory
 from cbn_jax.core.windowed import windowed

@@ -11,8 +11,8 @@ from flax import nnx
 
 from cbn_jax._adapters import Kernel, check_modules, estimator_of, flag_of, to_last
 from cbn_jax.core.backward import Bidirectional
+from cbn_jax.core.devices import AxisName
 from cbn_jax.core.estimator import Estimator
-from cbn_jax.core.moments import AxisName
 from cbn_jax.core.source import source_of
 from cbn_jax.core.statistics import normalize
 from cbn_jax.wrappers.learned import Learned

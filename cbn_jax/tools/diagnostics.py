@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import accepted, check_choice
 from cbn_jax.core.estimator import Estimator, State, Trait
-from cbn_jax.core.moments import batch_moments
 from cbn_jax.core.named import Name, named_leaves
 from cbn_jax.core.running import usable_moments
 from cbn_jax.core.statistics import Statistics, statistics_of

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cbn_jax.core.moments import batch_moments
+from cbn_jax.core.batch import batch_moments
 
 
 def center(kernel: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import batch_moments
 from cbn_jax.core.checks import (
     activations,
     check_choice,
@@ -15,8 +16,9 @@ from cbn_jax.core.checks import (
     check_traits,
     in_float32,
 )
+from cbn_jax.core.devices import AxisName
 from cbn_jax.core.estimator import Estimator, State, Trait
-from cbn_jax.core.moments import AxisName, batch_moments, pool_moments
+from cbn_jax.core.moments import pool_moments
 from cbn_jax.core.named import Name, map_named, named_leaves
 from cbn_jax.core.running import check_values, has_variance
 from cbn_jax.core.statistics import identity_where, std_of

@@ -6,9 +6,10 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import instance_moments
 from cbn_jax.core.checks import check_traits
 from cbn_jax.core.estimator import Estimator, Trait
-from cbn_jax.core.moments import align, instance_moments
+from cbn_jax.core.moments import align
 from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cbn_jax.core.batch import instance_moments
 from cbn_jax.core.checks import accepted, check_traits
+from cbn_jax.core.devices import AxisName, total
 from cbn_jax.core.estimator import Estimator, State, Trait
-from cbn_jax.core.moments import AxisName, Moments, align, instance_moments, total
+from cbn_jax.core.moments import Moments, align
 from cbn_jax.core.schedules import ScheduleFn, averaging, cumulative, weights
 from cbn_jax.core.statistics import Statistics
 from cbn_jax.core.values import factory
