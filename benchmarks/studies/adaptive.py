@@ -284,7 +284,7 @@ def figure(results: dict) -> Any:
             )
         axis.axvline(one["threshold"], color="black", lw=1, ls="--")
         axis.set_title(f"{one['composition']}, batch size {one['batch_size']}")
-    axes[0, 0].legend()
+    report.legend_below(made)
     made.supxlabel(f"heterogeneity ({results['config']['measure']})")
     made.supylabel("training batches")
     return made

@@ -288,8 +288,7 @@ def _following(*names: str, titles: tuple[str, ...] = ()) -> Callable[[dict, Pat
             axis.set(title=title, xlabel="step")
         axes[0].set_ylabel("standard deviation of a feature")
         axes[0].set_ylim(bottom=0)
-        lines = axes[-1].get_legend_handles_labels()
-        made.legend(*lines, loc="outside lower center", ncols=2)
+        report.legend_below(made)
         return made
 
     return figure
@@ -370,7 +369,7 @@ def _draw_assessment(results: dict) -> Any:
         axis.bar(*bars, np.diff(edges)[chosen], **look)
     axis.axvline(found["threshold"], color="black", lw=1, ls="--", label="threshold")
     axis.set(xlabel="heterogeneity of a batch of four", ylabel="training batches")
-    axis.legend()
+    report.legend_below(right)
     return made
 
 

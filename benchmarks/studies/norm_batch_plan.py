@@ -12,14 +12,21 @@ Pair = tuple[Cell, str]
 
 MAIN = ("batch_norm", "group_norm", "group_norm-standardize", "small_batch_norm")
 TUNED = ("batch_norm", "frozen", "group_norm", "small_batch_norm")
-OTHERS = (
+RIVALS = (
+    "batch_norm-precise",
     "batch_renorm",
+    "cross_iteration_batch_norm",
+    "EvoNormS0",
+    "filter_response_norm",
     "moving_average_batch_norm",
     "online_norm",
-    "EvoNormS0",
-    "momentum_batch_norm",
+)
+ABLATIONS = (
     "carried_batch_norm",
+    "momentum_batch_norm",
+    "small_batch_norm-constant",
     "small_batch_norm-standardize",
+    "small_batch_norm-standardize-group_norm",
 )
 
 
@@ -34,11 +41,21 @@ class Part(NamedTuple):
     optimizers: Sequence[str] = ("sgd",)
 
 
-#: Each decides a question; all combinations would take weeks on two cores.
+#: Each part answers a question. All combinations would take weeks on two cores.
 PLAN = (
     # Does the error depend on the norm batch?
-    Part(("gray_mlp", "gray_resnet"), (2,), MAIN),
     Part(("gray_mlp", "gray_resnet"), (4, 8), MAIN, ("independent",)),
+    Part(("gray_mlp",), (1, 2, 4, 8), MAIN, ("independent",), (32,)),
+    # Does it depend on whether the examples of a norm batch are alike?
+    Part(("gray_mlp", "gray_resnet"), (2,), (*MAIN, "carried_batch_norm")),
+    # All methods, and parts of small_batch_norm.
+    Part(("gray_mlp",), (2,), (*MAIN, *RIVALS, *ABLATIONS), gradient_batches=(32,)),
+    Part(("cells",), (2,), (*MAIN, *RIVALS, *ABLATIONS), ("alike",), (32,)),
+    # Maps and volumes, one a step.
+    Part(("earth", "brain"), (1,), MAIN, ("independent",)),
+    # Fine-tuning: another style, another half of the Earth, other classes, few examples.
+    Part(("emoji_new_domain", "earth_new_domain"), (1,), TUNED, ("independent",)),
+    Part(("emoji_new_domain", "emoji_new_domain_few", "gray_new_classes"), (2,), TUNED),
 )
 
 
