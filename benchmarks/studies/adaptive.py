@@ -285,7 +285,8 @@ def figure(results: dict) -> Any:
         axis.axvline(one["threshold"], color="black", lw=1, ls="--")
         axis.set_title(f"{one['composition']}, batch size {one['batch_size']}")
     report.legend_below(made)
-    made.supxlabel(f"heterogeneity ({results['config']['measure']})")
+    for axis in axes[-1]:
+        axis.set_xlabel(f"heterogeneity ({results['config']['measure']})")
     made.supylabel("training batches")
     return made
 
