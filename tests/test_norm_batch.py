@@ -422,6 +422,15 @@ def test_tables():
         "| batch_norm | **90.0 ± 0.0** | 60.0 ± 5.8 |",
         "| batch_norm@32 | 90.0 ± 0.0 |  |",
     ]
+    score = {"validation": 0.9, "test": 0.8, "lost": 0.0}
+    for cell in (Cell("digits", 2, 32, "alike", kind) for kind in ("sgd", "adam")):
+        added |= {Run(cell, "batch_norm", 0.1, s): score for s in (100, 101, 0, 1, 2)}
+    short = norm_batch_report.at(results | norm_batch_report.plain(added), "2", "digits/32")
+    assert short.splitlines()[:3] == [
+        "| method | digits, alike, steps of 32 |",
+        "| --- | --- |",
+        "| batch_norm | **80.0 ± 0.0** |",
+    ]
 
 
 def test_windows_of_several_lengths():

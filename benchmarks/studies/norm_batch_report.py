@@ -261,17 +261,15 @@ def _in_short(found: dict[str, Standing], name: str) -> tuple[str, str]:
 def at(results: dict, size: str, *names: str) -> str:
     """Some tasks at one norm batch in a short table: a row for each method.
 
-    A step of SGD takes one norm batch. The best method in the last task is first. The last
-    row is batch norm with 32 independent examples a step.
+    A step of SGD takes one norm batch, or 32 examples for a name such as ``cells/32``. The
+    best method in the last task is first. The last row is batch norm with 32 independent
+    examples a step.
     """
     every = tested(results)
-    cells = {
-        cell: found
-        for cell, found in every.items()
-        if cell[:3] in [(name, int(size), int(size)) for name in names]
-    }
+    wanted = [_wanted(name, int(size)) for name in names]
+    cells = {cell: found for cell, found in every.items() if _setting(cell) in wanted}
     order = sorted(
-        cells, key=lambda cell: (names.index(cell.task), cell.pairing == "alike")
+        cells, key=lambda cell: (wanted.index(_setting(cell)), cell.pairing == "alike")
     )
     last = cells[order[-1]]
     methods = sorted(last, key=lambda name: -last[name].mean)
@@ -284,7 +282,7 @@ def at(results: dict, size: str, *names: str) -> str:
     large = [_large(every, cell) for cell in order]
     rows += [("batch_norm@32", *large)] if any(large) else []
     table = report.markdown_table(
-        ("method", *(f"{cell.task}, {cell.pairing}" for cell in order)), rows
+        ("method", *(f"{cell.task}, {_kind(cell)}" for cell in order)), rows
     )
     seeds = len(results["config"]["seeds"])
     return (
@@ -292,6 +290,16 @@ def at(results: dict, size: str, *names: str) -> str:
         f"standard error over {seeds} seeds, at norm batch {size}; bold: within two "
         f"standard errors of the best. {study.measured_on(results)}"
     )
+
+
+def _wanted(name: str, size: int) -> tuple[str, int, int, str]:
+    task, _, step = name.partition("/")
+    return task, size, int(step or size), "sgd"
+
+
+def _setting(cell: Cell) -> tuple[str, int, int, str]:
+    """A cell without the relation of its examples."""
+    return cell.task, cell.norm_batch, cell.gradient_batch, cell.optimizer
 
 
 def windows(results: dict, task: str) -> str:
