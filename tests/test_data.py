@@ -181,7 +181,22 @@ def test_own_images_in_folders(tmp_path):
     assert loaded.test_images.shape == (2, 6, 8, 3)
     expected = (loaded.train_images[:, 0, 0, 0] * 255).round() >= 100
     np.testing.assert_array_equal(loaded.train_labels, expected)
-    assert data.load(str(tmp_path), examples=3).train_images.shape == (3, 6, 8, 3)
+    few = data.load(str(tmp_path), examples=4)
+    assert few.train_images.shape == (4, 6, 8, 3)
+    assert set(few.train_labels) == {0, 1}  # not the first class alone
+    expected = (few.train_images[:, 0, 0, 0] * 255).round() >= 100
+    np.testing.assert_array_equal(few.train_labels, expected)
+    np.testing.assert_array_equal(few.train_groups, few.train_labels)
+
+
+def test_some_examples_are_a_random_choice_in_their_order():
+    chosen = dataset.some(100, 30)
+    assert len(chosen) == 30
+    assert (np.diff(chosen) > 0).all()
+    assert chosen.mean() == pytest.approx(50, abs=15)
+    np.testing.assert_array_equal(dataset.some(100, 30), chosen)
+    for most in (None, 5, 9):
+        np.testing.assert_array_equal(dataset.some(5, most), np.arange(5))
 
 
 def test_own_images_in_a_file(tmp_path):

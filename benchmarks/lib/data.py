@@ -22,7 +22,7 @@ with needed_for("benchmarks"):
     from sklearn.datasets import load_digits
 
 from benchmarks.lib import own, packaged
-from benchmarks.lib.dataset import Dataset
+from benchmarks.lib.dataset import Dataset, part
 
 # Data of other packages.
 PACKAGED: dict[str, Callable[[], Dataset]] = {
@@ -49,7 +49,7 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
         tensorflow-datasets. The last needs splits ``train`` and ``test`` and images of one
         size.
       data_dir: folder for prepared data; None for tensorflow-datasets' own default.
-      examples: largest number of images of each split, the first ones; None for all.
+      examples: largest number of images of each split; None for all.
 
     Returns:
       The data set in memory.
@@ -59,9 +59,9 @@ def load(name: str, data_dir: Path | None = None, examples: int | None = None) -
         of image classification.
     """
     if name in PACKAGED:
-        return first(PACKAGED[name](), examples)
+        return part(PACKAGED[name](), examples)
     if name.endswith(".npz") or Path(name).is_dir():
-        return first(own.load(Path(name)), examples)
+        return part(own.load(Path(name)), examples)
     return _prepared(name, data_dir, examples)
 
 
@@ -81,16 +81,6 @@ def classified(
             "earth brain."
         )
     return dataset
-
-
-def first(dataset: Dataset, most: int | None) -> Dataset:
-    """The first examples of each split, at most ``most``."""
-    arrays = {
-        field: value[:most]
-        for field, value in dataset._asdict().items()
-        if isinstance(value, np.ndarray)
-    }
-    return dataset._replace(**arrays)
 
 
 def _prepared(name: str, data_dir: Path | None, examples: int | None) -> Dataset:

@@ -68,3 +68,25 @@ def split(
 def one_in(count: int, share: int = 5) -> np.ndarray:
     """True for a random one in ``share`` of ``count`` examples, the same in every call."""
     return np.random.default_rng(0).permutation(count) % share == 0
+
+
+def some(count: int, most: int | None) -> np.ndarray:
+    """Indices of random examples, at most ``most``, in their order; always the same.
+
+    The first examples of sorted data would all be of one class.
+    """
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])
+
+
+def part(dataset: Dataset, most: int | None) -> Dataset:
+    """Random examples of each split, at most ``most``."""
+    train, test = (
+        some(len(labels), most) for labels in (dataset.train_labels, dataset.test_labels)
+    )
+    return dataset._replace(
+        train_images=dataset.train_images[train],
+        train_labels=dataset.train_labels[train],
+        train_groups=dataset.train_groups[train],
+        test_images=dataset.test_images[test],
+        test_labels=dataset.test_labels[test],
+    )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.lib import data
-from benchmarks.lib.dataset import Dataset, one_in
+from benchmarks.lib.dataset import Dataset, one_in, some
 
 VALIDATION = 8  # one in 8 training examples is for choosing the rate
 
@@ -95,10 +95,12 @@ def load(task: Task, examples: int | None = None) -> Parts:
     if task.halved:
         images, test = _halved(images), _halved(test)
     chosen = one_in(len(images), VALIDATION)
+    kept = np.flatnonzero(~chosen)
+    kept = kept[some(len(kept), task.examples)]
     train = dataset._replace(
-        train_images=images[~chosen][: task.examples],
-        train_labels=dataset.train_labels[~chosen][: task.examples],
-        train_groups=dataset.train_groups[~chosen][: task.examples],
+        train_images=images[kept],
+        train_labels=dataset.train_labels[kept],
+        train_groups=dataset.train_groups[kept],
         test_images=test,
     )
     validation = images[chosen], dataset.train_labels[chosen]
