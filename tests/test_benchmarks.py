@@ -29,6 +29,9 @@ from benchmarks.studies import (
     collectives,
     corrected_inference,
     cost,
+    cost_report,
+    cost_tables,
+    cost_targets,
     diminishing,
     fine_tuning,
     frameworks,
@@ -375,9 +378,9 @@ def test_an_unknown_place_or_method():
 
 
 def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
-    missed = cost.Target("small_batch_norm", "mlp", 2, "time", 0.0)
-    met = cost.Target("batch_norm", None, None, "FLOPs", 1.05)
-    monkeypatch.setattr(cost, "TARGETS", (missed, met))
+    missed = cost_targets.Target("small_batch_norm", "mlp", 2, "time", 0.0)
+    met = cost_targets.Target("batch_norm", None, None, "FLOPs", 1.05)
+    monkeypatch.setattr(cost_targets, "TARGETS", (missed, met))
     config = dataclasses.replace(cost.QUICK, output=tmp_path)
     results = cost.main(config, Console(width=100))
     # Batch norm cannot train an MLP on one example.
@@ -394,10 +397,10 @@ def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
     assert small["compile"] > 0
     assert baseline["time"]["ratio"] == 1.0
     assert min(results["rates"].values()) > 1e6
-    assert cost.verdict(results).endswith("\n1 of 2 targets are met.")
-    assert re.search(r"median (\d\.\d\d), worst \1 ", cost.verdict(results))
-    both = cost.times(results, "small_batch_norm").splitlines()
-    assert both[0] in cost.verdict(results)
+    assert cost_report.verdict(results).endswith("\n1 of 2 targets are met.")
+    assert re.search(r"median (\d\.\d\d), worst \1 ", cost_report.verdict(results))
+    both = cost_report.times(results, "small_batch_norm").splitlines()
+    assert both[0] in cost_report.verdict(results)
     ratio = small["compile"] / baseline["compile"]
     assert both[1].startswith(
         "Compile time of small_batch_norm relative to Flax's batch norm"
@@ -409,7 +412,9 @@ def test_costs_are_counted_and_timed(tmp_path, monkeypatch):
         cell["label"] for cell in results["cells"]
     ]
     table = (tmp_path / "table.md").read_text()
-    assert table == cost.markdown(json.loads((tmp_path / "results.json").read_text()))
+    assert table == cost_report.markdown(
+        json.loads((tmp_path / "results.json").read_text())
+    )
     assert "| missed |\n| batch_norm: FLOPs ≤ 1.05 on every network" in table
     _, _, floors = table.partition("Where a target for the time is missed, the floor")
     assert "| mlp | 2 | small_batch_norm | 8 | +" in floors
@@ -423,7 +428,7 @@ def test_costs_without_running(tmp_path):
     results = cost.main(config, Console(width=100))
     assert results["rates"] is None
     assert all(c["time"] is c["profile"] is None for c in results["cells"])
-    assert cost.verdict(results) == ""
+    assert cost_report.verdict(results) == ""
 
 
 def cost_cell(label, network="resnet18", **changes):
@@ -452,7 +457,7 @@ def cost_cell(label, network="resnet18", **changes):
 
 def test_targets_of_cost():
     """The worst cell counts, also where a target is for every network."""
-    base, twice = cost_cell(cost.BASELINE), {"compile": 4.0, "ratio": 1.5}
+    base, twice = cost_cell(cost_tables.BASELINE), {"compile": 4.0, "ratio": 1.5}
     cells = [
         base,
         cost_cell("batch_norm", ratio=1.01),
@@ -463,7 +468,7 @@ def test_targets_of_cost():
     results = {"cells": cells}
     found = {
         (w.target.method, w.target.quantity): (w.cell["network"], w.missed)
-        for w in cost.worst_cells(results)
+        for w in cost_targets.worst_cells(results)
     }
     assert found == {
         ("batch_norm", "time"): ("mlp", True),
@@ -473,35 +478,35 @@ def test_targets_of_cost():
         ("small_batch_norm", "fusions"): ("resnet18", False),
         ("small_batch_norm", "state / θ"): ("resnet18", False),
     }
-    assert cost.verdict(results).endswith("\n4 of 6 targets are met.")
-    text = cost.targets(results)
+    assert cost_report.verdict(results).endswith("\n4 of 6 targets are met.")
+    text = cost_targets.targets(results)
     assert "every size | 1.30 (1.30–1.30) on mlp at batch size 2 | missed |" in text
     assert "fusions ≤ +20 on resnet18 at batch size 2 | +15.0 | met |" in text
 
 
 def test_every_target_is_for_a_cell_that_is_measured():
     config = cost.Config()
-    for target in cost.TARGETS:
+    for target in cost_targets.TARGETS:
         assert target.method in config.methods
         assert target.network in (None, *config.networks)
         assert target.batch_size in (None, *config.batch_sizes)
-        assert target.quantity in cost.QUANTITIES
-    assert len(set(cost.TARGETS)) == len(cost.TARGETS)
+        assert target.quantity in cost_tables.QUANTITIES
+    assert len(set(cost_targets.TARGETS)) == len(cost_targets.TARGETS)
 
 
 def test_the_floor_of_a_state():
     """8 passes over 50 MB at 20 GB/s take 20 ms."""
-    base, slow = cost_cell(cost.BASELINE), cost_cell("small_batch_norm", ratio=1.5)
+    base, slow = cost_cell(cost_tables.BASELINE), cost_cell("small_batch_norm", ratio=1.5)
     rates = {"bytes": 20e9, "flops": 1e12}
-    least = cost.floor(base, slow, rates)
+    least = cost_targets.floor(base, slow, rates)
     np.testing.assert_allclose(least, (20.0, 1.2), rtol=1e-6)
-    carried = cost.floor(base, slow | {"label": "carried_batch_norm"}, rates)
+    carried = cost_targets.floor(base, slow | {"label": "carried_batch_norm"}, rates)
     np.testing.assert_allclose(carried.milliseconds, 7.5, rtol=1e-6)
     row = "| resnet18 | 2 | small_batch_norm | 8 | +20 ms, 1.20 | +50 ms, 1.50 |"
     results = {"cells": [base, slow], "rates": rates}
-    assert row in cost.floors(results)
+    assert row in cost_targets.floors(results)
     fast = cost_cell("small_batch_norm", ratio=1.1)
-    assert cost.floors(results | {"cells": [base, fast]}) == ""
+    assert cost_targets.floors(results | {"cells": [base, fast]}) == ""
 
 
 PROGRAM = """\
@@ -564,7 +569,7 @@ def test_forms_of_a_program():
     for options in cost.COMMAND_BUFFERS.values():
         lowered.compile(compiler_options=options)
     cell = cost_cell("batch_norm", command_buffers="without")
-    assert cost._label(cell) == "batch_norm, without command buffers"
+    assert cost_tables.label(cell) == "batch_norm, without command buffers"
 
 
 def test_bytes_that_devices_send(tmp_path):

@@ -11,7 +11,7 @@ from benchmarks import small_batch, tables
 from benchmarks.lib import facts
 from benchmarks.studies import (
     claims,
-    cost,
+    cost_tables,
     norm_batch_report,
     statistics_error,
     theory,
@@ -122,7 +122,8 @@ def test_the_brief_cost_has_the_slowest_cell():
     results = json.loads(tables.results("cost"))
     labels = ("group_batch_norm", "small_batch_norm")
     shown = {
-        (row[0], row[1], row[2]): row[3] for row in rows_of(cost.brief(results, *labels))
+        (row[0], row[1], row[2]): row[3]
+        for row in rows_of(cost_tables.brief(results, *labels))
     }
     for label in labels:
         cells = [cell for cell in results["cells"] if cell["label"] == label]
@@ -135,8 +136,8 @@ def test_the_brief_cost_has_the_slowest_cell():
 
 def test_the_whole_cost_has_every_method():
     results = json.loads(tables.results("cost"))
-    methods = {row[0] for row in rows_of(cost.of(results))}
-    assert methods == {cell["label"] for cell in results["cells"]} - {cost.BASELINE}
+    methods = {row[0] for row in rows_of(cost_tables.of(results))}
+    assert methods == {cell["label"] for cell in results["cells"]} - {cost_tables.BASELINE}
 
 
 def test_claims_of_one_author():
