@@ -19,8 +19,9 @@ from benchmarks.studies import (
     norm_batch_figures,
     norm_batch_plan,
     norm_batch_report,
+    norm_batch_results,
 )
-from benchmarks.studies.norm_batch_report import Cell, Run
+from benchmarks.studies.norm_batch_results import Cell, Run
 
 pytestmark = [
     pytest.mark.studies,
@@ -76,8 +77,8 @@ def test_of_equally_good_rates_the_largest_is_tested():
         result = {"validation": score, "test": 0.7, "lost": 0.0}
         seeds = (100, 101) + ((0, 1, 2) if rate == best else ())
         found |= {Run(cell, "batch_norm", rate, seed): result for seed in seeds}
-    results = results_of({})[0] | norm_batch_report.plain(found)
-    assert norm_batch_report.tested(results)[cell]["batch_norm"].rate == best
+    results = results_of({})[0] | norm_batch_results.plain(found)
+    assert norm_batch_results.tested(results)[cell]["batch_norm"].rate == best
 
 
 def trainer(estimator, count):
@@ -243,7 +244,7 @@ def test_processes_give_what_one_gives(quick):
     here = norm_batch.main(quick, Console(quiet=True))
     there = dataclasses.replace(quick, workers=1, output=quick.output / "there")
     found = norm_batch.main(there, Console(quiet=True))
-    one, other = (norm_batch_report.runs_of(each) for each in (here, found))
+    one, other = (norm_batch_results.runs_of(each) for each in (here, found))
     both = set(one) & set(other)  # choices of rates may differ
     assert len(both) >= 4
     for run in both:
@@ -381,7 +382,7 @@ def results_of(scores):
             }
     config = {"tuning_seeds": [100, 101], "seeds": [0, 1, 2]}
     environment = dict.fromkeys(("jax", "flax", "python", "device", "processor"), "x")
-    results = norm_batch_report.plain(found)
+    results = norm_batch_results.plain(found)
     return {"config": config, "environment": environment, **results}, cell
 
 
@@ -390,12 +391,12 @@ def test_tables():
         {"batch_norm": (0.5, 0.6, 0.7), "online_norm": (0.90, 0.91, 0.92), "frn": (0.8,)}
     )
     assert (
-        norm_batch_report.plain(norm_batch_report.runs_of(results))["runs"]
+        norm_batch_results.plain(norm_batch_results.runs_of(results))["runs"]
         == (results["runs"])
     )
-    cells = norm_batch_report.tested(results)
+    cells = norm_batch_results.tested(results)
     assert set(cells[cell]) == {"batch_norm", "online_norm"}  # one has no seeds yet
-    gap, error = norm_batch_report.behind(cells[cell], "batch_norm")
+    gap, error = norm_batch_results.behind(cells[cell], "batch_norm")
     assert gap == pytest.approx(31.0)
     assert error == pytest.approx(np.hypot(10, 1) / 3**0.5)
     text = norm_batch_report.markdown(results)
@@ -411,12 +412,12 @@ def test_tables():
         "| batch_norm | 60.0 ± 5.8 |",
         "",
     ]
-    added = norm_batch_report.runs_of(results)
+    added = norm_batch_results.runs_of(results)
     for size in (2, 32):
         other = Cell("digits", size, size, "independent", "sgd")
         score = {"validation": 0.9, "test": 0.9, "lost": 0.0}
         added |= {Run(other, "batch_norm", 0.1, s): score for s in (100, 101, 0, 1, 2)}
-    short = norm_batch_report.at(results | norm_batch_report.plain(added), "2", "digits")
+    short = norm_batch_report.at(results | norm_batch_results.plain(added), "2", "digits")
     assert short.splitlines()[2:5] == [
         "| online_norm |  | **91.0 ± 0.6** |",
         "| batch_norm | **90.0 ± 0.0** | 60.0 ± 5.8 |",
@@ -425,7 +426,9 @@ def test_tables():
     score = {"validation": 0.9, "test": 0.8, "lost": 0.0}
     for cell in (Cell("digits", 2, 32, "alike", kind) for kind in ("sgd", "adam")):
         added |= {Run(cell, "batch_norm", 0.1, s): score for s in (100, 101, 0, 1, 2)}
-    short = norm_batch_report.at(results | norm_batch_report.plain(added), "2", "digits/32")
+    short = norm_batch_report.at(
+        results | norm_batch_results.plain(added), "2", "digits/32"
+    )
     assert short.splitlines()[:3] == [
         "| method | digits, alike, steps of 32 |",
         "| --- | --- |",
@@ -433,12 +436,27 @@ def test_tables():
     ]
 
 
+def test_the_methods_that_are_as_good_as_the_best():
+    """In every cell, without methods that nobody would choose for it."""
+    results, _ = results_of(
+        {
+            "batch_norm": (0.5, 0.6, 0.7),
+            "online_norm": (0.90, 0.91, 0.92),
+            "small_batch_norm": (0.90, 0.91, 0.91),
+            "group_norm": (0.70, 0.71, 0.72),
+        }
+    )
+    lines = norm_batch_report.choices(results, "scratch").splitlines()
+    assert lines[2] == "| digits (mlp) | 2 of 2 | alike | small_batch_norm | −31.0 |"
+    assert "digits" not in norm_batch_report.choices(results, "tuned")
+
+
 def test_windows_of_several_lengths():
     alike, added = Cell("digits", 2, 2, "alike", "sgd"), {}
     for name, score in (("streaming_batch_norm-8", 0.8), ("small_batch_norm", 0.9)):
         result = {"validation": 0.5, "test": score, "lost": 0.0}
         added |= {Run(alike, name, 0.1, seed): result for seed in (100, 101, 0, 1, 2)}
-    results = results_of({})[0] | norm_batch_report.plain(added)
+    results = results_of({})[0] | norm_batch_results.plain(added)
     assert (
         "window: 80.0 ± 0.0 % with 8 examples, 90.0 ± 0.0 % with 32 examples."
         in norm_batch_report.windows(results, "digits")
@@ -454,8 +472,8 @@ def test_figures(tmp_path):
         cell = Cell("digits", size, size, pairing, "sgd")
         result = {"validation": 0.5, "test": scores[name], "lost": 0.0}
         found |= {Run(cell, name, 0.1, seed): result for seed in (100, 101, 0, 1, 2)}
-    results = results_of({})[0] | norm_batch_report.plain(found)
-    cells = norm_batch_report.tested(results)
+    results = results_of({})[0] | norm_batch_results.plain(found)
+    cells = norm_batch_results.tested(results)
     pairs = norm_batch_figures._pairs(cells, "digits")
     assert norm_batch_figures._ordered([pairs]) == ["batch_norm", "small_batch_norm"]
     for name, draw in norm_batch_figures.FIGURES.items():

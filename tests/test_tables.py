@@ -13,6 +13,7 @@ from benchmarks.studies import (
     claims,
     cost_tables,
     norm_batch_report,
+    norm_batch_results,
     statistics_error,
     theory,
     without_layer,
@@ -177,9 +178,9 @@ def test_the_standing_of_named_methods():
     rows = rows_of(norm_batch_report.of(results, "carried_batch_norm", "frozen"))
     settings = {"from scratch": False, "fine-tuning": True}
     for name, setting, cells, gap, worst in rows:
-        found = norm_batch_report.standings(results, settings[setting])[name]
+        found = norm_batch_results.standings(results, settings[setting])[name]
         assert cells == f"{found.good} of {found.cells}"
-        assert (gap, worst) == (f"{found.gap:.1f}", norm_batch_report.where(found.worst))
+        assert (gap, worst) == (f"{found.gap:.1f}", norm_batch_results.where(found.worst))
     assert {tuple(row[:2]) for row in rows} == {
         ("carried_batch_norm", "from scratch"),
         ("carried_batch_norm", "fine-tuning"),

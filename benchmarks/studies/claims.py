@@ -24,7 +24,7 @@ with needed_for("benchmarks"):
     from rich.console import Console
 
 from benchmarks.lib import report, study
-from benchmarks.studies import norm_batch_report
+from benchmarks.studies import norm_batch_results
 
 COMMITTED = Path("benchmarks/results")  # in a checkout
 
@@ -147,7 +147,7 @@ def norm_batches(one: str, other: str, strictly: bool = False) -> Evidence:
     """Two methods in every cell of norm_batch that has both, each at its own rate."""
 
     def compared(folder):
-        cells = norm_batch_report.tested(_read(folder, "norm_batch"))
+        cells = norm_batch_results.tested(_read(folder, "norm_batch"))
         for cell, found in cells.items():
             if {one, other} <= set(found):
                 yield _tested(cell, found[one], found[other], strictly)
@@ -159,7 +159,7 @@ def as_at_32(one: str, other: str) -> Evidence:
     """A method in the cells of norm_batch, and another at norm batch 32."""
 
     def compared(folder):
-        cells = norm_batch_report.tested(_read(folder, "norm_batch"))
+        cells = norm_batch_results.tested(_read(folder, "norm_batch"))
         for cell, found in cells.items():
             large = cell._replace(norm_batch=32, gradient_batch=32, pairing="independent")
             rival = cells.get(large, {}).get(other)
@@ -170,7 +170,7 @@ def as_at_32(one: str, other: str) -> Evidence:
 
 
 def _tested(cell, one, other, strictly=False) -> Comparison:
-    return compare(norm_batch_report.where(cell), one.scores, other.scores, strictly)
+    return compare(norm_batch_results.where(cell), one.scores, other.scores, strictly)
 
 
 def _alphas(folder: Path, place: str) -> Iterator[Comparison]:
@@ -313,10 +313,17 @@ CLAIMS = (
     ),
     Claim(
         "this library",
-        "`small_batch_norm` is ahead of the same window without compensation and gradient "
-        "(`momentum_batch_norm`)",
+        "the gradient through the window: `small_batch_norm` is ahead of the same window "
+        "as a constant",
         "norm_batch",
-        norm_batches(SMALL, "momentum_batch_norm", strictly=True),
+        norm_batches(SMALL, f"{SMALL}-constant", strictly=True),
+    ),
+    Claim(
+        "this library",
+        "the compensation: the constant window is ahead of the same window without "
+        "compensation (`momentum_batch_norm`)",
+        "norm_batch",
+        norm_batches(f"{SMALL}-constant", "momentum_batch_norm", strictly=True),
     ),
     Claim(
         "this library",
@@ -335,6 +342,12 @@ CLAIMS = (
         "on standardized kernels, `small_batch_norm` is at least as good as group norm",
         "norm_batch",
         norm_batches(f"{SMALL}-standardize", "group_norm-standardize"),
+    ),
+    Claim(
+        "this library",
+        "the same with group norm after `small_batch_norm`",
+        "norm_batch",
+        norm_batches(f"{SMALL}-standardize-group_norm", "group_norm-standardize"),
     ),
     Claim(
         "this library",

@@ -26,7 +26,7 @@ with needed_for("benchmarks"):
 
 from benchmarks.lib import replicas, report, runs, study, tasks
 from benchmarks.studies import norm_batch as trainings
-from benchmarks.studies.norm_batch_report import Cell, Run, tested
+from benchmarks.studies.norm_batch_results import Cell, Run, tested
 
 COLORS = ("#08306b", "#b8a67a", "#56B4E9")  # sea, land, lakes
 

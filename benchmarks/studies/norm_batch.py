@@ -43,14 +43,8 @@ with needed_for("benchmarks"):
 from benchmarks.lib import bases, compared, networks, replicas, report, runs, study, tasks
 from benchmarks.studies import norm_batch_figures
 from benchmarks.studies import norm_batch_plan as plan
-from benchmarks.studies.norm_batch_report import (
-    Cell,
-    Found,
-    Run,
-    markdown,
-    plain,
-    runs_of,
-)
+from benchmarks.studies.norm_batch_report import markdown
+from benchmarks.studies.norm_batch_results import Cell, Found, Run, plain, runs_of
 
 Pairing = Literal["independent", "alike"]
 Optimizer = Literal["sgd", "adam"]

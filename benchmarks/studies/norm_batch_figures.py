@@ -12,7 +12,7 @@ with needed_for("benchmarks"):
     from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.lib import report, tasks
-from benchmarks.studies.norm_batch_report import Cell, Tested, tested
+from benchmarks.studies.norm_batch_results import Cell, Tested, tested
 
 SHOWN = ("batch_norm", "group_norm", "group_norm-standardize", "small_batch_norm")
 PAIRINGS = {"independent": "independent examples", "alike": "examples that are alike"}

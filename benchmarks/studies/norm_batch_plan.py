@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.lib import compared, tasks
-from benchmarks.studies.norm_batch_report import Cell
+from benchmarks.studies.norm_batch_results import Cell
 
 Pair = tuple[Cell, str]
 

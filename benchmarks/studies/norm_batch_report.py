@@ -1,98 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of the study of norm batches."""
 
-from typing import NamedTuple
-
-import numpy as np
-
 from benchmarks.lib import report, study, tasks
-
-
-class Cell(NamedTuple):
-    """One setting of the comparison: the task, its batches and the optimizer."""
-
-    task: str
-    norm_batch: int
-    gradient_batch: int
-    pairing: str
-    optimizer: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Replicas and norm batch."""
-        return self.gradient_batch // self.norm_batch, self.norm_batch
-
-
-class Run(NamedTuple):
-    """One training."""
-
-    cell: Cell
-    method: str
-    rate: float
-    seed: int
-
-
-Found = dict[Run, dict[str, float]]
-
-
-def plain(found: Found) -> dict:
-    """Runs as JSON represents them, in a fixed order."""
-    rows = [
-        {**run.cell._asdict(), **run._replace(cell=None)._asdict(), **result}
-        for run, result in found.items()
-    ]
-    for row in rows:
-        del row["cell"]
-    names = (*Cell._fields, *Run._fields[1:])
-    rows.sort(key=lambda row: [str(row[name]) for name in names])
-    return {"runs": rows}
-
-
-def runs_of(results: dict) -> Found:
-    """The runs of results."""
-    scores = ("validation", "test", "lost")
-    return {
-        Run(
-            Cell(*(row[name] for name in Cell._fields)),
-            *(row[name] for name in Run._fields[1:]),
-        ): {name: row[name] for name in scores}
-        for row in results["runs"]
-    }
-
-
-class Tested(NamedTuple):
-    """A method in a cell, at the chosen rate."""
-
-    rate: float
-    scores: list[float]  # in %, on test data, one per seed
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return float(np.mean(self.scores))
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean."""
-        return report.standard_error(self.scores)
-
-
-def tested(results: dict) -> dict[Cell, dict[str, Tested]]:
-    """The tested methods of every cell, without those that are unfinished."""
-    config, found = results["config"], runs_of(results)
-    tuned: dict[tuple[Cell, str], dict[float, list[float]]] = {}
-    for run, result in found.items():
-        if run.seed in config["tuning_seeds"]:
-            rates = tuned.setdefault((run.cell, run.method), {})
-            rates.setdefault(run.rate, []).append(result["validation"])
-    cells: dict[Cell, dict[str, Tested]] = {}
-    for (cell, method), rates in tuned.items():
-        rate = max(rates, key=lambda rate: (np.mean(rates[rate]), rate))  # as best_rate
-        chosen = [Run(cell, method, rate, seed) for seed in config["seeds"]]
-        if all(run in found for run in chosen):
-            scores = [100 * found[run]["test"] for run in chosen]
-            cells.setdefault(cell, {})[method] = Tested(rate, scores)
-    return dict(sorted(cells.items()))
+from benchmarks.studies.norm_batch_results import (
+    Cell,
+    Standing,
+    Tested,
+    behind,
+    good,
+    standings,
+    tested,
+    where,
+)
 
 
 def markdown(results: dict) -> str:
@@ -141,41 +60,7 @@ def _shown(found: dict[str, Tested], name: str) -> str:
     if name not in found:
         return ""
     text = f"{report.spread(found[name].scores, 1)} ({found[name].rate:g})"
-    gap, error = behind(found, name)
-    return f"**{text}**" if gap <= 2 * error else text
-
-
-def behind(found: dict[str, Tested], name: str) -> tuple[float, float]:
-    """Points of a method behind the best of a cell, and their standard error."""
-    best = max(found.values(), key=lambda each: each.mean)
-    own = found[name]
-    return best.mean - own.mean, float(np.hypot(best.error, own.error))
-
-
-class Standing(NamedTuple):
-    """Results of a method over cells."""
-
-    good: int  # cells within two standard errors of the best
-    cells: int
-    gap: float  # points behind the best method in the worst cell
-    worst: Cell
-
-
-def standings(results: dict, tuned: bool) -> dict[str, Standing]:
-    """Results by method, the best first; of fine-tuning or of training from scratch."""
-    cells = {
-        cell: found
-        for cell, found in tested(results).items()
-        if cell.norm_batch < 32 and bool(tasks.TASKS[cell.task].before) == tuned
-    }
-    made = {}
-    for name in dict.fromkeys(name for found in cells.values() for name in found):
-        gaps = {cell: behind(found, name) for cell, found in cells.items() if name in found}
-        good = sum(gap <= 2 * error for gap, error in gaps.values())
-        worst = max(gaps, key=lambda cell: gaps[cell][0])
-        made[name] = Standing(good, len(gaps), gaps[worst][0], worst)
-    order = sorted(made, key=lambda name: (-made[name].good / made[name].cells, name))
-    return {name: made[name] for name in order}
+    return f"**{text}**" if good(found, name) else text
 
 
 def of(results: dict, *names: str) -> str:
@@ -216,11 +101,6 @@ def verdict(results: dict, tuned: bool) -> str:
         f"{'Fine-tuning' if tuned else 'Training from scratch'}, cells within two standard "
         f"errors of the best method, and the cell farthest from it:\n\n{table}"
     )
-
-
-def where(cell: Cell) -> str:
-    """A cell in words."""
-    return f"{cell.task}, {cell.norm_batch} of {cell.gradient_batch}, {cell.pairing}"
 
 
 # Methods of the summary, if they were run.
@@ -302,6 +182,52 @@ def _setting(cell: Cell) -> tuple[str, int, int, str]:
     return cell.task, cell.norm_batch, cell.gradient_batch, cell.optimizer
 
 
+# Methods that a reader may choose, in the order of their cost; others are ablations.
+CHOICES = (
+    "group_norm",
+    "group_norm-standardize",
+    "frozen",
+    "carried_batch_norm",
+    "small_batch_norm",
+    "small_batch_norm-standardize",
+    "small_batch_norm-standardize-group_norm",
+)
+
+
+def choices(results: dict, setting: str) -> str:
+    """The methods that are as good as the best one, in every cell of a setting.
+
+    ``setting`` is scratch or tuned.
+    """
+    cells = {
+        cell: found
+        for cell, found in tested(results).items()
+        if cell.norm_batch < 32
+        and bool(tasks.TASKS[cell.task].before) == (setting == "tuned")
+    }
+    rows = [
+        (
+            f"{cell.task} ({tasks.TASKS[cell.task].network})",
+            f"{cell.norm_batch} of {cell.gradient_batch}",
+            cell.pairing + ("" if cell.optimizer == "sgd" else ", Adam"),
+            ", ".join(name for name in CHOICES if name in found and good(found, name)),
+            _points(found, "batch_norm"),
+        )
+        for cell, found in cells.items()
+    ]
+    headings = ("task", "examples", "they are", "as good as the best", "batch_norm")
+    return (
+        f"{report.markdown_table(headings, rows)}\nExamples: those of a norm batch, of "
+        "those of a step. As good as the best: within two standard errors of the best of "
+        "all methods in the cell. The last column has the points of batch norm behind the "
+        f"best. {study.measured_on(results)}"
+    )
+
+
+def _points(found: dict[str, Tested], name: str) -> str:
+    return f"−{behind(found, name)[0]:.1f}" if name in found else ""
+
+
 def windows(results: dict, task: str) -> str:
     """Windows of several lengths on pairs that are alike, in a sentence."""
     found = tested(results).get(Cell(task, 2, 2, "alike", "sgd"), {})
@@ -331,8 +257,7 @@ def _short(found: dict[str, Tested], name: str) -> str:
     if name not in found:
         return ""
     text = report.mean_error(found[name].scores)
-    gap, error = behind(found, name)
-    return f"**{text}**" if gap <= 2 * error else text
+    return f"**{text}**" if good(found, name) else text
 
 
 def _legend(results: dict) -> str:
