@@ -103,6 +103,7 @@ def behind(found: dict[str, Tested], name: str) -> tuple[float, float]:
 
 
 def good(found: dict[str, Tested], name: str) -> bool:
+    """Whether a method is within two standard errors of the best of a cell."""
     gap, error = behind(found, name)
     return gap <= 2 * error
 
