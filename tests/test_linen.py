@@ -270,6 +270,19 @@ def test_options(key):
 
 
 @pytest.mark.program
+def test_a_norm_around_a_norm(key):
+    """A layer may have statistics itself, as in batch-channel normalization."""
+    inner = Norm(cbn.small_batch_norm(2), nn.Dense(8), use_running_average=False)
+    outer = Norm(cbn.group_norm(2), inner, use_running_average=False)
+    variables = outer.init(key, rows())
+    y, updates = outer.apply(variables, rows(), mutable=["batch_stats"])
+    parts = {name: tree["layer"] for name, tree in variables.items()}
+    z, after = inner.apply(parts, rows(), mutable=["batch_stats"])
+    assert_same(updates["batch_stats"]["layer"], after["batch_stats"])
+    group = nn.GroupNorm(2, epsilon=1e-5)
+    assert_close(y, group.apply({"params": group.init(key, z)["params"]}, z))
+
+
 def test_wide_layers_take_one_pass(key):
     """The derivatives for one feature more, not for all of them again."""
     z = np.ones((2, 16, 16, 32), np.float32)

@@ -191,6 +191,7 @@ def _read_state(
     """The state that the module stores, in the form of the estimator."""
     form = form_of(estimator, features, *_layer_of(made))
     stats = meta.unbox(dict(module.variables.get("batch_stats", {})))
+    stats.pop("layer", None)  # of a layer that has statistics itself
     stats = flat_stats(stats, shape)
     check_stats(place_of(module), estimator, stats, form, _WRITE)
     return from_dict(stats, form)
