@@ -229,6 +229,8 @@ def test_results_are_written_and_taken_up_again(quick, monkeypatch):
     assert (quick.output / "table.md").read_text() == norm_batch_report.markdown(results)
     monkeypatch.setattr(norm_batch, "trained", None)
     assert norm_batch.main(quick, Console(quiet=True)) == results
+    other_grid = dataclasses.replace(quick, learning_rates=(0.0125, 3.2))
+    assert norm_batch.main(other_grid, Console(quiet=True))["runs"] == results["runs"]
     (quick.output / "results.json").unlink()  # as if killed before the first method ended
     assert norm_batch.main(quick, Console(quiet=True))["runs"] == results["runs"]
     elsewhere = dataclasses.replace(

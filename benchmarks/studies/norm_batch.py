@@ -81,7 +81,8 @@ class Config:
     norm_batch_plan.py. all: every method in every cell of the options."""
     learning_rates: tuple[float, ...] = (0.025, 0.1, 0.4)
     """The initial grid: rates for 32 examples per step, scaled in proportion to the step.
-    Those of Adam are a hundredth of these, scaled by the root of the step."""
+    Those of Adam are a hundredth of these, scaled by the root of the step. If the results
+    have rates of a method in a cell, these are its initial grid."""
     tuning_seeds: tuple[int, ...] = (100, 101, 102)
     """Seeds of the runs that choose the rate, on validation data."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -326,7 +327,9 @@ def _pair(config: Config, pair: tuple[Cell, str], found: Found) -> Found:
         found = scores(rate, config.tuning_seeds)
         return float(np.mean([each["validation"] for each in found]))
 
-    scores(best_rate(validation, config.learning_rates), config.seeds)
+    tuned = {run.rate for run in found if run.seed in config.tuning_seeds}
+    grid = sorted(tuned) if len(tuned) > 1 else config.learning_rates
+    scores(best_rate(validation, grid), config.seeds)
     return new
 
 
