@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 import cbn_jax
+from benchmarks import tables
 from benchmarks.lib import bases, compared, dataset, networks, replicas, tasks
 from benchmarks.studies import (
     masks,
@@ -165,7 +167,7 @@ def test_precise_statistics_change_only_the_inference(quick):
 
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_unet_has_a_class_for_every_position(rank, key):
-    norm = compared.METHODS["carried_batch_norm"](1, 10)
+    norm = compared.METHODS["carried_batch_norm"](compared.Setting(1, 10))
     model = networks.UNet(norm=norm, classes=3, width=4, levels=2)
     images = jnp.ones((1, *(4,) * rank, 2))
     logits = jax.eval_shape(lambda key: model.init_with_output(key, images, True)[0], key)
@@ -175,7 +177,7 @@ def test_a_unet_has_a_class_for_every_position(rank, key):
 @pytest.mark.parametrize("method", list(compared.METHODS))
 def test_every_method_trains(method, key):
     images, labels = examples()
-    norm = compared.METHODS[method](2, 10)
+    norm = compared.METHODS[method](compared.Setting(2, 10))
     model = networks.ResidualCNN(norm=norm, classes=3, width=8, stages=2)
     optimizer = replicas.make_optimizer("adam", 10, 4)
     made = replicas.make_trainer(model, (2, 2, 1), 3, 2, optimizer)
@@ -519,3 +521,14 @@ def test_masks(tmp_path, monkeypatch):
 def test_unknown_names(quick, options, message):
     with pytest.raises(ValueError, match=message):
         norm_batch.main(dataclasses.replace(quick, **options), Console(quiet=True))
+
+
+def test_the_committed_results_are_those_of_the_plan():
+    """Running the plan again trains nothing."""
+    found = norm_batch_results.tested(json.loads(tables.results("norm_batch")))
+    missing = [
+        (*cell, name)
+        for cell, name in norm_batch._pairs(norm_batch.Config())
+        if name.partition("@")[0] not in found.get(cell, {})
+    ]
+    assert missing == []

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,6 @@ with needed_for("benchmarks"):
 
     from cbn_jax.linen import TLU, EvoNormS0, Norm
 
-GROUPS = 8  # of group norm; few, because the networks are narrow
-
 
 def _momentum(size: int) -> float:
     """A decay with which averages cover as many examples at every batch size."""
@@ -28,15 +27,37 @@ def _window(size: int) -> int:
     return max(1, -(-32 // size))
 
 
+class Setting(NamedTuple):
+    """What a method depends on.
+
+    Attributes:
+      norm_batch: examples that are normalized together.
+      steps: steps of the run.
+      groups: groups of group norm; few, because the networks are narrow.
+    """
+
+    norm_batch: int
+    steps: int
+    groups: int = 8
+
+
 class Made(NamedTuple):
-    """A method in a network: ``norm(layer=..., train=...)`` with a norm and its kernels."""
+    """A method in a network, ``norm(layer=..., train=...)``.
+
+    Attributes:
+      estimator: the method.
+      kernel: the change of the layer's kernel.
+      after: makes the norm that follows.
+    """
 
     estimator: Any
     kernel: Any = None
+    after: Any = None
 
     def __call__(self, layer: nn.Module, train: bool) -> nn.Module:
         """The module that runs the layer and normalizes."""
-        return Norm(self.estimator, layer, self.kernel, use_running_average=not train)
+        norm = Norm(self.estimator, layer, self.kernel, use_running_average=not train)
+        return norm if self.after is None else methods.Behind(norm, self.after)
 
 
 class _Threshold(nn.Module):
@@ -65,15 +86,6 @@ class Evolved(Made):
         return EvoNormS0(self.estimator, layer, use_running_average=not train)
 
 
-class Grouped(Made):
-    """A method with group norm after it."""
-
-    def __call__(self, layer: nn.Module, train: bool) -> nn.Module:
-        """The module that runs the layer and normalizes twice."""
-        norm = super().__call__(layer, train)
-        return methods.Behind(norm, functools.partial(nn.GroupNorm, GROUPS))
-
-
 class Precise(Made):
     """A method whose statistics for inference are recomputed after training."""
 
@@ -85,10 +97,20 @@ def _published(size: int) -> Any:
     return cbn_jax.cross_iteration_batch_norm(8, running=running, momentum=momentum)
 
 
-def _streaming(length: int, size: int, steps: int) -> Made:
+def _small(each: Setting) -> Any:
+    return cbn_jax.small_batch_norm(each.norm_batch, momentum=_momentum(each.norm_batch))
+
+
+def _streaming(length: int, each: Setting) -> Made:
     """``small_batch_norm`` with a window of another length."""
-    window = max(2, length // size)
-    return Made(cbn_jax.streaming_batch_norm(window, momentum=_momentum(size)))
+    window = max(2, length // each.norm_batch)
+    momentum = _momentum(each.norm_batch)
+    return Made(cbn_jax.streaming_batch_norm(window, momentum=momentum))
+
+
+def _grouped(each: Setting, kernel: Any = None) -> Made:
+    """``small_batch_norm`` with group norm after it."""
+    return Made(_small(each), kernel, functools.partial(nn.GroupNorm, each.groups))
 
 
 @cbn_jax.factory
@@ -107,47 +129,38 @@ def flax_batch_norm(layer: nn.Module, train: bool) -> nn.Module:
     return methods.Behind(layer, functools.partial(nn.BatchNorm, not train, momentum=0.9))
 
 
-# Name -> (norm batch, steps of the run) -> method.
-METHODS: dict[str, Any] = {
-    "batch_norm": lambda n, steps: Made(cbn_jax.batch_norm(_momentum(n))),
-    "batch_norm-precise": lambda n, steps: Precise(cbn_jax.batch_norm(_momentum(n))),
-    "frozen": lambda n, steps: Made(cbn_jax.frozen(cbn_jax.batch_norm(), after=0)),
-    "group_norm": lambda n, steps: Made(cbn_jax.group_norm(GROUPS)),
-    "group_norm-standardize": lambda n, steps: Made(
-        cbn_jax.group_norm(GROUPS), cbn_jax.standardize
+METHODS: dict[str, Callable[[Setting], Made]] = {
+    "batch_norm": lambda s: Made(cbn_jax.batch_norm(_momentum(s.norm_batch))),
+    "batch_norm-precise": lambda s: Precise(cbn_jax.batch_norm(_momentum(s.norm_batch))),
+    "frozen": lambda s: Made(cbn_jax.frozen(cbn_jax.batch_norm(), after=0)),
+    "group_norm": lambda s: Made(cbn_jax.group_norm(s.groups)),
+    "group_norm-standardize": lambda s: Made(
+        cbn_jax.group_norm(s.groups), cbn_jax.standardize
     ),
-    "batch_renorm": lambda n, steps: Made(
-        cbn_jax.batch_renorm(_momentum(n), warmup_steps=max(1, steps // 20))
+    "batch_renorm": lambda s: Made(
+        cbn_jax.batch_renorm(_momentum(s.norm_batch), warmup_steps=max(1, s.steps // 20))
     ),
-    "moving_average_batch_norm": lambda n, steps: Made(
-        cbn_jax.moving_average_batch_norm(_window(n)), cbn_jax.center
+    "moving_average_batch_norm": lambda s: Made(
+        cbn_jax.moving_average_batch_norm(_window(s.norm_batch)), cbn_jax.center
     ),
-    "online_norm": lambda n, steps: Made(cbn_jax.online_norm()),
-    "filter_response_norm": lambda n, steps: FilterResponse(cbn_jax.filter_response_norm()),
-    "EvoNormS0": lambda n, steps: Evolved(cbn_jax.group_norm(GROUPS)),
-    "cross_iteration_batch_norm": lambda n, steps: Made(_published(n)),
+    "online_norm": lambda s: Made(cbn_jax.online_norm()),
+    "filter_response_norm": lambda s: FilterResponse(cbn_jax.filter_response_norm()),
+    "EvoNormS0": lambda s: Evolved(cbn_jax.group_norm(s.groups)),
+    "cross_iteration_batch_norm": lambda s: Made(_published(s.norm_batch)),
     # The same window without compensation: moments of past batches under their own weights.
-    "momentum_batch_norm": lambda n, steps: Made(
-        cbn_jax.momentum_batch_norm(1 - 1 / _window(n), momentum=_momentum(n))
+    "momentum_batch_norm": lambda s: Made(
+        cbn_jax.momentum_batch_norm(
+            1 - 1 / _window(s.norm_batch), momentum=_momentum(s.norm_batch)
+        )
     ),
-    "carried_batch_norm": lambda n, steps: Made(
-        cbn_jax.carried_batch_norm(_window(n), momentum=_momentum(n))
+    "carried_batch_norm": lambda s: Made(
+        cbn_jax.carried_batch_norm(_window(s.norm_batch), momentum=_momentum(s.norm_batch))
     ),
-    "small_batch_norm": lambda n, steps: Made(
-        cbn_jax.small_batch_norm(n, momentum=_momentum(n))
-    ),
-    "small_batch_norm-standardize": lambda n, steps: Made(
-        cbn_jax.small_batch_norm(n, momentum=_momentum(n)), cbn_jax.standardize
-    ),
-    "small_batch_norm-group_norm": lambda n, steps: Grouped(
-        cbn_jax.small_batch_norm(n, momentum=_momentum(n))
-    ),
-    "small_batch_norm-standardize-group_norm": lambda n, steps: Grouped(
-        cbn_jax.small_batch_norm(n, momentum=_momentum(n)), cbn_jax.standardize
-    ),
-    "small_batch_norm-constant": lambda n, steps: Made(
-        constant(cbn_jax.small_batch_norm(n, momentum=_momentum(n)))
-    ),
+    "small_batch_norm": lambda s: Made(_small(s)),
+    "small_batch_norm-standardize": lambda s: Made(_small(s), cbn_jax.standardize),
+    "small_batch_norm-group_norm": _grouped,
+    "small_batch_norm-standardize-group_norm": lambda s: _grouped(s, cbn_jax.standardize),
+    "small_batch_norm-constant": lambda s: Made(constant(_small(s))),
     # Windows of another length, in examples.
     **{
         f"streaming_batch_norm-{length}": functools.partial(_streaming, length)
@@ -157,11 +170,13 @@ METHODS: dict[str, Any] = {
 
 # Methods that take no statistics from a trained batch norm.
 WITHOUT_AVERAGES = {"group_norm", "online_norm"}
-# Methods with their own kernels or activations cannot replace a trained batch norm.
+# Methods with their own kernels, activations or further norms cannot replace a batch norm
+# that was trained.
+_MADE = {name: make(Setting(2, 1)) for name, make in METHODS.items()}
 OTHER_NETWORKS = {
     name
-    for name, make in METHODS.items()
-    if make(2, 1).kernel is not None or type(make(2, 1)) not in (Made, Precise)
+    for name, made in _MADE.items()
+    if made[1:] != (None, None) or hasattr(made, "active")
 }
 # Methods whose statistics are recomputed after training.
-PRECISE = {name for name, make in METHODS.items() if type(make(2, 1)) is Precise}
+PRECISE = {name for name, made in _MADE.items() if isinstance(made, Precise)}

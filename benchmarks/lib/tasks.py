@@ -27,6 +27,7 @@ class Task(NamedTuple):
         step. The methods fine-tune that network. Empty if they train from scratch.
       labels: the range of classes to use, first and end (excluded).
       examples: largest number of training examples.
+      groups: groups of group norm, at least two channels each.
     """
 
     dataset: str
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     before: str = ""
     labels: tuple[int, int] | None = None
     examples: int | None = None
+    groups: int = 8
 
     @property
     def new_classes(self) -> bool:
@@ -74,7 +76,8 @@ TASKS = {
     "cells": Task("solar_cells", "cnn", 10, 16, halved=True),
     "earth": Task("earth_west", "unet", 8, 16, dense=True),
     "earth_new_domain": Task("earth_east", "unet", 2, 16, dense=True, before="earth"),
-    "brain": Task("brain", "unet", 2, 8, dense=True),
+    # Eight groups of eight channels were worse on validation data, 73 % instead of 83 %.
+    "brain": Task("brain", "unet", 2, 8, dense=True, groups=2),
 }
 
 

@@ -128,7 +128,7 @@ def _data(task: str, examples: int | None) -> tasks.Parts:
 @functools.lru_cache(maxsize=2)
 def _trainer(cell: Cell, method: str, steps: int, examples: int | None) -> replicas.Trainer:
     task, train = tasks.TASKS[cell.task], _data(cell.task, examples).train
-    norm = compared.METHODS[method](cell.norm_batch, steps)
+    norm = compared.METHODS[method](compared.Setting(cell.norm_batch, steps, task.groups))
     make = functools.partial(
         networks.NETWORKS[task.network], classes=train.classes, width=task.width
     )
