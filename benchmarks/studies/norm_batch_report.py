@@ -7,6 +7,7 @@ from benchmarks.studies.norm_batch_results import (
     Standing,
     Tested,
     behind,
+    compared,
     good,
     standings,
     tested,
@@ -199,12 +200,6 @@ def choices(results: dict, setting: str) -> str:
 
     ``setting`` is scratch or tuned.
     """
-    cells = {
-        cell: found
-        for cell, found in tested(results).items()
-        if cell.norm_batch < 32
-        and bool(tasks.TASKS[cell.task].before) == (setting == "tuned")
-    }
     rows = [
         (
             f"{cell.task} ({tasks.TASKS[cell.task].network})",
@@ -213,7 +208,7 @@ def choices(results: dict, setting: str) -> str:
             ", ".join(name for name in CHOICES if name in found and good(found, name)),
             _points(found, "batch_norm"),
         )
-        for cell, found in cells.items()
+        for cell, found in compared(results, setting == "tuned").items()
     ]
     headings = ("task", "examples", "they are", "as good as the best", "batch_norm")
     return (

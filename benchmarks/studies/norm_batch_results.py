@@ -117,14 +117,20 @@ class Standing(NamedTuple):
     worst: Cell
 
 
-def standings(results: dict, tuned: bool) -> dict[str, Standing]:
-    """Results by method, the best first; of fine-tuning or of training from scratch."""
-    cells = {
+def compared(results: dict, tuned: bool) -> dict[Cell, dict[str, Tested]]:
+    """Cells with several methods; of fine-tuning or of training from scratch."""
+    return {
         cell: found
         for cell, found in tested(results).items()
-        if cell.norm_batch < 32 and bool(tasks.TASKS[cell.task].before) == tuned
+        if cell.norm_batch < 32
+        and len(found) > 1
+        and bool(tasks.TASKS[cell.task].before) == tuned
     }
-    made = {}
+
+
+def standings(results: dict, tuned: bool) -> dict[str, Standing]:
+    """Results by method, the best first; of fine-tuning or of training from scratch."""
+    cells, made = compared(results, tuned), {}
     for name in dict.fromkeys(name for found in cells.values() for name in found):
         gaps = {cell: behind(found, name) for cell, found in cells.items() if name in found}
         good = sum(gap <= 2 * error for gap, error in gaps.values())
