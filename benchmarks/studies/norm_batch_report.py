@@ -106,6 +106,7 @@ def verdict(results: dict, tuned: bool) -> str:
 
 # Methods of the summary, if they were run.
 IN_SHORT = (
+    "small_batch_norm-standardize-group_norm",
     "small_batch_norm-standardize",
     "small_batch_norm",
     "group_norm-standardize",
@@ -128,7 +129,8 @@ def summary(results: dict) -> str:
         f"{report.markdown_table(headings, rows)}\n"
         "Cells within two standard errors of the best of all methods, of those in which "
         "the method was run; and its distance from the best in its worst cell, in points. "
-        "-standardize: with `kernel=cbn_jax.standardize`."
+        "-standardize: with `kernel=cbn_jax.standardize`; -group_norm: with group norm "
+        "after it."
     )
 
 
