@@ -142,4 +142,6 @@ def standings(results: dict, tuned: bool) -> dict[str, Standing]:
 
 def where(cell: Cell) -> str:
     """A cell in words."""
-    return f"{cell.task}, {cell.norm_batch} of {cell.gradient_batch}, {cell.pairing}"
+    optimizer = "" if cell.optimizer == "sgd" else ", Adam"
+    size = f"{cell.norm_batch} of {cell.gradient_batch}"
+    return f"{cell.task}, {size}, {cell.pairing}{optimizer}"
