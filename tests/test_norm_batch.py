@@ -430,9 +430,11 @@ def test_tables():
     score = {"validation": 0.9, "test": 0.8, "lost": 0.0}
     for cell in (Cell("digits", 2, 32, "alike", kind) for kind in ("sgd", "adam")):
         added |= {Run(cell, "batch_norm", 0.1, s): score for s in (100, 101, 0, 1, 2)}
-    short = norm_batch_report.at(
-        results | norm_batch_results.plain(added), "2", "digits/32"
-    )
+    many = results | norm_batch_results.plain(added)
+    assert "| alike, Adam, steps of 32 | batch_norm |" in norm_batch_report.markdown(many)
+    adam = Cell("digits", 2, 32, "alike", "adam")
+    assert norm_batch_results.where(adam) == "digits, 2 of 32, alike, Adam"
+    short = norm_batch_report.at(many, "2", "digits/32")
     assert short.splitlines()[:3] == [
         "| method | digits, alike, steps of 32 |",
         "| --- | --- |",

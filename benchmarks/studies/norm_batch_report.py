@@ -53,11 +53,7 @@ def _table(task: str, cells: dict[Cell, dict[str, Tested]]) -> str:
 def _kind(cell: Cell) -> str:
     """The examples of a norm batch, and what differs from a step of SGD for each."""
     step = "" if cell.gradient_batch == cell.norm_batch else ", steps of 32"
-    return f"{cell.pairing}{step}{_optimizer(cell)}"
-
-
-def _optimizer(cell: Cell) -> str:
-    return "" if cell.optimizer == "sgd" else ", Adam"
+    return f"{cell.batches}{step}"
 
 
 def _shown(found: dict[str, Tested], name: str) -> str:
@@ -210,7 +206,7 @@ def choices(results: dict, setting: str) -> str:
         (
             f"{cell.task} ({tasks.TASKS[cell.task].network})",
             f"{cell.norm_batch} of {cell.gradient_batch}",
-            cell.pairing + _optimizer(cell),
+            cell.batches,
             ", ".join(name for name in CHOICES if name in found and good(found, name)),
             _points(found, "batch_norm"),
         )

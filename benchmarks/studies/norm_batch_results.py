@@ -22,6 +22,11 @@ class Cell(NamedTuple):
         """Replicas and norm batch."""
         return self.gradient_batch // self.norm_batch, self.norm_batch
 
+    @property
+    def batches(self) -> str:
+        """The relation of examples, and the optimizer if it is not SGD."""
+        return self.pairing + ("" if self.optimizer == "sgd" else ", Adam")
+
 
 class Run(NamedTuple):
     """One training."""
@@ -142,6 +147,4 @@ def standings(results: dict, tuned: bool) -> dict[str, Standing]:
 
 def where(cell: Cell) -> str:
     """A cell in words."""
-    optimizer = "" if cell.optimizer == "sgd" else ", Adam"
-    size = f"{cell.norm_batch} of {cell.gradient_batch}"
-    return f"{cell.task}, {size}, {cell.pairing}{optimizer}"
+    return f"{cell.task}, {cell.norm_batch} of {cell.gradient_batch}, {cell.batches}"
