@@ -453,7 +453,7 @@ def test_the_methods_that_are_as_good_as_the_best():
         }
     )
     lines = norm_batch_report.choices(results, "scratch").splitlines()
-    assert lines[2] == "| digits (mlp) | 2 of 2 | alike | small_batch_norm | −31.0 |"
+    assert lines[2] == "| digits, 2 of 2, alike | small_batch_norm | −31.0 |"
     assert "digits" not in norm_batch_report.choices(results, "tuned")
     alone, _ = results_of({"small_batch_norm": (0.90, 0.91, 0.91)})
     assert "digits" not in norm_batch_report.choices(alone, "scratch")  # nothing to compare

@@ -204,19 +204,17 @@ def choices(results: dict, setting: str) -> str:
     """
     rows = [
         (
-            f"{cell.task} ({tasks.TASKS[cell.task].network})",
-            f"{cell.norm_batch} of {cell.gradient_batch}",
-            cell.batches,
+            where(cell),
             ", ".join(name for name in CHOICES if name in found and good(found, name)),
             _points(found, "batch_norm"),
         )
         for cell, found in compared(results, setting == "tuned").items()
     ]
-    headings = ("task", "examples", "they are", "as good as the best", "batch_norm")
+    headings = ("task, examples", "as good as the best", "batch_norm")
     return (
-        f"{report.markdown_table(headings, rows)}\nExamples: those of a norm batch, of "
-        "those of a step. As good as the best: within two standard errors of the best of "
-        "all methods in the cell. The last column has the points of batch norm behind the "
+        f"{report.markdown_table(headings, rows)}\n2 of 32: two examples are normalized "
+        "together, in a step of 32. As good as the best: within two standard errors of the "
+        "best of all methods. The last column has the points of batch norm behind the "
         f"best. {study.measured_on(results)}"
     )
 
