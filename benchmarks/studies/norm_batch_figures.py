@@ -133,16 +133,18 @@ def _percent(axis: Any) -> None:
 def alike(results: dict) -> Any:
     """Test error at norm batch 2: a filled mark for independent pairs, an open one for
     pairs that are alike; a row for each method, a panel for each task.
+
+    Tasks with few examples are in the tables alone.
     """
     cells = {
         cell: found
         for cell, found in _own_steps(tested(results)).items()
-        if cell.norm_batch == 2
+        if cell.norm_batch == 2 and not cell.task.endswith("_few")
     }
     panels = {name: _pairs(cells, name) for name in sorted({cell.task for cell in cells})}
     panels = {name: panels[name] for name in sorted(panels, key=_tuned) if panels[name]}
     names, count = _ordered(list(panels.values())), max(1, len(panels))
-    made = matplotlib.figure.Figure((2.2 + 2.5 * count, 1.4 + 0.24 * len(names)))
+    made = matplotlib.figure.Figure((2.2 + 2.3 * count, 1.4 + 0.24 * len(names)))
     axes = made.subplots(1, count, sharey=True, squeeze=False)[0]
     for axis, (name, pairs) in zip(axes, panels.items(), strict=False):
         _dumbbells(axis, [pairs.get(method) for method in names], names)
