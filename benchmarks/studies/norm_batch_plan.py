@@ -12,22 +12,9 @@ Pair = tuple[Cell, str]
 
 MAIN = ("batch_norm", "group_norm", "group_norm-standardize", "small_batch_norm")
 TUNED = ("batch_norm", "frozen", "group_norm", "small_batch_norm")
-RIVALS = (
-    "batch_norm-precise",
-    "batch_renorm",
-    "cross_iteration_batch_norm",
-    "EvoNormS0",
-    "filter_response_norm",
-    "moving_average_batch_norm",
-    "online_norm",
-)
-ABLATIONS = (
-    "carried_batch_norm",
-    "momentum_batch_norm",
-    "small_batch_norm-constant",
-    "small_batch_norm-standardize",
-    "small_batch_norm-standardize-group_norm",
-)
+OURS = ("small_batch_norm-standardize", "small_batch_norm-standardize-group_norm")
+RIVALS = ("batch_renorm", "EvoNormS0", "moving_average_batch_norm", "online_norm")
+WINDOWS = ("streaming_batch_norm-8", "streaming_batch_norm-128")
 
 
 class Part(NamedTuple):
@@ -41,21 +28,42 @@ class Part(NamedTuple):
     optimizers: Sequence[str] = ("sgd",)
 
 
+INDEPENDENT, ALIKE = ("independent",), ("alike",)
+
 #: Each part answers a question. All combinations would take weeks on two cores.
 PLAN = (
     # Does the error depend on the norm batch?
-    Part(("gray_mlp", "gray_resnet"), (4, 8), MAIN, ("independent",)),
-    Part(("gray_mlp",), (1, 2, 4, 8), MAIN, ("independent",), (32,)),
-    # Does it depend on whether the examples of a norm batch are alike?
-    Part(("gray_mlp", "gray_resnet"), (2,), (*MAIN, "carried_batch_norm")),
-    # All methods, and parts of small_batch_norm.
-    Part(("gray_mlp",), (2,), (*MAIN, *RIVALS, *ABLATIONS), gradient_batches=(32,)),
-    Part(("cells",), (2,), (*MAIN, *RIVALS, *ABLATIONS), ("alike",), (32,)),
+    Part(("gray_mlp",), (1, 2, 4, 8), MAIN, INDEPENDENT),
+    Part(("gray_resnet",), (2, 4, 8), MAIN, INDEPENDENT),
+    # Does it depend on whether pairs are alike?
+    Part(("gray_mlp", "gray_resnet"), (2,), (*MAIN, "carried_batch_norm", OURS[0])),
+    Part(("gray_mlp",), (2,), (*RIVALS, "cross_iteration_batch_norm")),
+    Part(("cells",), (2,), ("batch_norm", *MAIN[2:]), ALIKE),
+    # Many norm batches in a step, as on many devices.
+    Part(("gray_mlp",), (2,), (*MAIN, "carried_batch_norm", *OURS), gradient_batches=(32,)),
+    Part(("gray_mlp",), (2,), RIVALS, INDEPENDENT, (32,)),
+    Part(("gray_resnet",), (2,), (*MAIN, *OURS), ALIKE, (32,)),
+    Part(("cells",), (2,), (*MAIN, *OURS, *RIVALS[:3]), ALIKE, (32,)),
+    Part(("cells",), (2,), ("batch_norm-precise", "filter_response_norm"), ALIKE, (32,)),
+    # Adam.
+    Part(("gray_mlp",), (2,), MAIN, ALIKE, (32,), ("adam",)),
+    # Which part of small_batch_norm helps: compensation, gradient, length of the window?
+    Part(("gray_mlp",), (2,), ("momentum_batch_norm",)),
+    Part(
+        ("gray_mlp",),
+        (2,),
+        ("momentum_batch_norm", "small_batch_norm-constant"),
+        gradient_batches=(32,),
+    ),
+    Part(("gray_mlp",), (2,), (*WINDOWS, "small_batch_norm-group_norm"), ALIKE),
     # Maps and volumes, one a step.
-    Part(("earth", "brain"), (1,), MAIN, ("independent",)),
-    # Fine-tuning: another style, another half of the Earth, other classes, few examples.
-    Part(("emoji_new_domain", "earth_new_domain"), (1,), TUNED, ("independent",)),
+    Part(("earth",), (1,), (*MAIN, "carried_batch_norm", *OURS), INDEPENDENT),
+    Part(("earth",), (1,), ("small_batch_norm-group_norm",), INDEPENDENT),
+    Part(("brain",), (1,), ("batch_norm", *MAIN[2:], *OURS), INDEPENDENT),
+    # Fine-tuning: other pictures, the other half of the Earth, few examples, other classes.
+    Part(("emoji_new_domain", "earth_new_domain"), (1,), TUNED, INDEPENDENT),
     Part(("emoji_new_domain", "emoji_new_domain_few", "gray_new_classes"), (2,), TUNED),
+    Part(("emoji_new_domain",), (2,), ("carried_batch_norm",)),
 )
 
 
