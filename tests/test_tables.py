@@ -195,3 +195,13 @@ def test_the_brief_comparison_without_a_layer_says_what_the_verdict_says():
     for (name, settings, behind), sentence in zip(rows, sentences, strict=True):
         assert sentence.startswith(f"{name}: ")
         assert f"in {settings} settings, at worst {behind} points" in sentence
+
+
+def test_the_advice_follows_the_results():
+    """docs/choose.md says which method is never far from the best."""
+    results = json.loads(tables.results("norm_batch"))
+    for tuned in (False, True):
+        found = norm_batch_results.standings(results, tuned)
+        known = [name for name in norm_batch_report.IN_SHORT if name in found]
+        nearest = min(known, key=lambda name: found[name].gap)
+        assert nearest == "small_batch_norm"

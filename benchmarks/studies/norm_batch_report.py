@@ -106,9 +106,9 @@ def verdict(results: dict, tuned: bool) -> str:
 
 # Methods of the summary, if they were run.
 IN_SHORT = (
-    "small_batch_norm-standardize-group_norm",
-    "small_batch_norm-standardize",
     "small_batch_norm",
+    "small_batch_norm-standardize",
+    "small_batch_norm-standardize-group_norm",
     "group_norm-standardize",
     "group_norm",
     "frozen",
