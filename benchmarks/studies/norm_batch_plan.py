@@ -41,7 +41,8 @@ PLAN = (
     Part(("cells",), (2,), ("batch_norm", *MAIN[2:]), ALIKE),
     # Many norm batches in a step, as on many devices.
     Part(("gray_mlp",), (2,), (*MAIN, "carried_batch_norm", *OURS), gradient_batches=(32,)),
-    Part(("gray_mlp",), (2,), RIVALS, INDEPENDENT, (32,)),
+    Part(("gray_mlp",), (2,), RIVALS, gradient_batches=(32,)),
+    Part(("gray_mlp",), (2,), ("batch_norm-precise",), ALIKE, (32,)),
     Part(("gray_resnet",), (2,), (*MAIN, *OURS), ALIKE, (32,)),
     Part(("cells",), (2,), (*MAIN, *OURS, *RIVALS[:3]), ALIKE, (32,)),
     Part(("cells",), (2,), ("batch_norm-precise", "filter_response_norm"), ALIKE, (32,)),
@@ -59,7 +60,7 @@ PLAN = (
     # Maps and volumes, one a step.
     Part(("earth",), (1,), (*MAIN, "carried_batch_norm", *OURS), INDEPENDENT),
     Part(("earth",), (1,), ("small_batch_norm-group_norm",), INDEPENDENT),
-    Part(("brain",), (1,), ("batch_norm", *MAIN[2:], *OURS), INDEPENDENT),
+    Part(("brain",), (1,), ("batch_norm", *MAIN[2:], OURS[1]), INDEPENDENT),
     # Fine-tuning: other pictures, the other half of the Earth, few examples, other classes.
     Part(("emoji_new_domain", "earth_new_domain"), (1,), TUNED, INDEPENDENT),
     Part(("emoji_new_domain", "emoji_new_domain_few", "gray_new_classes"), (2,), TUNED),
