@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A streaming window under new weights: its moments, their derivatives and its size."""
+"""A streaming window under new weights: its moments, their derivatives and its size.
+
+The symbols are those of ``streaming_batch_norm``.
+"""
 
 from typing import NamedTuple
 
@@ -81,6 +84,7 @@ def past_size(size: jax.Array, batch: Moments, seen: Seen, groups: int) -> jax.A
 
 
 def growth(var: jax.Array, last: jax.Array) -> jax.Array:
+    """The factor from the last variance to the new one; 1 if either is 0."""
     varies = (last > 0) & (var > 0)
     return jnp.where(varies, var / jnp.where(varies, last, 1.0), 1.0)
 
