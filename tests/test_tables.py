@@ -146,6 +146,9 @@ def test_claims_of_one_author():
     rows = rows_of(claims.of(results, "Ma"))
     every = [row for row in rows_of(claims.markdown(results)) if row[0].startswith("Ma")]
     assert [row[1:] for row in rows] == [row[1:] for row in every] != []
+    ours = rows_of(claims.of(results, "this", "norm_batch"))
+    assert {row[-1] for row in ours} == {"`norm_batch`"}
+    assert len(ours) < len(rows_of(claims.of(results, "this")))
 
 
 def test_the_verdict_of_the_theory_names_the_worst_cell():

@@ -363,9 +363,11 @@ def verdict(comparisons: list[Comparison]) -> str:
     return f"{sum(each.agrees for each in comparisons)} of {len(comparisons)}"
 
 
-def of(results: dict, author: str) -> str:
-    """The claims of one author alone."""
-    rows = [row[1:] for row in _rows(results) if row[0].startswith(author)]
+def of(results: dict, author: str, study: str = "") -> str:
+    """The claims of one author alone; of all studies, or of one."""
+    rows = [
+        row[1:] for row in _rows(results) if row[0].startswith(author) and study in row[-1]
+    ]
     return f"{report.markdown_table(HEADINGS[1:], rows)}\n{LEGEND}\n"
 
 
