@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 
 import chex
 import jax
@@ -294,7 +295,7 @@ def test_methods_start_from_a_trained_network(quick, tmp_path, monkeypatch):
     assert list(other) == ["params"]  # trained by that code
 
 
-def test_fine_tuning(quick):
+def test_fine_tuning(quick, monkeypatch):
     """From end to end; methods with kernels of their own are left out."""
     quick = dataclasses.replace(
         quick,
@@ -306,6 +307,10 @@ def test_fine_tuning(quick):
     names = {row["method"] for row in results["runs"]}
     assert names == {"frozen", "small_batch_norm", "batch_norm"}
     assert "fine-tunes digits_first" in norm_batch_report.markdown(results)
+    shutil.rmtree(quick.output / "bases")
+    bases.kept.cache_clear()
+    monkeypatch.setattr(bases, "_trained", None)  # nothing is missing, so not called
+    assert norm_batch.main(quick, Console(quiet=True)) == results
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from benchmarks.lib import bases, compared, networks, replicas, report, runs, st
 from benchmarks.studies import norm_batch_figures
 from benchmarks.studies import norm_batch_plan as plan
 from benchmarks.studies.norm_batch_report import markdown
-from benchmarks.studies.norm_batch_results import Cell, Found, Run, plain, runs_of
+from benchmarks.studies.norm_batch_results import Cell, Found, Run, plain, runs_of, tested
 
 Pairing = Literal["independent", "alike"]
 Optimizer = Literal["sgd", "adam"]
@@ -210,10 +210,11 @@ def kept(config: Config, run: Run) -> dict[str, float]:
 def main(config: Config, console: Console) -> dict:
     """Executes missing runs, writes results after each, and shows all results."""
     _check(config)
-    found, pairs = _resumed(config), _pairs(config)
+    found = _resumed(config)
+    pairs = _missing(config, found)
     with runs.Bar(console, len(pairs)) as bar, _pool(config) as pool:
         bar.advance(0, "networks to fine-tune")
-        list(pool.map(functools.partial(_trained_before, config), *_bases(config)))
+        list(pool.map(functools.partial(_trained_before, config), *_bases(config, pairs)))
         jobs = {pool.submit(_pair, config, pair, _of(found, pair)): pair for pair in pairs}
         for job in concurrent.futures.as_completed(jobs):
             found.update(job.result())
@@ -254,11 +255,17 @@ def _pairs(config: Config) -> list[plan.Pair]:
     return pairs + [(cell, REFERENCE) for cell in _references(list(cells))]
 
 
-def _bases(config: Config) -> tuple[list[str], list[int]]:
+def _missing(config: Config, found: Found) -> list[plan.Pair]:
+    """The pairs without results."""
+    done = tested({"config": report.plain(config), **plain(found)})
+    return [pair for pair in _pairs(config) if _name(pair[1]) not in done.get(pair[0], {})]
+
+
+def _bases(config: Config, pairs: list[plan.Pair]) -> tuple[list[str], list[int]]:
     """Tasks and seeds of the networks that are trained before fine-tuning."""
-    before = sorted({tasks.TASKS[name].before for name in config.tasks} - {""})
-    pairs = list(itertools.product(before, (*config.tuning_seeds, *config.seeds)))
-    return [name for name, _ in pairs], [seed for _, seed in pairs]
+    before = sorted({tasks.TASKS[cell.task].before for cell, _ in pairs} - {""})
+    made = list(itertools.product(before, (*config.tuning_seeds, *config.seeds)))
+    return [name for name, _ in made], [seed for _, seed in made]
 
 
 def _trained_before(config: Config, task: str, seed: int) -> None:
