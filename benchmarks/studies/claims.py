@@ -345,7 +345,8 @@ CLAIMS = (
     ),
     Claim(
         "this library",
-        "the same with group norm after `small_batch_norm`",
+        "on standardized kernels, `small_batch_norm` with group norm after it is at least "
+        "as good as group norm",
         "norm_batch",
         norm_batches(f"{SMALL}-standardize-group_norm", "group_norm-standardize"),
     ),

@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 INDEPENDENT, ALIKE = ("independent",), ("alike",)
 
-#: Each part answers a question. All combinations would take weeks on two cores.
+# Each part answers a question. All combinations would take far longer.
 PLAN = (
     # Does the error depend on the norm batch?
     Part(("gray_mlp",), (1, 2, 4, 8), MAIN, INDEPENDENT),

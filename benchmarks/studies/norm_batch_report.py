@@ -7,7 +7,7 @@ from benchmarks.studies.norm_batch_results import (
     Standing,
     Tested,
     behind,
-    compared,
+    contested,
     good,
     standings,
     tested,
@@ -202,13 +202,14 @@ def choices(results: dict, setting: str) -> str:
 
     ``setting`` is scratch or tuned.
     """
+    tuned = {"scratch": False, "tuned": True}[setting]
     rows = [
         (
             where(cell),
             ", ".join(name for name in CHOICES if name in found and good(found, name)),
             _points(found, "batch_norm"),
         )
-        for cell, found in compared(results, setting == "tuned").items()
+        for cell, found in contested(results, tuned).items()
     ]
     headings = ("task, examples", "as good as the best", "batch_norm")
     return (

@@ -122,7 +122,7 @@ class Standing(NamedTuple):
     worst: Cell
 
 
-def compared(results: dict, tuned: bool) -> dict[Cell, dict[str, Tested]]:
+def contested(results: dict, tuned: bool) -> dict[Cell, dict[str, Tested]]:
     """Cells with several methods; of fine-tuning or of training from scratch."""
     return {
         cell: found
@@ -135,12 +135,12 @@ def compared(results: dict, tuned: bool) -> dict[Cell, dict[str, Tested]]:
 
 def standings(results: dict, tuned: bool) -> dict[str, Standing]:
     """Results by method, the best first; of fine-tuning or of training from scratch."""
-    cells, made = compared(results, tuned), {}
+    cells, made = contested(results, tuned), {}
     for name in dict.fromkeys(name for found in cells.values() for name in found):
         gaps = {cell: behind(found, name) for cell, found in cells.items() if name in found}
-        good = sum(gap <= 2 * error for gap, error in gaps.values())
+        count = sum(good(cells[cell], name) for cell in gaps)
         worst = max(gaps, key=lambda cell: gaps[cell][0])
-        made[name] = Standing(good, len(gaps), gaps[worst][0], worst)
+        made[name] = Standing(count, len(gaps), gaps[worst][0], worst)
     order = sorted(made, key=lambda name: (-made[name].good / made[name].cells, name))
     return {name: made[name] for name in order}
 
